@@ -1,0 +1,80 @@
+"""scoremachine: training-free diffusion, exact and fast.
+
+For a finite set of images the ideal diffusion denoiser E[clean | noisy] has a closed form; so have
+its local, shift-equivariant and patch-composite variants. This package computes them.
+
+    import scoremachine as sm
+
+    corpus = sm.Corpus.open("digits")
+    machine = sm.build("els", corpus)
+    pictures = sm.generate(machine, count=16, steps=20, seed=0)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from scoremachine._version import __version__
+
+if TYPE_CHECKING:
+    from scoremachine.calibration import Calibration, calibrate
+    from scoremachine.corpus import Corpus
+    from scoremachine.machines import (
+        EquivariantLocalScore,
+        GaussianScore,
+        IdealScore,
+        LocalScore,
+        Machine,
+        PatchComposite,
+        build,
+    )
+    from scoremachine.sample import EDMSchedule, generate
+    from scoremachine.windows import BandwidthSchedule, PatchSchedule, edm_sigmas
+
+_HOMES = {
+    "calibration": ("Calibration", "calibrate"),
+    "corpus": ("Corpus",),
+    "machines": (
+        "EquivariantLocalScore",
+        "GaussianScore",
+        "IdealScore",
+        "LocalScore",
+        "Machine",
+        "PatchComposite",
+        "build",
+    ),
+    "sample": ("EDMSchedule", "generate"),
+    "windows": ("BandwidthSchedule", "PatchSchedule", "edm_sigmas"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BandwidthSchedule",
+    "Calibration",
+    "Corpus",
+    "EDMSchedule",
+    "EquivariantLocalScore",
+    "GaussianScore",
+    "IdealScore",
+    "LocalScore",
+    "Machine",
+    "PatchComposite",
+    "PatchSchedule",
+    "__version__",
+    "build",
+    "calibrate",
+    "edm_sigmas",
+    "generate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for when it is asked for: PyTorch takes a second to load."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'scoremachine' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"scoremachine.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
