@@ -1,0 +1,301 @@
+"""What all machines share: an azula denoiser D(y, sigma) made of a corpus alone."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from azula.denoise import Denoiser, DiracPosterior
+from azula.noise import Schedule, VPSchedule
+from torch import Tensor
+
+from scoremachine import kernels
+from scoremachine.corpus import Corpus
+from scoremachine.posterior import Fold, posterior
+from scoremachine.windows import (
+    BandwidthSchedule,
+    Collection,
+    PatchSchedule,
+    check_bandwidth,
+    check_window,
+)
+
+Label = int | str | Tensor | list[int | str] | None
+
+
+class Machine(Denoiser):
+    """A training-free denoiser: D(y, sigma) = E[x | y] under what it takes the corpus to say.
+
+    Images x are in [-1, 1]; y = x + sigma eps, in float, shape (B, C, H, W). With a bandwidth h
+    every source is a Gaussian N(s, h^2 I) instead of a point:
+
+        D = (sigma^2 D_0(y, sqrt(sigma^2 + h^2)) + h^2 y) / (sigma^2 + h^2)
+
+    where D_0 is the machine with h = 0. A machine is an azula `Denoiser`: `machine(x_t, t).mean`
+    is E[x | x_t] for x_t = alpha_t x + sigma_t eps under `machine.schedule`.
+
+    Arguments:
+        corpus: The images.
+        bandwidth: h >= 0 in units of x, a `BandwidthSchedule`, or "auto" (held-out calibration).
+        kernel: "auto", "numba", "torch" or "reference"; all give the same answers.
+        schedule: azula's noise schedule for `forward`; None: `VPSchedule()`.
+
+    Raises:
+        ValueError: For arguments that cannot work, with a sentence that says what would.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        bandwidth: float | BandwidthSchedule | str = 0.0,
+        kernel: str = "auto",
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(corpus, Corpus):
+            raise ValueError(
+                f"a machine is made of a Corpus, not of {type(corpus).__name__}: "
+                "use Corpus.open(source) or Corpus(images)"
+            )
+        if isinstance(bandwidth, int | float) and not isinstance(bandwidth, bool):
+            bandwidth = check_bandwidth(float(bandwidth))
+        elif not (bandwidth == "auto" or isinstance(bandwidth, BandwidthSchedule)):
+            raise ValueError(
+                f"bandwidth is {bandwidth!r}; expected a number, a BandwidthSchedule or 'auto'"
+            )
+        self.corpus = corpus
+        self.bandwidth = bandwidth
+        self.kernel_name = kernel
+        self.kernel = kernels.choose(kernel)
+        self.schedule = VPSchedule() if schedule is None else schedule
+
+    @abstractmethod
+    def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
+        """D with h = 0 of valid float64 pictures, the images at `index` being the source."""
+
+    def denoise(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
+        """D(y, sigma), an estimate of E[x | y].
+
+        Arguments:
+            y: Noisy pictures x + sigma eps, floats, shape (B, C, H, W).
+            sigma: Their noise level, > 0: a number, or one for each picture, shape (B,).
+            label: The class (position or name) whose images alone are the source; or one for
+                each picture; None: all images.
+
+        Returns:
+            D, with y's shape, dtype and device.
+
+        Raises:
+            ValueError: For a wrong shape, dtype or channel count, NaN pixels, sigma <= 0 or NaN,
+                or a label with no images.
+        """
+        pictures, levels = self.check(y, sigma)
+        D = torch.empty_like(pictures)
+        for members, index in self._by_label(label, len(pictures)):
+            D[members] = self.denoise_from(pictures[members], levels[members], index)
+        return D.to(dtype=y.dtype, device=y.device)
+
+    def denoise_from(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
+        """D of valid float64 pictures, the images at `index` being the source."""
+        h = torch.tensor([self.bandwidth_at(float(s)) for s in sigma], dtype=torch.float64)
+        D = self.mean(y, torch.sqrt(sigma**2 + h**2), index)
+        a = (sigma**2 / (sigma**2 + h**2))[:, None, None, None]
+        return torch.where(a == 1, D, a * D + (1 - a) * y)
+
+    def score(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
+        """The score (D - y) / sigma^2 of the noisy density, with y's shape."""
+        D = self.denoise(y, sigma, label)
+        levels = torch.as_tensor(sigma, dtype=D.dtype, device=D.device)
+        return (D - y) / levels.reshape(-1, 1, 1, 1) ** 2
+
+    def log_density(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
+        """log p(y) in nats, float64, shape (B,), where the machine is a density's."""
+        raise ValueError(
+            f"{self.name} has no density: its sites' posteriors belong to no common one. "
+            "Use 'ideal' or 'gaussian'"
+        )
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Label = None) -> DiracPosterior:
+        """azula's form: E[x | x_t] for x_t = alpha_t x + sigma_t eps.
+
+        Arguments:
+            x_t: Noisy pictures, shape (B, C, H, W).
+            t: The time in [0, 1], shape () or (B,).
+            label: As in `denoise`.
+        """
+        alpha, sigma = (
+            torch.as_tensor(v, dtype=torch.float64, device="cpu")
+            for v in self.schedule(torch.as_tensor(t))
+        )
+        y = x_t / alpha.to(x_t).reshape(-1, 1, 1, 1)
+        return DiracPosterior(mean=self.denoise(y, sigma / alpha, label))
+
+    def check(self, y: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
+        """`y` and `sigma` as float64 on the CPU, shapes (B, C, H, W) and (B,); or ValueError."""
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(
+                f"y is {kind}; expected a floating-point torch.Tensor with pixels around [-1, 1]: "
+                "for uint8 pictures use x / 127.5 - 1"
+            )
+        if y.ndim != 4 or tuple(y.shape[1:]) != self.corpus.shape:
+            C, H, W = self.corpus.shape
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}; expected (B, {C}, {H}, {W}), as the corpus "
+                f"{self.corpus.name!r} has: resize the pictures or open the corpus with size="
+            )
+        pictures = y.detach().to(device="cpu", dtype=torch.float64).contiguous()
+        if not torch.isfinite(pictures).all():
+            raise ValueError("y holds NaN or infinite pixels; expected finite numbers")
+        levels = torch.as_tensor(sigma).detach().to(device="cpu", dtype=torch.float64)
+        if levels.ndim > 1 or (levels.ndim == 1 and len(levels) not in (1, len(y))):
+            raise ValueError(
+                f"sigma has shape {tuple(levels.shape)}; expected one noise level, or one for "
+                f"each of the {len(y)} pictures"
+            )
+        if not (torch.isfinite(levels).all() and (levels > 0).all()):
+            raise ValueError(f"sigma is {levels.tolist()}; expected a finite number above 0")
+        return pictures, levels.expand(len(y)).contiguous()
+
+    def _by_label(self, label: Label, B: int) -> list[tuple[Tensor, np.ndarray]]:
+        """Groups the pictures of a batch by label: (their places, their source's images)."""
+        if isinstance(label, Tensor):
+            label = label.tolist()
+        if not isinstance(label, list):
+            return [(torch.arange(B), self.corpus.indices(label))]
+        if len(label) != B:
+            raise ValueError(f"{len(label)} labels for {B} pictures; expected one for each")
+        return [
+            (
+                torch.tensor([p for p in range(B) if label[p] == value]),
+                self.corpus.indices(value),
+            )
+            for value in dict.fromkeys(label)
+        ]
+
+    def bandwidth_at(self, sigma: float) -> float:
+        """The bandwidth h at noise level `sigma`."""
+        if self.bandwidth == "auto":
+            from scoremachine.calibration import automatic_bandwidth
+
+            self.bandwidth = automatic_bandwidth(self)
+        if isinstance(self.bandwidth, BandwidthSchedule):
+            return self.bandwidth(sigma)
+        assert isinstance(self.bandwidth, float)
+        return self.bandwidth
+
+    def settings(self) -> dict[str, object]:
+        """What distinguishes this machine, for the record of a run."""
+        return {
+            "machine": self.name,
+            "corpus": self.corpus.name,
+            "corpus_key": self.corpus.key,
+            "bandwidth": plain(self.bandwidth),
+            "kernel": kernels.name_of(self.kernel),
+        }
+
+
+@dataclass
+class Evidence:
+    """What one pass over the source says of a batch: the mean and where it comes from.
+
+    Attributes:
+        mean: D with h = 0, float64 (B, C, H, W).
+        fold: The sites' folds: log-partition, effective sources, leading sources.
+        collection: The windows they belong to.
+    """
+
+    mean: Tensor
+    fold: Fold
+    collection: Collection
+
+
+class BoxMachine(Machine):
+    """A machine of box windows: a row of the table in docs/design.md.
+
+    Arguments:
+        corpus: The images.
+        patch_size: The box's side P: a number, a `PatchSchedule`, the name of a published one
+            (`PatchSchedule.names()`), or "auto" (held-out calibration, the default).
+        bandwidth, kernel, schedule: See `Machine`.
+    """
+
+    odd = True  # whether a box has to have a middle pixel
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        patch_size: int | PatchSchedule | str = "auto",
+        bandwidth: float | BandwidthSchedule | str = 0.0,
+        kernel: str = "auto",
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(corpus, bandwidth, kernel, schedule)
+        if isinstance(patch_size, str) and patch_size != "auto":
+            patch_size = PatchSchedule.named(patch_size)
+        elif not isinstance(patch_size, str | PatchSchedule):
+            patch_size = PatchSchedule.constant(patch_size)
+        if isinstance(patch_size, PatchSchedule):
+            for size in patch_size.sizes:
+                self.check_size(int(size))
+        self.patch_size = patch_size
+
+    def check_size(self, size: int) -> None:
+        """Raises ValueError where no machine of this kind can have boxes of that size."""
+        check_window(size, self.corpus.shape[1:], self.odd)
+
+    @abstractmethod
+    def collection(self, P: int) -> Collection:
+        """The machine's row for boxes of side P."""
+
+    def patch_size_at(self, sigma: float) -> int:
+        """The side of the box at noise level `sigma`."""
+        if self.patch_size == "auto":
+            from scoremachine.calibration import automatic_patch_size
+
+            self.patch_size = automatic_patch_size(self)
+        assert isinstance(self.patch_size, PatchSchedule)
+        return self.patch_size(sigma)
+
+    def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
+        D = torch.empty_like(y)
+        sizes = torch.tensor([self.patch_size_at(float(s)) for s in sigma])
+        for P in sizes.unique():
+            members = sizes == P
+            D[members] = self.evidence(y[members], sigma[members], index, int(P)).mean
+        return D
+
+    def evidence(
+        self, y: Tensor, sigma: Tensor, index: np.ndarray, P: int, leaders: int = 0
+    ) -> Evidence:
+        """The fold at box size P of valid float64 pictures; see `posterior`."""
+        collection = self.collection(P)
+        fold, D = posterior(self.kernel, self.corpus.images, index, y, sigma, collection, leaders)
+        return Evidence(D, fold, collection)
+
+    def window(self, P: int) -> tuple[int, int]:
+        """The box of side P, no larger than the image where boxes have to fit."""
+        H, W = self.corpus.shape[1:]
+        return (P, P) if self.odd else (min(P, H), min(P, W))
+
+    def settings(self) -> dict[str, object]:
+        return {**super().settings(), "patch_size": plain(self.patch_size)}
+
+
+def plain(value: object) -> object:
+    """A setting as what JSON can hold."""
+    if isinstance(value, PatchSchedule):
+        return {"name": value.name, "sigmas": value.sigmas.tolist(), "sizes": value.sizes.tolist()}
+    if isinstance(value, BandwidthSchedule):
+        return {"sigmas": value.sigmas.tolist(), "bandwidths": value.bandwidths.tolist()}
+    return value
+
+
+def gaussian_constant(D: int, variance: Tensor) -> Tensor:
+    """log of the density of N(0, variance I) in D dimensions at 0."""
+    return -0.5 * D * (math.log(2 * math.pi) + torch.log(variance))
