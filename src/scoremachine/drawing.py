@@ -1,0 +1,110 @@
+"""Pictures for people: grids, films of the reverse process, calibration curves."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from scoremachine.files import written
+
+if TYPE_CHECKING:
+    from scoremachine.calibration import Calibration
+    from scoremachine.windows import PatchSchedule
+
+GAP = 4  # pixels between pictures
+WIDTH = 640  # pixels: small pictures are enlarged until the grid is about this wide
+
+
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    """Pictures in [-1, 1] as uint8, values outside clipped."""
+    return np.rint(np.clip((np.asarray(x, dtype=np.float64) + 1) * 127.5, 0, 255)).astype(np.uint8)
+
+
+def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
+    """Pictures uint8 (n, C, H, W) side by side, small ones enlarged by whole factors."""
+    n, C, H, W = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    factor = max(1, round((WIDTH / columns - GAP) / W))
+    enlarged = images.repeat(factor, axis=2).repeat(factor, axis=3)
+    high, wide = H * factor + GAP, W * factor + GAP
+    canvas = np.full((rows * high + GAP, columns * wide + GAP, C), 255, dtype=np.uint8)
+    for k, image in enumerate(enlarged):
+        top, left = GAP + k // columns * high, GAP + k % columns * wide
+        canvas[top : top + H * factor, left : left + W * factor] = image.transpose(1, 2, 0)
+    return Image.fromarray(canvas[..., 0] if C == 1 else canvas)
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes a PNG under its final name only when it is whole."""
+    with written(path) as temporary:
+        image.save(temporary, optimize=True)
+
+
+def save_film(frames: np.ndarray, path: Path, columns: int | None = None) -> None:
+    """Writes a GIF of frames uint8 (T, n, C, H, W), each drawn as a grid; the last one lingers."""
+    drawn = [grid(frame, columns) for frame in frames]
+    with written(path) as temporary:
+        drawn[0].save(
+            temporary,
+            save_all=True,
+            append_images=drawn[1:],
+            duration=[150] * (len(drawn) - 1) + [2000],
+            loop=0,
+        )
+
+
+def save_calibration(
+    calibration: Calibration, path: Path, beside: PatchSchedule | None = None
+) -> None:
+    """Draws error against size and against bandwidth, a curve per noise level, and the choices."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    c = calibration
+    panels = 3 if c.sizes else 1
+    figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(1, panels)))
+    colours = colormaps["viridis"](np.linspace(0, 0.95, len(c.sigmas)))
+    if c.sizes:
+        left, middle = axes[:2]
+        for row, size, sigma, colour in zip(
+            c.size_errors, c.chosen_sizes, c.sigmas, colours, strict=True
+        ):
+            left.plot(c.sizes, row, color=colour, lw=1.2, label=f"{sigma:.3g}")
+            left.plot(size, min(row), "o", color=colour, ms=4)
+        left.set(
+            xlabel="patch size P",
+            ylabel="held-out mean squared error of D",
+            yscale="log",
+            title=f"{c.machine}: error by patch size",
+        )
+        left.legend(title="sigma", fontsize=6, title_fontsize=7, ncols=2)
+        middle.step(c.sigmas, c.chosen_sizes, where="mid", marker="o", ms=4, label="held-out")
+        if beside is not None:
+            middle.step(
+                c.sigmas,
+                [beside(s) for s in c.sigmas],
+                where="mid",
+                marker="x",
+                ms=4,
+                ls="--",
+                label=beside.name,
+            )
+        middle.set(
+            xlabel="noise level sigma", ylabel="chosen patch size", xscale="log", title="Choice"
+        )
+        middle.legend()
+    last = axes[-1]
+    for row, h, colour in zip(c.bandwidth_errors, c.chosen_bandwidths, colours, strict=True):
+        last.plot(c.bandwidths, np.array(row) / row[0], color=colour, lw=1.2)
+        last.plot(h, min(row) / row[0], "o", color=colour, ms=4)
+    last.set(xlabel="bandwidth h", ylabel="error relative to h = 0", title="Error by bandwidth")
+    if max(max(row) / row[0] for row in c.bandwidth_errors) > 3:
+        last.set_ylim(0, 3)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=110)

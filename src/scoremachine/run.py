@@ -1,0 +1,306 @@
+"""What the commands do on disk: runs that can be interrupted, records that can be repeated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoremachine import drawing
+from scoremachine._version import __version__
+from scoremachine.calibration import Calibration, calibrate
+from scoremachine.corpus import Corpus
+from scoremachine.files import written
+from scoremachine.machines import Machine
+from scoremachine.machines.machine import Label
+from scoremachine.progress import say
+from scoremachine.sample import SAMPLERS, PictureNoise, generate_batches
+from scoremachine.windows import PatchSchedule, check_integer, edm_sigmas
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a result."""
+    packages = ("torch", "numpy", "numba", "azula")
+    return {"scoremachine": __version__} | {name: version(name) for name in packages}
+
+
+class Run:
+    """Generation into a folder: samples.png, samples.npz, run.json, and a film if asked.
+
+    Each picture is kept in OUT/.unfinished as soon as it is done, so an interrupted run can go on;
+    the final files appear whole, run.json last.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        machine: Machine,
+        count: int,
+        steps: int,
+        seed: int,
+        sampler: str,
+        schedule: str,
+        label: str | None,
+        batch: int,
+        trajectory: bool,
+    ) -> None:
+        check_integer("count", count)
+        check_integer("steps", steps)
+        check_integer("batch", batch)
+        if sampler not in SAMPLERS:
+            raise ValueError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")
+        machine.corpus.indices(label)
+        self.out, self.machine = Path(out), machine
+        self.count, self.steps, self.seed, self.batch = count, steps, seed, batch
+        self.sampler, self.schedule, self.label = sampler, schedule, label
+        self.trajectory = trajectory
+        self.unfinished = self.out / ".unfinished"
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting that decides the pictures."""
+        return {
+            **self.machine.settings(),
+            "class": self.label,
+            "count": self.count,
+            "steps": self.steps,
+            "seed": self.seed,
+            "sampler": self.sampler,
+            "schedule": self.schedule,
+            "trajectory": self.trajectory,
+        }
+
+    def finished(self) -> int:
+        """How many pictures are kept."""
+        return len(list(self.unfinished.glob("*.npz")))
+
+    def go(self, resume: bool) -> float:
+        """Generates what is missing and writes the files; returns the seconds it took."""
+        start = time.perf_counter()
+        if self._begin(resume):
+            say(f"{self.out} holds this run already, complete")
+            return 0.0
+        missing = [i for i in range(self.count) if not self._kept(i).exists()]
+        if len(missing) < self.count:
+            say(f"going on after {self.count - len(missing)} finished pictures")
+        generating = self._generate(missing)
+        x, film = self._collect()
+        self._write(x, film, time.perf_counter() - start, generating)
+        return time.perf_counter() - start
+
+    def _begin(self, resume: bool) -> bool:
+        """Makes the folder ready; True if `resume` finds the run complete."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        asked = json.loads(json.dumps(self.settings()))
+        record = self.out / "run.json"
+        notes = self.unfinished / "settings.json"
+        if resume:
+            for path in (notes, record):
+                if not path.exists():
+                    continue
+                known = json.loads(path.read_text())
+                known = known.get("settings", known)
+                differing = [k for k in asked if asked[k] != known.get(k)]
+                if differing:
+                    raise ValueError(
+                        f"{self.out} holds a run with another "
+                        f"{', '.join(differing)}; resume needs the same settings: repeat the "
+                        "command that was interrupted, or choose another --out"
+                    )
+                return path == record
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        with written(notes) as temporary:
+            temporary.write_text(json.dumps(asked))
+        return False
+
+    def _kept(self, i: int) -> Path:
+        return self.unfinished / f"{i:06d}.npz"
+
+    def _generate(self, missing: list[int]) -> float:
+        start = time.perf_counter()
+        for first, last in _stretches(missing):
+            for pictures, path in generate_batches(
+                self.machine,
+                range(first, last),
+                self.steps,
+                self.seed,
+                self.sampler,
+                self.label,
+                self.machine.bandwidth,  # type: ignore[arg-type]
+                self.batch,
+            ):
+                for k, i in enumerate(pictures):
+                    fields = {"x": path[-1][1][k].numpy()}
+                    if self.trajectory:
+                        fields["film"] = np.stack([self._frame(*m, k) for m in path])
+                    with written(self._kept(i)) as temporary:
+                        np.savez(temporary, **fields)  # type: ignore[arg-type]
+        return time.perf_counter() - start
+
+    def _frame(self, x_t: Tensor, D: Tensor, t: float, k: int) -> np.ndarray:
+        """x_t, scaled to the variance of noise, above D: uint8 (C, 2 H, W)."""
+        alpha, sigma = self.machine.schedule(torch.tensor(t, dtype=torch.float64))
+        scaled = x_t[k] / torch.sqrt(alpha**2 + sigma**2)
+        return drawing.to_uint8(torch.cat([scaled, D[k]], dim=-1).numpy())
+
+    def _collect(self) -> tuple[np.ndarray, np.ndarray | None]:
+        kept = [np.load(self._kept(i), allow_pickle=False) for i in range(self.count)]
+        x = np.stack([k["x"] for k in kept]).astype(np.float32)
+        film = np.stack([k["film"] for k in kept], axis=1) if self.trajectory else None
+        for k in kept:
+            k.close()
+        return x, film
+
+    def _write(
+        self, x: np.ndarray, film: np.ndarray | None, seconds: float, generating: float
+    ) -> None:
+        images = drawing.to_uint8(x)
+        with written(self.out / "samples.npz") as temporary:
+            np.savez_compressed(temporary, images=images, x=x)
+        drawing.save_png(drawing.grid(images), self.out / "samples.png")
+        if film is not None:
+            drawing.save_film(film, self.out / "trajectory.gif")
+        record = {
+            "settings": self.settings(),
+            "images": len(self.machine.corpus),
+            "batch": self.batch,
+            "seconds": round(seconds, 3),
+            "seconds_generating": round(generating, 3),
+            "versions": versions(),
+        }
+        with written(self.out / "run.json") as temporary:
+            temporary.write_text(json.dumps(record, indent=2) + "\n")
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+
+
+def _stretches(places: list[int]) -> list[tuple[int, int]]:
+    """Runs of consecutive numbers, as (first, last + 1)."""
+    found: list[tuple[int, int]] = []
+    for i in places:
+        if found and found[-1][1] == i:
+            found[-1] = (found[-1][0], i + 1)
+        else:
+            found.append((i, i + 1))
+    return found
+
+
+def denoise_file(
+    file: Path,
+    machine: Machine,
+    sigma: float,
+    out: Path,
+    noisy: bool = False,
+    seed: int = 0,
+    label: Label = None,
+) -> Tensor:
+    """Denoises a picture: a float .npy as it is, an image with noise added unless `noisy`.
+
+    Writes denoised.png (what was denoised beside the result) and denoised.npz (`y`, `D`) to
+    `out`; returns D, shape (B, C, H, W).
+    """
+    C, H, W = machine.corpus.shape
+    if Path(file).suffix == ".npy":
+        y = _float_pictures(Path(file))
+    else:
+        picture = Corpus.open(Path(file), size=(H, W), grayscale=C == 1)
+        images = picture.images
+        if images.shape[1] != C:
+            images = np.repeat(images, C, axis=1)[:, :C]
+        y = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)
+        if not noisy:
+            machine.check(y, sigma)
+            with PictureNoise(seed, range(len(y))):
+                y = y + sigma * torch.randn_like(y)
+    D = machine.denoise(y, sigma, label)
+    strip = np.stack([y.numpy(), D.numpy()], axis=1).reshape(-1, *D.shape[1:])
+    out = Path(out)
+    with written(out / "denoised.npz") as temporary:
+        np.savez_compressed(temporary, y=y.numpy(), D=D.numpy())
+    drawing.save_png(drawing.grid(drawing.to_uint8(strip), columns=2), out / "denoised.png")
+    return D
+
+
+def _float_pictures(file: Path) -> Tensor:
+    try:
+        array = np.load(file, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(
+            f"{file} holds no plain array ({error}); save one with numpy.save"
+        ) from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim not in (3, 4):
+        kind = getattr(array, "dtype", type(array).__name__)
+        raise ValueError(
+            f"{file} holds {kind} of shape {getattr(array, 'shape', '?')}; expected floats in "
+            "[-1, 1] of shape (C, H, W) or (B, C, H, W)"
+        )
+    return torch.from_numpy(array if array.ndim == 4 else array[None]).float()
+
+
+def calibrate_corpus(
+    corpus: Corpus,
+    machine: str,
+    held_out: int,
+    steps: int,
+    seed: int,
+    beside: PatchSchedule | None,
+    out: Path | None,
+    settings: dict[str, Any],
+) -> Calibration:
+    """Calibrates, prints the table, and writes calibration.png and calibration.json to `out`."""
+    found = calibrate(
+        corpus,
+        machine,
+        edm_sigmas(check_integer("steps", steps)),  # type: ignore[arg-type]
+        held_out,
+        seed=seed,
+        **settings,
+    )
+    print_calibration(found, beside)
+    if out is not None:
+        with written(Path(out) / "calibration.json") as temporary:
+            temporary.write_text(json.dumps(asdict(found), indent=1) + "\n")
+        drawing.save_calibration(found, Path(out) / "calibration.png", beside)
+        print(f"curves: {Path(out) / 'calibration.png'}")
+    return found
+
+
+def print_calibration(c: Calibration, beside: PatchSchedule | None = None) -> None:
+    """Prints a row per noise level: what was chosen, and the error on other images."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{c.machine}: {c.source:,} images, {c.held_out} held out to choose, "
+        f"{len(c.errors[0])} others to report"
+    )
+    table.add_column("sigma", justify="right")
+    if c.chosen_sizes:
+        table.add_column("size", justify="right")
+    if beside is not None:
+        table.add_column(beside.name, justify="right")
+    table.add_column("bandwidth", justify="right")
+    table.add_column("error, h = 0", justify="right")
+    table.add_column("error", justify="right")
+    for k, sigma in enumerate(c.sigmas):
+        row = [f"{sigma:.4g}"]
+        if c.chosen_sizes:
+            row.append(str(c.chosen_sizes[k]))
+        if beside is not None:
+            row.append(str(beside(sigma)))
+        row.append(f"{c.chosen_bandwidths[k]:g}")
+        row += [_mean_with_error(c.plain_errors[k]), _mean_with_error(c.errors[k])]
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _mean_with_error(values: list[float]) -> str:
+    """Mean and its standard error."""
+    spread = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{np.mean(values):.5f} ± {spread:.5f}"

@@ -1,0 +1,211 @@
+"""Generation: from noise to pictures along azula's schedules, with azula's samplers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from azula.denoise import Denoiser, Posterior
+from azula.noise import CosineSchedule, RectifiedSchedule, Schedule, VPSchedule
+from azula.sample import DDIMSampler, DDPMSampler, EulerSampler, HeunSampler, Sampler
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from scoremachine.machines.machine import Label, Machine
+from scoremachine.progress import bar
+from scoremachine.windows import check_integer
+
+
+class EDMSchedule(Schedule):
+    r"""The noise levels of Karras et al. 2022 (2206.00364, eq. 5) as an azula schedule.
+
+    alpha_t = 1, sigma_t = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
+        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return torch.ones_like(t), (low + t * (high - low)) ** self.rho
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "vp": VPSchedule,
+    "cosine": CosineSchedule,
+    "edm": EDMSchedule,
+    "rectified": RectifiedSchedule,
+}
+SAMPLERS: dict[str, type[Sampler]] = {
+    "ddim": DDIMSampler,
+    "ddpm": DDPMSampler,
+    "euler": EulerSampler,
+    "heun": HeunSampler,
+}
+
+
+class PictureNoise(TorchFunctionMode):
+    """Inside it `torch.randn_like` draws picture i's noise from a generator made of (seed, i).
+
+    So a sampler's noise depends neither on the batch a picture is in nor on what ran before.
+    """
+
+    def __init__(self, seed: int, pictures: range) -> None:
+        super().__init__()
+        self.generators = [
+            torch.Generator().manual_seed(
+                int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0])
+            )
+            for i in pictures
+        ]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.randn_like:
+            return func(*args, **(kwargs or {}))
+        x = args[0]
+        return torch.stack(
+            [torch.randn(x.shape[1:], generator=g, dtype=x.dtype) for g in self.generators]
+        ).to(x.device)
+
+
+class Watched(Denoiser):
+    """A denoiser that remembers its answers; a sampler may ask more than once a step."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.schedule = denoiser.schedule
+        self.answers: list[Tensor] = []
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> Posterior:
+        posterior = self.denoiser(x_t, t, **kwargs)
+        self.answers.append(posterior.mean)
+        return posterior
+
+
+def walk(
+    denoiser: Denoiser,
+    pictures: range,
+    shape: tuple[int, int, int],
+    steps: int,
+    seed: int,
+    sampler: str,
+    label: Label,
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """The reverse process of some pictures: yields (x_t, D, t) at each of the n noise levels.
+
+    The times fall evenly from 1 to 0; at the last the walk ends, and D is the result: no step
+    ever goes to a vanishing sigma.
+    """
+    watched = Watched(denoiser)
+    times = torch.linspace(1, 0, steps, dtype=torch.float64)
+    stepper = SAMPLERS[sampler](watched, silent=True)
+    given = {} if label is None else {"label": label}
+    with PictureNoise(seed, pictures), torch.no_grad():
+        _, sigma = denoiser.schedule(times[0])
+        x = sigma * torch.randn_like(torch.empty(len(pictures), *shape))
+        for t, s in itertools.pairwise(times):
+            watched.answers.clear()
+            x_s = stepper.step(x, t, s, **given)
+            yield x, watched.answers[0], float(t)
+            x = x_s
+        yield x, watched(x, times[-1], **given).mean, float(times[-1])
+
+
+def generate_batches(
+    denoiser: Denoiser,
+    pictures: range,
+    steps: int = 20,
+    seed: int = 0,
+    sampler: str = "ddim",
+    label: Label = None,
+    bandwidth: float | str = 0.0,
+    batch: int = 8,
+    shape: tuple[int, int, int] | None = None,
+) -> Iterator[tuple[range, list[tuple[Tensor, Tensor, float]]]]:
+    """As `generate`, for any range of pictures: yields each batch when it is done, with its walk.
+
+    A walk is the list of (x_t, D, t); the last D is the result.
+    """
+    check_integer("steps", steps)
+    check_integer("batch", batch)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed is {seed!r}; expected a whole number that is 0 or more")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")
+    if shape is None:
+        if not isinstance(denoiser, Machine):
+            raise ValueError("the shape of the pictures is unknown; give shape=(C, H, W)")
+        shape = denoiser.corpus.shape
+    with (
+        _bandwidth(denoiser, bandwidth),
+        bar("Generating", total=len(pictures) * steps) as progress,
+    ):
+        for start in range(pictures.start, pictures.stop, batch):
+            some = range(start, min(start + batch, pictures.stop))
+            path = []
+            for moment in walk(denoiser, some, shape, steps, seed, sampler, label):
+                path.append(moment)
+                progress.advance(len(some))
+            yield some, path
+
+
+def generate(
+    denoiser: Denoiser,
+    count: int = 16,
+    steps: int = 20,
+    seed: int = 0,
+    sampler: str = "ddim",
+    label: Label = None,
+    bandwidth: float | str = 0.0,
+    batch: int = 8,
+    shape: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """New pictures: `steps` noise levels of the denoiser's schedule, from noise to D.
+
+    One seed is one result, bit for bit on a given machine, whatever the batch size and the number
+    of threads.
+
+    Arguments:
+        denoiser: A machine, or any azula denoiser.
+        count: How many pictures.
+        steps: How many noise levels are visited (Heun looks twice at all but the last).
+        seed: Picture i draws all its noise from a generator made of (seed, i).
+        sampler: "ddim", "ddpm", "euler" or "heun", azula's.
+        label: The class whose images alone are the source; None: all.
+        bandwidth: The bandwidth h while generating, whatever the machine's own: with h > 0
+            samples keep white grain of standard deviation h.
+        batch: How many pictures go together; costs memory, changes no result.
+        shape: (C, H, W), where the denoiser is no machine.
+
+    Returns:
+        Pictures in about [-1, 1], float32, shape (count, C, H, W).
+
+    Raises:
+        ValueError: For an argument out of its range or an unknown name.
+    """
+    check_integer("count", count)
+    batches = generate_batches(
+        denoiser, range(count), steps, seed, sampler, label, bandwidth, batch, shape
+    )
+    return torch.cat([path[-1][1] for _, path in batches])
+
+
+@contextmanager
+def _bandwidth(denoiser: Denoiser, bandwidth: float | str) -> Iterator[None]:
+    """Gives a machine another bandwidth for a while."""
+    if not isinstance(denoiser, Machine):
+        yield
+        return
+    own = denoiser.bandwidth
+    denoiser.bandwidth = bandwidth if isinstance(bandwidth, str) else float(bandwidth)
+    try:
+        yield
+    finally:
+        denoiser.bandwidth = own

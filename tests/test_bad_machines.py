@@ -1,0 +1,140 @@
+"""Bad input to machines and generation: a ValueError that says value, expectation, remedy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import scoremachine as sm
+from conftest import random_corpus
+
+NAMES = ["ideal", "gaussian", "ls", "els", "pspc"]
+
+
+def build(name, corpus=None, **settings):
+    if name not in ("ideal", "gaussian"):
+        settings.setdefault("patch_size", 3)
+    return sm.build(name, corpus or random_corpus(), **settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sigma", [0.0, -1.0, float("nan"), float("inf")])
+def test_sigma_must_be_positive_and_finite(name, sigma):
+    with pytest.raises(ValueError, match=r"sigma is .*expected a finite number above 0"):
+        build(name).denoise(torch.zeros(1, 1, 6, 6), sigma)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("pixel", [float("nan"), float("inf")])
+def test_pixels_must_be_finite(name, pixel):
+    y = torch.zeros(2, 1, 6, 6)
+    y[1, 0, 2, 2] = pixel
+    with pytest.raises(ValueError, match="NaN or infinite pixels"):
+        build(name).denoise(y, 1.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(1, 6, 6), (1, 3, 6, 6), (1, 1, 6, 7), (6, 6)])
+def test_shapes_must_match_the_corpus(name, shape):
+    with pytest.raises(ValueError, match=r"expected \(B, 1, 6, 6\)"):
+        build(name).denoise(torch.zeros(shape), 1.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_must_be_floats(name):
+    with pytest.raises(ValueError, match=r"uint8.*floating-point"):
+        build(name).denoise(torch.zeros(1, 1, 6, 6, dtype=torch.uint8), 1.0)
+    with pytest.raises(ValueError, match=r"ndarray.*floating-point"):
+        build(name).denoise(np.zeros((1, 1, 6, 6)), 1.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_noise_level_or_one_each(name):
+    with pytest.raises(ValueError, match="one noise level, or one for each of the 2"):
+        build(name).denoise(torch.zeros(2, 1, 6, 6), torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["ls", "els", "pspc"])
+def test_patches_larger_than_the_image_are_refused(name):
+    with pytest.raises(ValueError, match=r"patch_size 7 is larger than the 6 x 6 images"):
+        build(name, patch_size=7)
+    with pytest.raises(ValueError, match="larger than"):
+        build(name, patch_size="kamb-cifar10-resnet")
+
+
+@pytest.mark.parametrize("name", ["ls", "els"])
+def test_even_patches_are_refused(name):
+    with pytest.raises(ValueError, match=r"patch_size 4 is even.*use 3 or 5"):
+        build(name, patch_size=4)
+
+
+def test_composites_take_even_patches():
+    build("pspc", patch_size=4).denoise(torch.zeros(1, 1, 6, 6), 1.0)
+
+
+@pytest.mark.parametrize("size", [0, -3, 2.5, True, None, "auot"])
+def test_senseless_patch_sizes_are_refused(size):
+    with pytest.raises(ValueError, match=r"expected a positive whole number|no published"):
+        build("ls", patch_size=size)
+
+
+def test_circular_patches_must_fit():
+    corpus = random_corpus(H=4, W=9)
+    with pytest.raises(ValueError, match="no 5 x 5 patch fits"):
+        build("els", corpus, patch_size=5, boundary="circular")
+
+
+@pytest.mark.parametrize("bandwidth", [-0.1, float("nan"), "wide", None])
+def test_senseless_bandwidths_are_refused(bandwidth):
+    with pytest.raises(ValueError, match="bandwidth is"):
+        build("ls", bandwidth=bandwidth)
+
+
+def test_unknown_names_are_answered_with_close_ones():
+    with pytest.raises(ValueError, match="did you mean 'pspc'"):
+        sm.build("pspcs", random_corpus())
+    with pytest.raises(ValueError, match="no kernel is called 'cuda'"):
+        build("ls", kernel="cuda")
+    with pytest.raises(ValueError, match="no setting 'boundary'"):
+        build("ls", boundary="circular")
+    with pytest.raises(ValueError, match="expected 'broken' or 'circular'"):
+        build("els", boundary="open")
+
+
+def test_a_machine_is_made_of_a_corpus():
+    with pytest.raises(ValueError, match=r"not of ndarray: use Corpus"):
+        sm.build("ideal", np.zeros((3, 1, 6, 6), dtype=np.uint8))
+
+
+def test_labels_must_have_images():
+    images = random_corpus(N=4).images
+    corpus = sm.Corpus(images, labels=np.array([0, 0, 2, 2]))
+    machine = sm.build("ls", corpus, patch_size=3)
+    y = torch.zeros(2, 1, 6, 6)
+    with pytest.raises(ValueError, match="1"):
+        machine.denoise(y, 1.0, label=1)
+    with pytest.raises(ValueError, match="2 pictures; expected one for each"):
+        machine.denoise(y, 1.0, label=[0, 2, 2])
+    with pytest.raises(ValueError, match="label"):
+        build("ls").denoise(y, 1.0, label=0)
+
+
+def test_local_machines_have_no_density():
+    with pytest.raises(ValueError, match="no density"):
+        build("ls").log_density(torch.zeros(1, 1, 6, 6), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"count": 0}, "count is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"batch": 0}, "batch is 0"),
+        ({"sampler": "dddim"}, "no sampler is called"),
+    ],
+)
+def test_generation_refuses_senseless_settings(settings, says):
+    with pytest.raises(ValueError, match=says):
+        sm.generate(build("ls"), **settings)

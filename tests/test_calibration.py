@@ -1,0 +1,131 @@
+"""Held-out calibration."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import scoremachine as sm
+from conftest import random_corpus
+from scoremachine.calibration import split
+
+
+def stripes(N: int, side: int, seed: int = 0) -> sm.Corpus:
+    """Rows of smooth random bands: distant pixels are independent, near ones are not."""
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(size=(N, side + 2, side + 2))
+    smooth = sum(noise[:, a : a + side, b : b + side] for a in range(3) for b in range(3)) / 3
+    return sm.Corpus(np.clip(127.5 + 60 * smooth, 0, 255).astype(np.uint8)[:, None])
+
+
+def test_held_out_images_are_in_no_source():
+    corpus, source, choosing, reporting = split(random_corpus(N=40), 8, seed=0)
+    assert len(source) + len(choosing) + len(reporting) == len(corpus)
+    assert not set(source) & (set(choosing) | set(reporting))
+    assert not set(choosing) & set(reporting)
+
+
+def test_held_out_crops_keep_a_crop_away_from_the_source():
+    u = np.random.default_rng(0).integers(0, 256, (1, 1, 40, 60), dtype=np.uint8)
+    crops, source, choosing, reporting = split(sm.Corpus(u), 4, seed=0, equivariant=True)
+    side = crops.shape[1]
+    columns = {u[0, 0, 0, b : b + side].tobytes(): b for b in range(60 - side + 1)}
+    starts = [columns.get(crops.images[i, 0, 0].tobytes()) for i in source]
+    assert max(b for b in starts if b is not None) + 2 * side <= 60 - side
+    assert not set(source) & (set(choosing) | set(reporting))
+
+
+def test_the_chosen_size_is_the_best_of_its_curve():
+    found = sm.calibrate(stripes(300, 9), "ls", sigmas=[0.05, 0.5, 5.0], held_out=12)
+    assert found.sigmas == [5.0, 0.5, 0.05]
+    assert np.array(found.size_errors).shape == (3, len(found.sizes))
+    for row, size in zip(found.size_errors, found.chosen_sizes, strict=True):
+        assert min(row) == row[found.sizes.index(size)]
+    for row, h in zip(found.bandwidth_errors, found.chosen_bandwidths, strict=True):
+        assert min(row) == row[found.bandwidths.index(h)]
+    assert found.sizes == [1, 3, 5, 7, 9]
+
+
+def test_errors_are_what_the_machine_makes_on_held_out_images():
+    corpus = stripes(60, 6)
+    found = sm.calibrate(corpus, "ls", sigmas=[0.3], held_out=4, sizes=[3], bandwidths=[0.0])
+    _, source, choosing, _ = split(corpus, 4, seed=0)
+    x = torch.from_numpy(corpus.images[choosing]).double() / 127.5 - 1
+    eps = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    alone = sm.build("ls", sm.Corpus(corpus.images[source]), patch_size=3, kernel="reference")
+    D = alone.denoise(x + 0.3 * eps, 0.3)
+    assert found.size_errors[0][0] == pytest.approx(((D - x) ** 2).mean().item(), rel=1e-4)
+
+
+def test_locality_grows_with_the_noise():
+    found = sm.calibrate(stripes(400, 11), "ls", sigmas=[0.05, 2.0], held_out=16)
+    assert found.chosen_sizes[0] > found.chosen_sizes[1]
+
+
+def test_bandwidth_helps_where_the_noise_is_small():
+    found = sm.calibrate(stripes(100, 8), "ls", sigmas=[0.05], held_out=8, sizes=[3])
+    assert found.chosen_bandwidths[0] > 0
+    assert np.mean(found.errors[0]) < np.mean(found.plain_errors[0])
+
+
+def test_a_calibration_is_kept_beside_the_corpus(monkeypatch):
+    corpus = stripes(50, 6, seed=5)
+    first = sm.calibrate(corpus, "ls", sigmas=[0.5], held_out=4)
+    monkeypatch.setattr("scoremachine.calibration._measure", None)
+    assert sm.calibrate(corpus, "ls", sigmas=[0.5], held_out=4) == first
+
+
+def test_a_damaged_calibration_is_made_again():
+    corpus = stripes(50, 6, seed=6)
+    first = sm.calibrate(corpus, "ls", sigmas=[0.5], held_out=4)
+    (path,) = corpus.cache_path.glob("calibration-ls-*.json")
+    path.write_text(path.read_text()[:40])
+    assert sm.calibrate(corpus, "ls", sigmas=[0.5], held_out=4) == first
+
+
+@pytest.mark.parametrize("name", ["ls", "els", "pspc"])
+def test_auto_is_the_default_and_chooses_sizes(name, capsys):
+    machine = sm.build(name, stripes(60, 7, seed=7))
+    assert machine.patch_size == "auto"
+    D = machine.denoise(torch.zeros(1, 1, 7, 7), 0.5)
+    assert torch.isfinite(D).all()
+    assert isinstance(machine.patch_size, sm.PatchSchedule)
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("'auto': choosing patch sizes")
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("name", ["ideal", "gaussian", "ls", "pspc"])
+def test_auto_bandwidth_denoises_better(name):
+    corpus = stripes(60, 7, seed=8)
+    kept = sm.Corpus(corpus.images[:50])
+    settings = {} if name in ("ideal", "gaussian") else {"patch_size": 3}
+    x = torch.from_numpy(corpus.images[50:]).float() / 127.5 - 1
+    y = x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    errors = [
+        ((sm.build(name, kept, bandwidth=h, **settings).denoise(y, 0.05) - x) ** 2).mean()
+        for h in (0.0, "auto")
+    ]
+    assert errors[1] <= errors[0]
+
+
+@pytest.mark.parametrize("name", ["ls", "els", "pspc"])
+def test_auto_on_one_picture(name):
+    """Nothing can be held out for LS and PSPC, which give the picture back; ELS uses crops."""
+    u = np.random.default_rng(0).integers(0, 256, (1, 1, 12, 30), dtype=np.uint8)
+    machine = sm.build(name, sm.Corpus(u))
+    D = machine.denoise(torch.zeros(1, 1, 12, 30), 0.5)
+    if name == "els":
+        assert torch.isfinite(D).all()
+    else:
+        assert (D - (torch.from_numpy(u).float() / 127.5 - 1)).abs().max() < 1e-5
+
+
+def test_calibration_needs_three_images():
+    with pytest.raises(ValueError, match="at least 3 images"):
+        sm.calibrate(random_corpus(N=2), "ls")
+    with pytest.raises(ValueError, match="expected positive"):
+        sm.calibrate(random_corpus(), "ls", sigmas=[0.0])
+    with pytest.raises(ValueError, match="held_out is 0"):
+        sm.calibrate(random_corpus(), "ls", held_out=0)

@@ -1,0 +1,249 @@
+"""The command line, as a newcomer would use and misuse it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import scoremachine as sm
+
+
+def run(*words, **options):
+    """Runs the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "scoremachine", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        **options,
+    )
+
+
+def generate(out, *words):
+    return run(
+        "generate", "--data", "digits", "--limit", 60, "--machine", "ls", "--patch-size", 3,
+        "--count", 3, "--steps", 4, "--out", out, *words,
+    )  # fmt: skip
+
+
+def test_version_and_help_import_nothing_heavy():
+    code = (
+        "import sys\nfrom scoremachine.cli import main\nsys.argv = ['scoremachine', '--version']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'numba', 'numpy', 'PIL'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"scoremachine {sm.__version__}", "[]"]
+    assert "generate" in run("--help").stdout
+
+
+def test_generate_writes_what_the_library_makes(tmp_path):
+    done = generate(tmp_path / "run", "--trajectory")
+    assert done.returncode == 0, done.stderr
+    corpus = sm.Corpus.open("digits", limit=60)
+    x = sm.generate(sm.build("ls", corpus, patch_size=3), count=3, steps=4, seed=0)
+    saved = np.load(tmp_path / "run" / "samples.npz")
+    assert np.array_equal(saved["x"], x.numpy())
+    assert saved["images"].dtype == np.uint8
+    assert np.array_equal(saved["images"], np.rint(np.clip((saved["x"] + 1) * 127.5, 0, 255)))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["settings"]["machine"] == "ls"
+    assert record["settings"]["seed"] == 0
+    assert record["seconds"] > 0
+    assert set(record["versions"]) >= {"scoremachine", "torch", "azula"}
+    with Image.open(tmp_path / "run" / "trajectory.gif") as film:
+        assert film.n_frames == 4
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {"samples.npz", "samples.png", "run.json", "trajectory.gif"}
+
+
+def test_class_takes_a_name_and_leaves_the_others_out(tmp_path):
+    done = generate(tmp_path, "--class", "3")
+    assert done.returncode == 0, done.stderr
+    corpus = sm.Corpus.open("digits", limit=60)
+    machine = sm.build("ls", corpus, patch_size=3)
+    x = sm.generate(machine, count=3, steps=4, seed=0, label=3)
+    assert np.array_equal(np.load(tmp_path / "samples.npz")["x"], x.numpy())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--data", "digit"], "did you mean 'digits'"),
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--machine", "lss"], "did you mean 'ls'"),
+        (["--patch-size", "4"], "patch_size 4 is even"),
+        (["--patch-size", "9"], "larger than the 8 x 8"),
+        (["--patch-size", "pspc"], "pspc-cifar10"),
+        (["--schedule", "linear"], "no schedule is called 'linear'"),
+        (["--sampler", "dpm"], "no sampler is called 'dpm'"),
+        (["--count", "0"], "count is 0"),
+        (["--steps", "-1"], "steps is -1"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--bandwidth", "wide"], "bandwidth is 'wide'"),
+        (["--class", "cat"], "cat"),
+        (["--boundary", "circular"], "no setting 'boundary'"),
+        (["--limit", "0"], "limit"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_sentence_and_exit_code_2(tmp_path, words, says):
+    done = generate(tmp_path / "out", *words)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "samples.npz").exists()
+
+
+def test_an_empty_folder_is_exit_code_2(tmp_path):
+    done = generate(tmp_path / "out", "--data", tmp_path)
+    assert done.returncode == 2
+    assert str(tmp_path) in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_output_is_exit_code_2_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = generate(tmp_path / "file" / "out")
+    assert done.returncode == 2
+    assert "file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_leaves_no_half_written_file(tmp_path, monkeypatch):
+    """The write fails in the middle: the old file stays, nothing else does."""
+    from scoremachine.files import written
+
+    target = tmp_path / "samples.npz"
+    target.write_bytes(b"old")
+    with pytest.raises(OSError, match="No space left"), written(target) as temporary:  # noqa: PT012
+        temporary.unlink()
+        temporary.symlink_to("/dev/full")
+        with open(temporary, "wb", buffering=0) as f:
+            f.write(b"new")
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def long_run(out, *words):
+    return [
+        sys.executable, "-m", "scoremachine", "generate", "--data", "digits", "--machine", "els",
+        "--patch-size", "5", "--count", "40", "--steps", "30", "--batch", "1", "--out", str(out),
+        *words,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, how):
+    out = tmp_path / "run"
+    process = subprocess.Popen(long_run(out), stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(out.glob(".unfinished/*.npz"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(how)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert not (out / "samples.npz").exists()
+    assert not (out / "run.json").exists()
+    kept = sorted(out.glob(".unfinished/[0-9]*.npz"))
+    assert 3 <= len(kept) < 40
+    for path in kept:
+        assert np.isfinite(np.load(path)["x"]).all()
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "--resume" in err
+    stamp = kept[0].stat().st_mtime_ns
+    assert stamp
+    other = subprocess.run(
+        [*long_run(out, "--resume"), "--seed", "1"], capture_output=True, text=True
+    )
+    assert other.returncode == 2
+    assert "another seed" in other.stderr
+    done = subprocess.run(long_run(out, "--resume"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"after {len(kept)} finished" in done.stderr
+    assert not (out / ".unfinished").exists()
+    whole = sm.generate(
+        sm.build("els", sm.Corpus.open("digits"), patch_size=5), count=40, steps=30, batch=40
+    )
+    assert np.array_equal(np.load(out / "samples.npz")["x"], whole.numpy())
+    again = subprocess.run(long_run(out, "--resume"), capture_output=True, text=True)
+    assert again.returncode == 0
+    assert "complete" in again.stderr
+
+
+def test_denoise_takes_arrays_as_they_are_and_adds_noise_to_pictures(tmp_path):
+    corpus = sm.Corpus.open("digits", limit=60)
+    machine = sm.build("ls", corpus, patch_size=3)
+    y = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "y.npy", y.numpy())
+    shared = ["--data", "digits", "--limit", 60, "--patch-size", 3, "--sigma", 0.7]
+    done = run("denoise", tmp_path / "y.npy", *shared, "--out", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    D = np.load(tmp_path / "a" / "denoised.npz")["D"]
+    assert np.array_equal(D, machine.denoise(y[None], 0.7).numpy())
+    Image.fromarray(corpus.images[5, 0]).save(tmp_path / "x.png")
+    x = corpus.images[5].astype(np.float32) / 127.5 - 1
+    for words, noise in ((["--noisy"], 0), ([], 0.7)):
+        done = run("denoise", tmp_path / "x.png", *shared, *words, "--out", tmp_path / "b")
+        assert done.returncode == 0, done.stderr
+        got = np.load(tmp_path / "b" / "denoised.npz")["y"][0]
+        if noise == 0:
+            assert np.array_equal(got, x)
+        else:
+            assert 0.5 < (got - x).std() < 0.9
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.zeros((1, 8, 8), dtype=np.uint8), "expected floats"),
+        (np.zeros((8, 8)), "expected floats"),
+        (np.zeros((1, 9, 9)), r"expected (B, 1, 8, 8)"),
+        (np.full((1, 8, 8), np.nan), "NaN"),
+        (np.array({"a": 1}), "no plain array"),
+    ],
+)
+def test_denoise_refuses_other_arrays(tmp_path, array, says):
+    np.save(tmp_path / "y.npy", array)
+    done = run(
+        "denoise", tmp_path / "y.npy", "--sigma", 1, "--data", "digits", "--patch-size", 3,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibrate_prints_its_table_and_draws_its_curves(tmp_path):
+    done = run(
+        "calibrate", "--data", "digits", "--limit", 200, "--held-out", 4, "--steps", 3,
+        "--beside", "kamb-mnist-resnet", "--out", tmp_path, env={**os.environ, "COLUMNS": "120"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "kamb-mnist-resnet" in done.stdout
+    assert done.stdout.count("±") == 6
+    found = json.loads((tmp_path / "calibration.json").read_text())
+    assert len(found["chosen_sizes"]) == 3
+    with Image.open(tmp_path / "calibration.png") as picture:
+        assert picture.width > 1000
+
+
+def test_quiet_is_quiet(tmp_path):
+    done = run(
+        "generate", "--data", "digits", "--limit", 50, "--machine", "ls", "--count", 2,
+        "--steps", 3, "--out", tmp_path, "--quiet",
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stderr == ""

@@ -1,0 +1,99 @@
+"""Windows, and which size they have at which noise level."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from scoremachine.sample import EDMSchedule
+from scoremachine.windows import (
+    BandwidthSchedule,
+    Collection,
+    PatchSchedule,
+    edm_sigmas,
+    kamb_sigmas,
+)
+
+
+def test_edm_levels_are_those_of_karras():
+    sigmas = edm_sigmas(18)
+    assert sigmas[0] == pytest.approx(80)
+    assert sigmas[-1] == pytest.approx(0.002)
+    assert (np.diff(sigmas) < 0).all()
+    # sigma^(1/rho) falls evenly
+    assert np.allclose(np.diff(sigmas ** (1 / 7)), np.diff(sigmas ** (1 / 7))[0])
+
+
+def test_the_edm_schedule_visits_the_edm_levels():
+    import torch
+
+    t = torch.linspace(1, 0, 18, dtype=torch.float64)
+    alpha, sigma = EDMSchedule()(t)
+    assert (alpha == 1).all()
+    np.testing.assert_allclose(sigma.numpy(), edm_sigmas(18))
+
+
+def test_a_schedule_takes_the_level_nearest_in_log_sigma():
+    schedule = PatchSchedule([0.1, 10.0], [3, 9])
+    assert schedule(1e-9) == schedule(0.99) == 3
+    assert schedule(1.01) == schedule(1e9) == 9
+
+
+def test_published_pspc_sizes_stand_at_their_edm_levels():
+    schedule = PatchSchedule.named("pspc-cifar10")
+    sizes = [schedule(s) for s in edm_sigmas(18)]
+    assert sizes == [32] * 7 + [23, 15, 11, 7, 5] + [3] * 6
+
+
+@pytest.mark.parametrize("name", [n for n in PatchSchedule.names() if n.startswith("kamb")])
+def test_published_els_sizes_never_fall_with_the_noise(name):
+    schedule = PatchSchedule.named(name)
+    assert len(schedule.sizes) == 20
+    assert (np.diff(schedule.sizes) >= 0).all()
+    assert (schedule.sizes % 2 == 1).all()
+    assert schedule(1e-3) == schedule.sizes[0]
+
+
+def test_kamb_levels_follow_the_cosine_schedule():
+    sigmas = kamb_sigmas()
+    assert (np.diff(sigmas) > 0).all()
+    assert 1 / (1 + sigmas[9] ** 2) == pytest.approx(np.cos(np.pi / 2 * 0.5 / 1.008) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "sizes", "says"),
+    [
+        ([], [], "0 noise levels"),
+        ([1.0], [3, 5], "2 sizes"),
+        ([1.0, 1.0], [3, 5], "twice"),
+        ([-1.0], [3], "positive"),
+        ([float("nan")], [3], "positive"),
+        ([1.0], [0], "positive whole number"),
+        ([1.0], [2.5], "positive whole number"),
+    ],
+)
+def test_bad_schedules_are_refused(sigmas, sizes, says):
+    with pytest.raises(ValueError, match=says):
+        PatchSchedule(sigmas, sizes)
+
+
+def test_bad_bandwidths_are_refused():
+    with pytest.raises(ValueError, match="0 or more"):
+        BandwidthSchedule([1.0], [-0.1])
+    with pytest.raises(ValueError, match="one for each"):
+        BandwidthSchedule([1.0], [])
+
+
+def test_unknown_schedule_names_are_answered_with_the_known():
+    with pytest.raises(ValueError, match="pspc-cifar10"):
+        PatchSchedule.named("pspc-cifar")
+
+
+@pytest.mark.parametrize(("image", "P"), [((5, 7), 3), ((6, 6), 6), ((4, 9), 4)])
+def test_coverage_counts_the_boxes_that_hold_a_pixel(image, P):
+    c = Collection(image, (P, P), "boxes", "box")
+    counts = np.zeros(image)
+    for i in range(c.grid[0]):
+        for j in range(c.grid[1]):
+            counts[i : i + P, j : j + P] += 1
+    np.testing.assert_array_equal(c.coverage, counts)
