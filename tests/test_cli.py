@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 import scoremachine as sm
+from scoremachine import cli
 
 
 def run(*words, **options):
@@ -28,8 +30,24 @@ def run(*words, **options):
     )
 
 
-def generate(out, *words):
-    return run(
+@pytest.fixture
+def inside(monkeypatch, capsys):
+    """Runs the command in this process: quicker, and the same `main`."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["scoremachine", *map(str, words)])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+            cli.main()
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(words, ended.value.code, said.out, said.err)
+
+    return call
+
+
+def generate(call, out, *words):
+    return call(
         "generate", "--data", "digits", "--limit", 60, "--machine", "ls", "--patch-size", 3,
         "--count", 3, "--steps", 4, "--out", out, *words,
     )  # fmt: skip
@@ -47,7 +65,7 @@ def test_version_and_help_import_nothing_heavy():
 
 
 def test_generate_writes_what_the_library_makes(tmp_path):
-    done = generate(tmp_path / "run", "--trajectory")
+    done = generate(run, tmp_path / "run", "--trajectory")
     assert done.returncode == 0, done.stderr
     corpus = sm.Corpus.open("digits", limit=60)
     x = sm.generate(sm.build("ls", corpus, patch_size=3), count=3, steps=4, seed=0)
@@ -66,8 +84,8 @@ def test_generate_writes_what_the_library_makes(tmp_path):
     assert names == {"samples.npz", "samples.png", "run.json", "trajectory.gif"}
 
 
-def test_class_takes_a_name_and_leaves_the_others_out(tmp_path):
-    done = generate(tmp_path, "--class", "3")
+def test_class_takes_a_name_and_leaves_the_others_out(inside, tmp_path):
+    done = generate(inside, tmp_path, "--class", "3")
     assert done.returncode == 0, done.stderr
     corpus = sm.Corpus.open("digits", limit=60)
     machine = sm.build("ls", corpus, patch_size=3)
@@ -95,24 +113,24 @@ def test_class_takes_a_name_and_leaves_the_others_out(tmp_path):
         (["--limit", "0"], "limit"),
     ],
 )
-def test_what_a_user_can_mend_is_one_sentence_and_exit_code_2(tmp_path, words, says):
-    done = generate(tmp_path / "out", *words)
+def test_what_a_user_can_mend_is_one_sentence_and_exit_code_2(inside, tmp_path, words, says):
+    done = generate(inside, tmp_path / "out", *words)
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "samples.npz").exists()
 
 
-def test_an_empty_folder_is_exit_code_2(tmp_path):
-    done = generate(tmp_path / "out", "--data", tmp_path)
+def test_an_empty_folder_is_exit_code_2(inside, tmp_path):
+    done = generate(inside, tmp_path / "out", "--data", tmp_path)
     assert done.returncode == 2
     assert str(tmp_path) in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_unwritable_output_is_exit_code_2_before_any_work(tmp_path):
+def test_unwritable_output_is_exit_code_2_before_any_work(inside, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    done = generate(tmp_path / "file" / "out")
+    done = generate(inside, tmp_path / "file" / "out")
     assert done.returncode == 2
     assert "file" in done.stderr
     assert "Traceback" not in done.stderr
@@ -137,7 +155,7 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path, monkeypatch):
 def long_run(out, *words):
     return [
         sys.executable, "-m", "scoremachine", "generate", "--data", "digits", "--machine", "els",
-        "--patch-size", "5", "--count", "40", "--steps", "30", "--batch", "1", "--out", str(out),
+        "--patch-size", "5", "--count", "24", "--steps", "30", "--batch", "1", "--out", str(out),
         *words,
     ]  # fmt: skip
 
@@ -157,14 +175,12 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, how):
     assert not (out / "samples.npz").exists()
     assert not (out / "run.json").exists()
     kept = sorted(out.glob(".unfinished/[0-9]*.npz"))
-    assert 3 <= len(kept) < 40
+    assert 3 <= len(kept) < 24
     for path in kept:
         assert np.isfinite(np.load(path)["x"]).all()
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert "--resume" in err
-    stamp = kept[0].stat().st_mtime_ns
-    assert stamp
     other = subprocess.run(
         [*long_run(out, "--resume"), "--seed", "1"], capture_output=True, text=True
     )
@@ -175,7 +191,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, how):
     assert f"after {len(kept)} finished" in done.stderr
     assert not (out / ".unfinished").exists()
     whole = sm.generate(
-        sm.build("els", sm.Corpus.open("digits"), patch_size=5), count=40, steps=30, batch=40
+        sm.build("els", sm.Corpus.open("digits"), patch_size=5), count=24, steps=30, batch=24
     )
     assert np.array_equal(np.load(out / "samples.npz")["x"], whole.numpy())
     again = subprocess.run(long_run(out, "--resume"), capture_output=True, text=True)
@@ -183,20 +199,20 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, how):
     assert "complete" in again.stderr
 
 
-def test_denoise_takes_arrays_as_they_are_and_adds_noise_to_pictures(tmp_path):
+def test_denoise_takes_arrays_as_they_are_and_adds_noise_to_pictures(inside, tmp_path):
     corpus = sm.Corpus.open("digits", limit=60)
     machine = sm.build("ls", corpus, patch_size=3)
     y = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "y.npy", y.numpy())
     shared = ["--data", "digits", "--limit", 60, "--patch-size", 3, "--sigma", 0.7]
-    done = run("denoise", tmp_path / "y.npy", *shared, "--out", tmp_path / "a")
+    done = inside("denoise", tmp_path / "y.npy", *shared, "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr
     D = np.load(tmp_path / "a" / "denoised.npz")["D"]
     assert np.array_equal(D, machine.denoise(y[None], 0.7).numpy())
     Image.fromarray(corpus.images[5, 0]).save(tmp_path / "x.png")
     x = corpus.images[5].astype(np.float32) / 127.5 - 1
     for words, noise in ((["--noisy"], 0), ([], 0.7)):
-        done = run("denoise", tmp_path / "x.png", *shared, *words, "--out", tmp_path / "b")
+        done = inside("denoise", tmp_path / "x.png", *shared, *words, "--out", tmp_path / "b")
         assert done.returncode == 0, done.stderr
         got = np.load(tmp_path / "b" / "denoised.npz")["y"][0]
         if noise == 0:
@@ -215,9 +231,9 @@ def test_denoise_takes_arrays_as_they_are_and_adds_noise_to_pictures(tmp_path):
         (np.array({"a": 1}), "no plain array"),
     ],
 )
-def test_denoise_refuses_other_arrays(tmp_path, array, says):
+def test_denoise_refuses_other_arrays(inside, tmp_path, array, says):
     np.save(tmp_path / "y.npy", array)
-    done = run(
+    done = inside(
         "denoise", tmp_path / "y.npy", "--sigma", 1, "--data", "digits", "--patch-size", 3,
         "--out", tmp_path / "out",
     )  # fmt: skip
@@ -240,8 +256,8 @@ def test_calibrate_prints_its_table_and_draws_its_curves(tmp_path):
         assert picture.width > 1000
 
 
-def test_quiet_is_quiet(tmp_path):
-    done = run(
+def test_quiet_is_quiet(inside, tmp_path):
+    done = inside(
         "generate", "--data", "digits", "--limit", 50, "--machine", "ls", "--count", 2,
         "--steps", 3, "--out", tmp_path, "--quiet",
     )  # fmt: skip

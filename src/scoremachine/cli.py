@@ -229,7 +229,6 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def main() -> None:
     """Runs the command line: exit code 2 and a sentence for what a user can mend."""
     warnings.showwarning = _show_warning
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     try:
         app()
     except (ValueError, OSError) as error:

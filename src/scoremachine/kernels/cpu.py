@@ -426,12 +426,13 @@ def fold(
     query = np.ascontiguousarray(y.numpy())
     grid = collection.grid
     if collection.whole:
-        return _merged(_fold_whole(images, index, query.reshape(B, -1), scale, T, leaders))
+        return _merged(_call(_fold_whole, images, index, query.reshape(B, -1), scale, T, leaders))
     best, found = known, []
     for shifts in _pieces(len(index), collection):
         m_known = np.full((B, *grid), NOTHING) if best is None else best.m.numpy()
         part = _merged(
-            _fold(
+            _call(
+                _fold,
                 images,
                 index,
                 query,
@@ -451,6 +452,19 @@ def fold(
         found.append(part)
         best = part if best is None else best.merge(part)
     return functools.reduce(Fold.merge, found)
+
+
+def _call(compiled, *args):
+    """Calls a compiled function; Ctrl-C in it comes out of numba as the root of SystemErrors."""
+    try:
+        return compiled(*args)
+    except SystemError as error:
+        root: BaseException | None = error
+        while isinstance(root, SystemError):
+            root = root.__cause__
+        if isinstance(root, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _pieces(n: int, collection: Collection) -> Iterator[np.ndarray]:
@@ -477,7 +491,8 @@ def compose(
     known: Fold,
 ) -> torch.Tensor:
     """sum_i r_i mu_i over images[index], for box responses; see `scoremachine.kernels.Kernel`."""
-    D = _compose(
+    D = _call(
+        _compose,
         images,
         index,
         np.ascontiguousarray(y.numpy()),
