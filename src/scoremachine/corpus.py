@@ -118,8 +118,17 @@ class Corpus:
         from scoremachine import sources
 
         size = _checked_size(size)
-        if limit is not None and (isinstance(limit, bool) or int(limit) != limit or limit < 1):
+        whole = isinstance(limit, int | np.integer) and not isinstance(limit, bool)
+        if limit is not None and (not whole or limit < 1):
             raise ValueError(f"limit is {limit!r}; expected a whole number above 0")
+        if isinstance(source, Corpus):
+            if size is not None or grayscale:
+                raise ValueError(
+                    f"{source.name!r} is open already, so size and grayscale cannot change; "
+                    "expected limit alone: give them where it is opened first"
+                )
+            chosen = _chosen(len(source), limit)
+            return source if len(chosen) == len(source) else source.subset(chosen)
         if isinstance(source, np.ndarray) or type(source).__module__ == "torch":
             given = cls(source)
             images = given.images
@@ -163,9 +172,9 @@ class Corpus:
             shape = tuple(meta["shape"])
             if (home / "images.u8").stat().st_size != np.prod(shape):
                 raise ValueError("the file of pixels has another length")
-        except FileNotFoundError:
+        except OSError:  # nothing there, or nothing that may be read: building tells which
             return None
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             warnings.warn(f"the cache at {home} is damaged ({error}): reading again", stacklevel=4)
             shutil.rmtree(home, ignore_errors=True)
             return None
@@ -254,8 +263,24 @@ class Corpus:
         return [names[k] if k < len(names) else str(k) for k in numbers]
 
     def subset(self, indices: Any) -> Corpus:
-        """The corpus of some images: a view where they are consecutive, otherwise a copy."""
-        indices = np.asarray(indices, dtype=np.int64)
+        """The corpus of some images: a view where they are consecutive, otherwise a copy.
+
+        Arguments:
+            indices: Positions from 0 to N - 1, at least one, or a mask of N truth values.
+
+        Raises:
+            ValueError: For none, or others.
+        """
+        indices = np.asarray(indices)
+        if indices.dtype == bool and indices.shape == (len(self),):
+            indices = np.flatnonzero(indices)
+        right = indices.ndim == 1 and len(indices) > 0 and indices.dtype.kind in "iu"
+        if not right or indices.min() < 0 or indices.max() >= len(self):
+            raise ValueError(
+                f"a subset of {indices.size} positions was asked for; expected one or more whole "
+                f"numbers from 0 to {len(self) - 1}, the positions of the images in {self.name!r}"
+            )
+        indices = indices.astype(np.int64)
         first, n = int(indices[0]), len(indices)
         rows: Any = indices
         if np.array_equal(indices, np.arange(first, first + n)):
@@ -297,10 +322,14 @@ def _chosen(N: int, limit: int | None) -> np.ndarray:
 
 
 def _content(contents: Contents) -> str:
-    """A hash of images that can be told apart only by reading them."""
-    content = hashlib.sha256()
+    """A hash of images, labels and names that can be told apart only by reading them."""
+    content = hashlib.sha256(json.dumps([contents.labels, contents.class_names]).encode())
     for i in range(len(contents.ids)):
-        image = np.asarray(contents.read(i))
+        try:
+            image = np.asarray(contents.read(i))
+        except Exception:  # a bad image, which `_read` skips and tells
+            content.update(b"bad")
+            continue
         content.update(repr(image.shape).encode() + image.tobytes())
     return content.hexdigest()
 

@@ -65,7 +65,8 @@ def to_pixels(image: Any, size: tuple[int, int] | None, channels: int) -> np.nda
         image = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8))
+        eight = np.clip(np.asarray(image).astype(np.int64) // 257, 0, 255)
+        image = Image.fromarray(eight.astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -75,7 +75,7 @@ def find(source: Any) -> Source:
         if text.startswith("hf:"):
             return hugging_face(text)
         path = Path(text)
-        if text in BUILT_IN and isinstance(source, str):
+        if text in BUILT_IN and isinstance(source, str) and not ("/" in text and path.exists()):
             return built_in(text)
         if path.is_dir():
             return folder(path)
@@ -268,14 +268,14 @@ def _entries(path: Path, opened: zipfile.ZipFile) -> Contents:
                 f"{path} holds an entry that points outside, {info.filename!r}: do not trust this "
                 "file; pack the images again"
             )
-        hidden = any(part.startswith((".", "__MACOSX")) for part in place.split("/"))
-        if info.is_dir() or hidden or posixpath.splitext(place)[1].lower() not in SUFFIXES:
-            continue
         if info.file_size > LARGEST_ENTRY:
             raise ValueError(
                 f"{path} holds {place!r}, which unpacks to {info.file_size:,} bytes; expected at "
-                f"most {LARGEST_ENTRY:,} for an image: it may be a decompression bomb"
+                f"most {LARGEST_ENTRY:,}: it may be a decompression bomb"
             )
+        hidden = any(part.startswith((".", "__MACOSX")) for part in place.split("/"))
+        if info.is_dir() or hidden or posixpath.splitext(place)[1].lower() not in SUFFIXES:
+            continue
         entries[place] = info
     if not entries:
         raise ValueError(f"{path} holds no images; expected entries such as .png or .jpg")
@@ -323,15 +323,20 @@ def array_file(path: Path) -> Source:
             with loaded:
                 array = _member(path, loaded, ("images", "x", "data", "arr_0"))
                 given = [k for k in ("labels", "label", "y") if k in loaded.files]
-                labels = [int(k) for k in loaded[given[0]]] if given else None
+                labels = loaded[given[0]] if given else None
     except (ValueError, EOFError, zipfile.BadZipFile, OSError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be read as plain arrays ({error}); pickles are refused: save uint8 "
             "images with numpy.save or numpy.savez"
         ) from None
     array = channels_first(array, str(path))
-    if labels is not None and len(labels) != len(array):
-        raise ValueError(f"{path} holds {len(labels)} labels for {len(array)} images")
+    if labels is not None:
+        if labels.shape != (len(array),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+            raise ValueError(
+                f"{path} holds labels that are {labels.dtype} of shape {labels.shape}; expected "
+                f"{len(array)} whole numbers from 0 up, one for each image"
+            )
+        labels = labels.tolist()
     classes = None if labels is None else tuple(str(k) for k in range(max(labels) + 1))
     stat = path.stat()
     identity = ["array", str(path.resolve()), stat.st_size, stat.st_mtime_ns]
@@ -344,6 +349,9 @@ def _member(path: Path, loaded: Any, wanted: tuple[str, ...]) -> np.ndarray:
     for name in wanted:
         if name in loaded.files:
             return loaded[name]
+    pictures = [k for k in loaded.files if loaded[k].dtype == np.uint8 and loaded[k].ndim in (3, 4)]
+    if len(pictures) == 1:
+        return loaded[pictures[0]]
     raise ValueError(f"no array called {' or '.join(wanted)}; it has {', '.join(loaded.files)}")
 
 
@@ -392,7 +400,9 @@ def dataset(source: Any) -> Source:
 
 def picture(image: Any) -> Any:
     """A data set's image as a PIL image or a uint8 array (C, H, W); floats are in [0, 1]."""
-    if hasattr(image, "mode") and hasattr(image, "size"):
+    from PIL import Image
+
+    if isinstance(image, Image.Image):  # a tensor has .mode and .size too
         return image
     array = np.asarray(image)
     if array.dtype.kind == "f":

@@ -459,7 +459,7 @@ def _call(compiled, *args):
     try:
         return compiled(*args)
     except SystemError as error:
-        root: BaseException | None = error
+        root = error
         while isinstance(root, SystemError):
             root = root.__cause__
         if isinstance(root, KeyboardInterrupt):
