@@ -96,7 +96,9 @@ def calibrate(
         machine: The machine's name.
         sigmas: Noise levels; None: the 18 of EDM.
         held_out: How many images choose; as many others report.
-        sizes: Patch sizes to try; None: odd ones up to the image's side.
+        sizes: Patch sizes to try; None: odd ones from 3 to the image's side. (A box of one pixel
+            often has the smallest error where the noise is small, but its pixels know nothing of
+            each other, and samples get specks.)
         bandwidths: Bandwidths to try; 0 is always among them.
         seed: Of the choice of images and of their noise.
         settings: Further settings of the machine, such as `boundary`.
@@ -139,7 +141,8 @@ def _measure(
     boxes = isinstance(probe, BoxMachine) and "patch_size" not in settings
     tried: list[int] = []
     if boxes:
-        tried = sizes or [P for P in range(1, max(corpus.shape[1:]) + 1, 2) if _fits(probe, P)]
+        side = max(corpus.shape[1:])
+        tried = sizes or [P for P in range(3, side + 1, 2) if _fits(probe, P)] or [1]
     generator = torch.Generator().manual_seed(seed)
 
     def pictures(index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,8 +315,8 @@ def _automatic(
 
 
 def _spread_sizes(side: int) -> list[int]:
-    """Odd sizes up to `side`, ever further apart: 1 3 5 7 9 11 15 19 23 31 ..."""
-    sizes = [1]
+    """Odd sizes up to `side`, ever further apart: 3 5 7 9 11 13 17 21 27 ..."""
+    sizes = [min(3, side - (side % 2 == 0))]
     while True:
         step = max(2, 2 * round(sizes[-1] / 8))
         if sizes[-1] + step > side:
