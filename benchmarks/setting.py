@@ -1,0 +1,91 @@
+"""What the benchmarks share: the images, the pictures to denoise, and the machines."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from scoremachine import kernels
+from scoremachine.posterior import posterior
+from scoremachine.progress import quiet
+from scoremachine.windows import Collection
+
+CIFAR10 = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10-train.zip"
+RANDOM = (50_000, 3, 32, 32)  # the shape of the images made where there are none
+
+
+def corpus_file(archive: Path) -> Path:
+    """The pictures of a zip as an .npy file, uint8 (N, C, H, W), made once and kept.
+
+    Where there is no such zip the images are random and smooth, in the shape of CIFAR-10.
+    """
+    name = f"{archive.stem}-{archive.stat().st_size}" if archive.exists() else "random"
+    path = Path(tempfile.gettempdir()) / f"scoremachine-benchmark-{name}.npy"
+    if not path.exists():
+        images = decoded(archive) if archive.exists() else smooth_noise()
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        with unfinished.open("wb") as file:
+            np.save(file, images)
+        unfinished.replace(path)
+    return path
+
+
+def decoded(archive: Path) -> np.ndarray:
+    """Every picture of a zip, uint8 (N, C, H, W); all must have the same shape."""
+    with zipfile.ZipFile(archive) as pictures:
+        names = [name for name in pictures.namelist() if not name.endswith("/")]
+        images = [np.asarray(Image.open(io.BytesIO(pictures.read(name)))) for name in names]
+    stack = np.stack(images)
+    return np.ascontiguousarray(stack[:, None] if stack.ndim == 3 else stack.transpose(0, 3, 1, 2))
+
+
+def smooth_noise() -> np.ndarray:
+    """Random images whose neighbouring pixels are alike, uint8 (N, C, H, W)."""
+    N, C, H, W = RANDOM
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(N, C, H, W)
+    for grid in (2, 4, 8):
+        coarse = torch.randn(N, C, grid, grid, generator=generator)
+        x += torch.nn.functional.interpolate(coarse, (H, W), mode="bilinear", align_corners=True)
+    return (127.5 * (1 + torch.tanh(x / 2))).to(torch.uint8).numpy()
+
+
+def collection(machine: str, image: tuple[int, ...], P: int = 0) -> Collection:
+    """The windows of "ideal", "ls", "pspc", "els-circular" or "els-broken"."""
+    H, W = image
+    if machine == "ideal":
+        return Collection((H, W), (H, W), "boxes", "box")
+    if machine == "ls":
+        return Collection((H, W), (P, P), "pixels", "pixel")
+    if machine == "pspc":
+        return Collection((H, W), (P, P), "boxes", "box")
+    boundary = "circular" if machine == "els-circular" else "broken"
+    return Collection((H, W), (P, P), "pixels", "pixel", "every", boundary)
+
+
+def to_unit(images: np.ndarray) -> Tensor:
+    """uint8 images as float32 in [-1, 1]."""
+    return torch.tensor(np.asarray(images)).float() / 127.5 - 1
+
+
+def noisy(images: np.ndarray, sigma: float) -> Tensor:
+    """The images with noise of standard deviation `sigma`, always the same, float64."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (to_unit(images) + sigma * noise).double()
+
+
+def denoise(
+    images: np.ndarray, index: np.ndarray, y: Tensor, sigma: float, windows: Collection
+) -> Tensor:
+    """scoremachine's D(y, sigma) on the CPU, float64 (B, C, H, W)."""
+    levels = torch.full((len(y),), sigma, dtype=torch.float64)
+    with quiet():
+        return posterior(kernels.choose("numba"), images, index, y, levels, windows)[1]
