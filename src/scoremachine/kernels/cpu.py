@@ -5,7 +5,7 @@ and source the logit of every site is a box sum of
 
     v = sum_c s_c (y_c - s_c / 2),        |y - s|^2 = |y|^2 - 2 sum v,
 
-made by running sums along both axes, so that its cost does not depend on the window's size. The
+taken from a summed-area table of v, so that its cost does not depend on the window's size. The
 term |y|^2 is the same for every source of a site: it is added once, at the end. All sums are in
 float64, where rounding costs less than 1e-6 nats at sigma = 0.002 (float32 would cost tens of
 nats and a second pass). A vector of eight logits is looked at only if its largest is within
@@ -26,7 +26,17 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from scoremachine.kernels.simd import LANES, exp, hmax, hsum, load, splat, store
+from scoremachine.kernels.simd import (
+    LANES,
+    any_above,
+    broadcast,
+    exp,
+    hmax,
+    hsum,
+    load,
+    splat,
+    store,
+)
 from scoremachine.posterior import SKIPPED, TILE, Fold
 from scoremachine.windows import Collection
 
@@ -84,66 +94,48 @@ def _overlap(shift, n_query, n_source, p, cut):
     return lo, hi, pad, hi - lo + 2 * pad - p + 1
 
 
-@njit(fastmath=FLAGS)
-def _slide(l, y, Hq, Wq, s, half, C, H, W, dy, dx, P, Q, cut, prefix, history):
-    """Box sums of v for one displacement, into l as (rows, columns, LANES); returns its shape.
+@njit(inline="always")
+def _window(table, width, top, bottom, left, right):
+    """The sum over rows [top, bottom) and columns [left, right) by a summed-area table."""
+    hi, lo = bottom * width, top * width
+    return (
+        load(table, (hi + right) * LANES)
+        - load(table, (hi + left) * LANES)
+        - load(table, (lo + right) * LANES)
+        + load(table, (lo + left) * LANES)
+    )
 
-    y: (C, Hq, Wq) flat; s: (C, H, W, LANES) flat. Rows and columns beyond the overlap count as
-    zero where windows are cut off.
+
+@njit(inline="always")
+def _first_row(table, width):
+    """Begins a summed-area table: nothing lies above the first row."""
+    for b in range(width):
+        store(table, b * LANES, splat(0.0))
+
+
+@njit(fastmath=FLAGS)
+def _add_row(table, a, n, y, q, yc, s, half, o, sc, C):
+    """Adds row a of v, n pixels wide, to the summed-area table, whose row a + 1 it becomes.
+
+    The row's query pixels begin at y[q], a channel every yc; its source pixels at s[o], a channel
+    every sc. The query's pixels are the same for all lanes.
     """
-    a0, a1, py, rows = _overlap(dy, Hq, H, P, cut)
-    b0, b1, px, columns = _overlap(dx, Wq, W, Q, cut)
-    if rows <= 0 or columns <= 0:
-        return 0, 0
-    n = b1 - b0
-    zero = splat(0.0)
-    for b in range(px + 1):
-        store(prefix, b * LANES, zero)
-    for i in range(P * columns):
-        store(history, i * LANES, zero)
-    yc, sc = Hq * Wq, H * W * LANES
-    for step in range(a1 - a0 + 2 * py):
-        a = a0 + step - py
-        inside = a0 <= a < a1
-        if inside:
-            # prefix sums of v along the row; the query's pixels are the same for all lanes
-            total = zero
-            q = a * Wq + b0
-            o = ((a + dy) * W + b0 + dx) * LANES
-            e = (px + 1) * LANES
-            if C == 3:
-                for b in range(n):
-                    i = o + b * LANES
-                    v = y[q + b] * load(s, i) - load(half, i)
-                    v = v + y[q + b + yc] * load(s, i + sc)
-                    v = v + y[q + b + 2 * yc] * load(s, i + 2 * sc)
-                    total = total + v
-                    store(prefix, e + b * LANES, total)
-            else:
-                for b in range(n):
-                    i = o + b * LANES
-                    v = splat(0.0) - load(half, i)
-                    for c in range(C):
-                        v = v + y[q + b + c * yc] * load(s, i + c * sc)
-                    total = total + v
-                    store(prefix, e + b * LANES, total)
-            for b in range(px):
-                store(prefix, e + (n + b) * LANES, total)
-        # running sums down the columns: add this row's boxes, take away those P rows up
-        slot = (step % P) * columns * LANES
-        out = max(step - P + 1, 0) * columns * LANES
-        last = max(step - P, 0) * columns * LANES
-        for b in range(columns):
-            i = b * LANES
-            box = zero
-            if inside:
-                box = load(prefix, i + Q * LANES) - load(prefix, i)
-            total = box - load(history, slot + i)
-            if step > 0:
-                total = total + load(l, last + i)
-            store(l, out + i, total)
-            store(history, slot + i, box)
-    return rows, columns
+    above = a * (n + 1) * LANES
+    here = above + (n + 1) * LANES
+    store(table, here, splat(0.0))
+    total = splat(0.0)
+    for b in range(n):
+        i = o + b * LANES
+        if C == 3:  # spelled out, since a loop over channels costs as much as the sums
+            v = broadcast(y, q + b) * load(s, i) - load(half, i)
+            v = v + broadcast(y, q + b + yc) * load(s, i + sc)
+            v = v + broadcast(y, q + b + 2 * yc) * load(s, i + 2 * sc)
+        else:
+            v = splat(0.0) - load(half, i)
+            for c in range(C):
+                v = v + broadcast(y, q + b + c * yc) * load(s, i + c * sc)
+        total = total + v
+        store(table, here + (b + 1) * LANES, total + load(table, above + (b + 1) * LANES))
 
 
 @njit(fastmath=FLAGS)
@@ -160,27 +152,40 @@ def _keep(logit, place, logits, places, i, j):
 
 @njit(fastmath=FLAGS)
 def _absorb(
-    l, rows, columns, i0, j0, r0, c0, scale, T, s, alive, ids, C, H, W,
+    table, y, Hq, Wq, s, half, alive, ids, C, H, W, dy, dx, P, Q, cut, pixels, scale, T,
     m, floor, Z, Z2, S, logits, places, eight,
 ):  # fmt: skip
-    """Merges the logits of one displacement into the sites' folds.
+    """Merges the sources of one displacement into the folds of a picture's sites.
 
-    The window of row a, column b belongs to site (i0 + a, j0 + b); the source pixel it answers
-    with is (r0 + a, c0 + b). `floor` is the smallest box sum that still matters.
+    y is (C, Hq, Wq) and s is (C, H, W, LANES), both flat. `floor` is the smallest window sum that
+    still matters.
     """
-    k = logits.shape[0]
-    for a in range(rows):
-        i = i0 + a
+    a0, a1, py, rows = _overlap(dy, Hq, H, P, cut)
+    b0, b1, px, columns = _overlap(dx, Wq, W, Q, cut)
+    n, width = a1 - a0, b1 - b0
+    # a window's middle, seen from its first pixel; cut windows are counted by their middle
+    ry, rx = P // 2 - py, Q // 2 - px
+    k, Ws = logits.shape[0], m.shape[1]
+    if columns > 0:
+        _first_row(table, width + 1)
+    ready = 0
+    for a in range(rows if columns > 0 else 0):
+        top, bottom = max(a - py, 0), min(a - py + P, n)
+        while ready < bottom:
+            q, o = (a0 + ready) * Wq + b0, ((a0 + ready + dy) * W + b0 + dx) * LANES
+            _add_row(table, ready, width, y, q, Hq * Wq, s, half, o, H * W * LANES, C)
+            ready += 1
+        i = a0 + a + (ry if pixels else 0)
         for b in range(columns):
-            j = j0 + b
-            v = load(l, (a * columns + b) * LANES)
-            top = hmax(v)
-            if top <= floor[i, j]:
+            v = _window(table, width + 1, top, bottom, max(b - px, 0), min(b - px + Q, width))
+            j = b0 + b + (rx if pixels else 0)
+            if not any_above(v, broadcast(floor, i * Ws + j)):
                 continue
             leader = m[i, j]
-            if top * scale > leader:
-                rescale = math.exp(leader - top * scale)
-                leader = top * scale
+            highest = hmax(v) * scale
+            if highest > leader:
+                rescale = math.exp(leader - highest)
+                leader = highest
                 m[i, j] = leader
                 Z[i, j] *= rescale
                 Z2[i, j] *= rescale * rescale
@@ -189,20 +194,21 @@ def _absorb(
             w = exp(v * scale - leader) * load(alive, 0)
             Z[i, j] += hsum(w)
             Z2[i, j] += hsum(w * w)
-            pixel = (r0 + a) * W + c0 + b
+            pixel = (a0 + a + dy + ry) * W + b0 + b + dx + rx
             for c in range(S.shape[0]):
                 S[c, i, j] += hsum(w * load(s, (c * H * W + pixel) * LANES))
-            floor[i, j] = (leader - T) / scale
+            floor[i * Ws + j] = (leader - T) / scale
             if k > 0:
                 store(eight, 0, v)
-                for n in range(LANES):
-                    if alive[n] > 0 and eight[n] * scale > logits[k - 1, i, j]:
-                        _keep(eight[n] * scale, ids[n] * H * W + pixel, logits, places, i, j)
-                floor[i, j] = min(floor[i, j], logits[k - 1, i, j] / scale)
+                for lane in range(LANES):
+                    if alive[lane] > 0 and eight[lane] * scale > logits[k - 1, i, j]:
+                        place = ids[lane] * H * W + pixel
+                        _keep(eight[lane] * scale, place, logits, places, i, j)
+                floor[i * Ws + j] = min((leader - T) / scale, logits[k - 1, i, j] / scale)
 
 
 @njit(parallel=True, fastmath=FLAGS, nogil=True, cache=True)
-def _fold(images, index, y, scale, T, P, Q, shifts, cut, wraps, pixels, grid, C_out, k, m_known):
+def _fold(images, index, y, scale, T, P, Q, shifts, cut, pixels, grid, C_out, k, m_known):
     """The first pass: (m, Z, Z2, S, logits, places) of every part, axis 0."""
     _, C, H, W = images.shape
     B, _, Hq, Wq = y.shape
@@ -220,17 +226,15 @@ def _fold(images, index, y, scale, T, P, Q, shifts, cut, wraps, pixels, grid, C_
     for part in prange(parts):
         s = np.empty(C * H * W * LANES)
         half = np.empty(H * W * LANES)
-        l = np.empty(Hs * Ws * LANES)
-        prefix = np.empty((max(W, Wq) + Q + 1) * LANES)
-        history = np.empty(P * Ws * LANES)
+        table = np.empty((min(H, Hq) + 1) * (min(W, Wq) + 1) * LANES)
         alive = np.empty(LANES)
         eight = np.empty(LANES)
         ids = np.empty(LANES, dtype=np.int64)
-        floor = np.empty((B, Hs, Ws))
+        floor = np.empty((B, Hs * Ws))
         for p in range(B):
             for i in range(Hs):
                 for j in range(Ws):
-                    floor[p, i, j] = NOTHING if k > 0 else (m_known[p, i, j] - T) / scale[p]
+                    floor[p, i * Ws + j] = NOTHING if k > 0 else (m_known[p, i, j] - T) / scale[p]
         held = -1
         for task in range(part * blocks * K // parts, (part + 1) * blocks * K // parts):
             block, shift = task // K, task % K
@@ -239,32 +243,22 @@ def _fold(images, index, y, scale, T, P, Q, shifts, cut, wraps, pixels, grid, C_
                 for n in range(LANES):
                     ids[n] = index[min(block * LANES + n, N - 1)]
                 held = block
-            dy, dx = shifts[shift, 0], shifts[shift, 1]
-            a0, _, py, _ = _overlap(dy, Hq, H, P, cut)
-            b0, _, px, _ = _overlap(dx, Wq, W, Q, cut)
-            # a window's middle; with cut boxes row a of the box sums is already its middle row
-            ry = P // 2 - py
-            rx = Q // 2 - px
-            i0 = a0 + (ry if pixels and not wraps else 0)
-            j0 = b0 + (rx if pixels and not wraps else 0)
             for p in range(B):
-                rows, columns = _slide(
-                    l, y[p].reshape(C * Hq * Wq), Hq, Wq, s, half, C, H, W,
-                    dy, dx, P, Q, cut, prefix, history,
-                )  # fmt: skip
                 _absorb(
-                    l, rows, columns, i0, j0, a0 + dy + ry, b0 + dx + rx, scale[p], T,
-                    s, alive, ids, C, H, W, m[part, p], floor[p], Z[part, p], Z2[part, p],
-                    S[part, p], logits[part, p], places[part, p], eight,
+                    table, y[p].reshape(C * Hq * Wq), Hq, Wq, s, half, alive, ids, C, H, W,
+                    shifts[shift, 0], shifts[shift, 1], P, Q, cut, pixels, scale[p], T,
+                    m[part, p], floor[p], Z[part, p], Z2[part, p], S[part, p],
+                    logits[part, p], places[part, p], eight,
                 )  # fmt: skip
     return m, Z, Z2, S, logits, places
 
 
 @njit(fastmath=FLAGS)
-def _spread(w, nonzero, Hs, Ws, P, Q, s, C, H, W, prefix, history, column, D):
+def _spread(w, nonzero, Hs, Ws, P, Q, s, C, H, W, table, D):
     """Adds sum_i (box of site i) w_i s to D (C, H, W), for a block of images.
 
-    A few non-zero weights are painted box by box; many are spread by running sums, as in `_slide`.
+    A few non-zero weights are painted box by box; of many, every pixel takes the sum over the
+    sites whose boxes hold it.
     """
     if nonzero * P * Q < 4 * H * W:
         for i in range(Hs):
@@ -279,30 +273,21 @@ def _spread(w, nonzero, Hs, Ws, P, Q, s, C, H, W, prefix, history, column, D):
                                 for b in range(j, j + Q):
                                     D[c, a, b] += weight * s[base + b * LANES]
         return
-    zero = splat(0.0)
-    for b in range(W):
-        store(column, b * LANES, zero)
-    for i in range(P * W):
-        store(history, i * LANES, zero)
-    store(prefix, 0, zero)
+    _first_row(table, Ws + 1)
+    for i in range(Hs):
+        above = i * (Ws + 1) * LANES
+        here = above + (Ws + 1) * LANES
+        store(table, here, splat(0.0))
+        total = splat(0.0)
+        for j in range(Ws):
+            total = total + load(w, (i * Ws + j) * LANES)
+            store(table, here + (j + 1) * LANES, total + load(table, above + (j + 1) * LANES))
     for a in range(H):
-        slot = (a % P) * W * LANES
-        if a < Hs:
-            total = zero
-            for j in range(Ws):
-                total = total + load(w, (a * Ws + j) * LANES)
-                store(prefix, (j + 1) * LANES, total)
+        top, bottom = max(a - P + 1, 0), min(a + 1, Hs)
         for b in range(W):
-            i = b * LANES
-            box = zero
-            if a < Hs:
-                hi, lo = min(b + 1, Ws), max(b - Q + 1, 0)
-                box = load(prefix, hi * LANES) - load(prefix, lo * LANES)
-            total = load(column, i) + box - load(history, slot + i)
-            store(column, i, total)
-            store(history, slot + i, box)
+            weight = _window(table, Ws + 1, top, bottom, max(b - Q + 1, 0), min(b + 1, Ws))
             for c in range(C):
-                D[c, a, b] += hsum(total * load(s, ((c * H + a) * W + b) * LANES))
+                D[c, a, b] += hsum(weight * load(s, ((c * H + a) * W + b) * LANES))
 
 
 @njit(parallel=True, fastmath=FLAGS, nogil=True, cache=True)
@@ -318,37 +303,34 @@ def _compose(images, index, y, scale, T, P, Q, m, Z):
     for part in prange(parts):
         s = np.empty(C * H * W * LANES)
         half = np.empty(H * W * LANES)
-        l = np.empty(Hs * Ws * LANES)
-        prefix = np.empty((W + Q + 1) * LANES)
-        history = np.empty(P * W * LANES)
-        column = np.empty(W * LANES)
+        table = np.empty((H + 1) * (W + 1) * LANES)
+        w = np.empty(Hs * Ws * LANES)
         alive = np.empty(LANES)
         for block in range(part * blocks // parts, (part + 1) * blocks // parts):
             _load_block(images, index, block, s, half, alive)
             for p in range(B):
-                rows, columns = _slide(
-                    l, y[p].reshape(C * H * W), H, W, s, half, C, H, W,
-                    0, 0, P, Q, False, prefix, history,
-                )  # fmt: skip
+                picture = y[p].reshape(C * H * W)
                 nonzero = 0
-                for i in range(rows):
-                    for j in range(columns):
-                        o = (i * columns + j) * LANES
-                        v = load(l, o)
-                        if hmax(v) * scale[p] <= m[p, i, j] - T:
-                            store(l, o, splat(0.0))
+                _first_row(table, W + 1)
+                for a in range(H):
+                    o = a * W * LANES
+                    _add_row(table, a, W, picture, a * W, H * W, s, half, o, H * W * LANES, C)
+                    i = a - P + 1
+                    for j in range(Ws if i >= 0 else 0):
+                        o = (i * Ws + j) * LANES
+                        v = _window(table, W + 1, i, i + P, j, j + Q)
+                        if not any_above(v, splat((m[p, i, j] - T) / scale[p])):
+                            store(w, o, splat(0.0))
                             continue
-                        w = exp(v * scale[p] - m[p, i, j]) * load(alive, 0) * (1.0 / Z[p, i, j])
-                        store(l, o, w)
+                        v = exp(v * scale[p] - m[p, i, j]) * load(alive, 0) * (1.0 / Z[p, i, j])
+                        store(w, o, v)
                         for n in range(LANES):
-                            if l[o + n] > SKIPPED / (2.0 * N):
+                            if w[o + n] > SKIPPED / (2.0 * N):
                                 nonzero += 1
                             else:
-                                l[o + n] = 0.0
+                                w[o + n] = 0.0
                 if nonzero > 0:
-                    _spread(
-                        l, nonzero, Hs, Ws, P, Q, s, C, H, W, prefix, history, column, D[part, p]
-                    )
+                    _spread(w, nonzero, Hs, Ws, P, Q, s, C, H, W, table, D[part, p])
     return D
 
 
@@ -441,8 +423,7 @@ def fold(
                 *collection.window,
                 shifts,
                 collection.cut,
-                collection.wraps,
-                collection.sites == "pixels",
+                collection.sites == "pixels" and not collection.wraps,
                 grid,
                 C if collection.response == "pixel" else 0,
                 leaders,

@@ -130,15 +130,16 @@ def compose(
     T: float,
     known: Fold,
 ) -> Tensor:
-    """sum_i r_i mu_i for box responses, each site's softmax normalized over these images."""
+    """sum_i r_i mu_i for box responses; see `scoremachine.kernels.Kernel`."""
     c = collection
     (H, W), C = c.image, y.shape[1]
     s = images[index].astype(np.float64).reshape(len(index), C, H * W) / 127.5 - 1
     D = np.zeros((len(y), C, H * W))
     for p in range(len(y)):
         flat = y[p].numpy().reshape(C, H * W)
-        for _, _, query, sources in sites(c):
+        for i, j, query, sources in sites(c):
             l = _logits(s, flat, float(sigma[p]), query, sources)[:, 0]
-            w = np.exp(l - l.max())
-            D[p][:, query] += np.einsum("n,ncd->cd", w / w.sum(), s[:, :, query])
+            constant = (flat[:, query] ** 2).sum() / (2 * float(sigma[p]) ** 2)
+            w = np.exp(l + constant - float(known.m[p, i, j])) / float(known.Z[p, i, j])
+            D[p][:, query] += np.einsum("n,ncd->cd", w, s[:, :, query])
     return torch.from_numpy(D.reshape(y.shape))

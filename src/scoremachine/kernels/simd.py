@@ -9,6 +9,8 @@ lowers a vector of eight doubles to what the machine has (AVX-512, AVX2, NEON).
     u + v, u - v, u * v     with vectors or floats
     exp(v)                  of non-positive lanes, relative error below 1e-10
     hsum(v), hmax(v)        a float
+    any_above(u, v)         whether some lane of u is larger than that of v
+    broadcast(a, i)         a vector of a[i], from a flat contiguous float64 array
 """
 
 from __future__ import annotations
@@ -75,17 +77,29 @@ def store(typing: Any, array: Any, i: Any, vector: Any) -> Any:
     return types.none(array, types.intp, lanes), generate
 
 
+def _splat(builder: Any, x: Any) -> Any:
+    undefined = ir.Constant(VECTOR, ir.Undefined)
+    first = builder.insert_element(undefined, x, ir.Constant(ir.IntType(32), 0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(first, undefined, zeros)
+
+
 @intrinsic
 def splat(typing: Any, x: Any) -> Any:
     """The vector whose lanes all hold x."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        undefined = ir.Constant(VECTOR, ir.Undefined)
-        first = builder.insert_element(undefined, args[0], ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        return builder.shuffle_vector(first, undefined, zeros)
+    return lanes(types.float64), lambda context, builder, _, args: _splat(builder, args[0])
 
-    return lanes(types.float64), generate
+
+@intrinsic
+def broadcast(typing: Any, array: Any, i: Any) -> Any:
+    """The vector whose lanes all hold array[i]."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return _splat(builder, builder.load(builder.gep(data, [args[1]])))
+
+    return lanes(array, types.intp), generate
 
 
 def _arithmetic(name: str) -> Any:
@@ -144,6 +158,17 @@ def hsum(typing: Any, v: Any) -> Any:
 def hmax(typing: Any, v: Any) -> Any:
     """The largest lane."""
     return types.float64(lanes), lambda context, builder, _, args: _MAX(builder, args, ("nnan",))
+
+
+@intrinsic
+def any_above(typing: Any, u: Any, v: Any) -> Any:
+    """Whether any lane of u is larger than the same lane of v."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        mask = builder.bitcast(builder.fcmp_ordered(">", *args), ir.IntType(LANES))
+        return builder.icmp_unsigned("!=", mask, ir.Constant(ir.IntType(LANES), 0))
+
+    return types.boolean(lanes, lanes), generate
 
 
 @intrinsic

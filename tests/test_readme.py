@@ -1,0 +1,40 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from scoremachine.machines import MACHINES
+from scoremachine.windows import PatchSchedule
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_ten_lines_of_python_print_what_it_says(capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    said = re.search(r"It prints `(torch\.Size\(.*?\)) (-?[\d.]+)`", README)
+    exec(code.group(1), {})
+    shape, number = capsys.readouterr().out.strip().rsplit(" ", 1)
+    assert shape == said.group(1)
+    # other processors round differently, and generation follows small differences
+    assert float(number) == pytest.approx(float(said.group(2)), rel=0.05)
+
+
+def test_every_machine_is_in_the_tables():
+    design = (ROOT / "docs" / "design.md").read_text()
+    for name, kind in MACHINES.items():
+        assert f"| `{name}` | `{kind.__name__}` |" in README
+        assert f"| `{name}` |" in design
+
+
+def test_schedules_and_files_it_names_exist():
+    for name in re.findall(r'"((?:pspc|kamb)-[a-z0-9-]+)"', README):
+        assert name in PatchSchedule.names()
+    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for picture in (ROOT / "docs" / "pictures").iterdir():
+        assert picture.stat().st_size < 300_000
