@@ -28,6 +28,7 @@ from numba import njit, prange
 
 from scoremachine.kernels.simd import (
     LANES,
+    above,
     any_above,
     broadcast,
     exp,
@@ -37,7 +38,7 @@ from scoremachine.kernels.simd import (
     splat,
     store,
 )
-from scoremachine.posterior import SKIPPED, TILE, Fold
+from scoremachine.posterior import TILE, Fold
 from scoremachine.windows import Collection
 
 PARTS = 32
@@ -254,13 +255,13 @@ def _fold(images, index, y, scale, T, P, Q, shifts, cut, pixels, grid, C_out, k,
 
 
 @njit(fastmath=FLAGS)
-def _spread(w, nonzero, Hs, Ws, P, Q, s, C, H, W, table, D):
+def _spread(w, filled, Hs, Ws, P, Q, s, C, H, W, table, D):
     """Adds sum_i (box of site i) w_i s to D (C, H, W), for a block of images.
 
-    A few non-zero weights are painted box by box; of many, every pixel takes the sum over the
-    sites whose boxes hold it.
+    Where few of the vectors are filled, each weight paints its box; where many are, every pixel
+    takes the sum over the sites whose boxes hold it.
     """
-    if nonzero * P * Q < 4 * H * W:
+    if filled * P * Q < 2 * H * W:
         for i in range(Hs):
             for j in range(Ws):
                 o = (i * Ws + j) * LANES
@@ -310,7 +311,7 @@ def _compose(images, index, y, scale, T, P, Q, m, Z):
             _load_block(images, index, block, s, half, alive)
             for p in range(B):
                 picture = y[p].reshape(C * H * W)
-                nonzero = 0
+                filled = 0
                 _first_row(table, W + 1)
                 for a in range(H):
                     o = a * W * LANES
@@ -323,14 +324,10 @@ def _compose(images, index, y, scale, T, P, Q, m, Z):
                             store(w, o, splat(0.0))
                             continue
                         v = exp(v * scale[p] - m[p, i, j]) * load(alive, 0) * (1.0 / Z[p, i, j])
-                        store(w, o, v)
-                        for n in range(LANES):
-                            if w[o + n] > SKIPPED / (2.0 * N):
-                                nonzero += 1
-                            else:
-                                w[o + n] = 0.0
-                if nonzero > 0:
-                    _spread(w, nonzero, Hs, Ws, P, Q, s, C, H, W, table, D[part, p])
+                        store(w, o, above(v, math.exp(-T)))
+                        filled += 1
+                if filled > 0:
+                    _spread(w, filled, Hs, Ws, P, Q, s, C, H, W, table, D[part, p])
     return D
 
 

@@ -10,6 +10,7 @@ lowers a vector of eight doubles to what the machine has (AVX-512, AVX2, NEON).
     exp(v)                  of non-positive lanes, relative error below 1e-10
     hsum(v), hmax(v)        a float
     any_above(u, v)         whether some lane of u is larger than that of v
+    above(v, x)             v, with the lanes that are not above the float x set to 0
     broadcast(a, i)         a vector of a[i], from a flat contiguous float64 array
 """
 
@@ -169,6 +170,17 @@ def any_above(typing: Any, u: Any, v: Any) -> Any:
         return builder.icmp_unsigned("!=", mask, ir.Constant(ir.IntType(LANES), 0))
 
     return types.boolean(lanes, lanes), generate
+
+
+@intrinsic
+def above(typing: Any, v: Any, x: Any) -> Any:
+    """v where it is larger than x, and 0 elsewhere."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kept = builder.fcmp_ordered(">", args[0], _splat(builder, args[1]))
+        return builder.select(kept, args[0], ir.Constant(VECTOR, [0.0] * LANES))
+
+    return lanes(lanes, types.float64), generate
 
 
 @intrinsic
