@@ -35,6 +35,7 @@ from scoremachine.kernels.simd import (
     hmax,
     hsum,
     load,
+    load_bytes,
     splat,
     store,
 )
@@ -346,30 +347,26 @@ def _fold_whole(images, index, y, scale, T, k):
     S = np.zeros((parts, B, D))
     logits = np.full((parts, B, k, 1, 1), NOTHING)
     places = np.full((parts, B, k, 1, 1), -1)
-    padded = (D + LANES - 1) // LANES * LANES
+    step = 2 * LANES
+    bulk = D // step * step
     for part in prange(parts):
         lo, hi = part * N // parts, (part + 1) * N // parts
         l = np.empty((B, hi - lo))
-        s = np.zeros(padded)
-        q = np.zeros((B, padded))
-        for p in range(B):
-            for d in range(D):
-                q[p, d] = y[p, d]
         for n in range(lo, hi):
             u = flat[index[n]]
-            for d in range(D):
-                s[d] = u[d] * (1.0 / 127.5) - 1.0
             for p in range(B):
-                row = q[p]
+                row = y[p]
                 even, odd = splat(0.0), splat(0.0)
-                for d in range(0, padded - LANES, 2 * LANES):
-                    v, w = load(s, d), load(s, d + LANES)
+                for d in range(0, bulk, step):
+                    v = load_bytes(u, d) * (1.0 / 127.5) - 1.0
+                    w = load_bytes(u, d + LANES) * (1.0 / 127.5) - 1.0
                     even = even + v * (load(row, d) - v * 0.5)
                     odd = odd + w * (load(row, d + LANES) - w * 0.5)
-                if padded // LANES % 2:
-                    v = load(s, padded - LANES)
-                    even = even + v * (load(row, padded - LANES) - v * 0.5)
-                l[p, n - lo] = hsum(even + odd) * scale[p]
+                total = hsum(even + odd)
+                for d in range(bulk, D):
+                    x = u[d] * (1.0 / 127.5) - 1.0
+                    total += x * (row[d] - 0.5 * x)
+                l[p, n - lo] = total * scale[p]
         for p in range(B):
             leader = NOTHING
             for n in range(hi - lo):
@@ -384,8 +381,13 @@ def _fold_whole(images, index, y, scale, T, k):
                     Z[part, p, 0, 0] += w
                     Z2[part, p, 0, 0] += w * w
                     u = flat[index[lo + n]]
-                    for d in range(D):
-                        S[part, p, d] += w * (u[d] * (1.0 / 127.5) - 1.0)
+                    total_u = S[part, p]
+                    for d in range(0, bulk, LANES):
+                        store(total_u, d, load(total_u, d) + load_bytes(u, d) * w)
+                    for d in range(bulk, D):
+                        total_u[d] += w * u[d]
+            for d in range(D):
+                S[part, p, d] = S[part, p, d] * (1.0 / 127.5) - Z[part, p, 0, 0]
     return m, Z, Z2, S.reshape(parts, B, C, H, W), logits, places
 
 

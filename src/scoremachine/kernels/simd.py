@@ -4,7 +4,7 @@ LLVM vectorizes the inner loop of a box filter only after checking at run time t
 overlap, which costs more than the loop. Saying "vector" in the code avoids the question. LLVM
 lowers a vector of eight doubles to what the machine has (AVX-512, AVX2, NEON).
 
-    v = load(a, i)          a[i : i + LANES], from a flat contiguous float64 array
+    load(a, i)              a[i : i + LANES], from a flat contiguous float64 array
     store(a, i, v)
     u + v, u - v, u * v     with vectors or floats
     exp(v)                  of non-positive lanes, relative error below 1e-10
@@ -62,6 +62,21 @@ def load(typing: Any, array: Any, i: Any) -> Any:
         vector = builder.load(_pointer(context, builder, signature.args[0], *args))
         vector.align = 8
         return vector
+
+    return lanes(array, types.intp), generate
+
+
+@intrinsic
+def load_bytes(typing: Any, array: Any, i: Any) -> Any:
+    """array[i : i + LANES] of a uint8 array as a vector."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        bytes_ = ir.VectorType(ir.IntType(8), LANES)
+        pointer = builder.bitcast(builder.gep(data, [args[1]]), bytes_.as_pointer())
+        vector = builder.load(pointer)
+        vector.align = 1
+        return builder.uitofp(vector, VECTOR)
 
     return lanes(array, types.intp), generate
 
