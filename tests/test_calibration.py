@@ -110,6 +110,13 @@ def test_auto_bandwidth_denoises_better(name):
     assert errors[1] <= errors[0]
 
 
+def test_sizes_are_chosen_before_bandwidths(capsys):
+    machine = sm.build("ls", stripes(60, 7, seed=9), bandwidth="auto")
+    machine.denoise(torch.zeros(1, 1, 7, 7), 0.5)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert [line.split()[2] for line in said] == ["patch", "bandwidths"]
+
+
 @pytest.mark.parametrize("name", ["ls", "els", "pspc"])
 def test_auto_on_one_picture(name):
     """Nothing can be held out for LS and PSPC, which give the picture back; ELS uses crops."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from scoremachine._version import __version__
 
 if TYPE_CHECKING:
-    from scoremachine.calibration import Calibration, calibrate
+    from scoremachine.calibration import Calibration
     from scoremachine.corpus import Corpus
     from scoremachine.machines import (
         EquivariantLocalScore,
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
         Machine,
         PatchComposite,
         build,
+        calibrate,
     )
     from scoremachine.sample import EDMSchedule, generate
     from scoremachine.windows import BandwidthSchedule, PatchSchedule, edm_sigmas
 
 _HOMES = {
-    "calibration": ("Calibration", "calibrate"),
+    "calibration": ("Calibration",),
     "corpus": ("Corpus",),
     "machines": (
         "EquivariantLocalScore",
@@ -43,6 +44,7 @@ _HOMES = {
         "Machine",
         "PatchComposite",
         "build",
+        "calibrate",
     ),
     "sample": ("EDMSchedule", "generate"),
     "windows": ("BandwidthSchedule", "PatchSchedule", "edm_sigmas"),

@@ -11,15 +11,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from scoremachine.corpus import Corpus
 from scoremachine.files import written
-from scoremachine.machines import BoxMachine, EquivariantLocalScore, Machine, build
-from scoremachine.machines.machine import plain
 from scoremachine.progress import bar, say
 from scoremachine.windows import BandwidthSchedule, PatchSchedule, check_integer, edm_sigmas
 
@@ -75,36 +73,37 @@ class Calibration:
         return BandwidthSchedule(self.sigmas, self.chosen_bandwidths)
 
 
+class Calibrated(Protocol):
+    """What calibration asks of a machine."""
+
+    name: str
+    equivariant: bool  # whether its source is every position, so that crops make a corpus
+    corpus: Corpus
+
+    def remade(self, corpus: Corpus, **changes: Any) -> Calibrated:
+        """The same kind of machine with other images, patch size or bandwidth."""
+
+    def denoise_from(self, y: torch.Tensor, sigma: torch.Tensor, index: np.ndarray) -> torch.Tensor:
+        """D of float64 pictures, the images at `index` being the source."""
+
+    def takes_size(self, size: int) -> bool:
+        """Whether there is such a machine with boxes of this size."""
+
+    def settings(self) -> dict[str, object]:
+        """What distinguishes the machine, as JSON can hold it."""
+
+
 def calibrate(
-    corpus: Corpus,
-    machine: str = "ls",
-    sigmas: Sequence[float] | None = None,
+    machine: Calibrated,
+    sigmas: Sequence[float] | np.ndarray | None = None,
     held_out: int = 16,
     sizes: Sequence[int] | None = None,
     bandwidths: Sequence[float] = BANDWIDTHS,
     seed: int = 0,
-    **settings: Any,
 ) -> Calibration:
-    """Chooses patch size and bandwidth per noise level by held-out denoising.
+    """Chooses patch size (or not, if `sizes` is empty) and bandwidth per noise level.
 
-    Some images are left out of the source; half of those choose, the other half report the error
-    of what was chosen. A corpus of a few pictures is cut into crops first, and held-out crops lie
-    at least a window away from the source's. The result is kept beside the corpus.
-
-    Arguments:
-        corpus: The images; those not held out are the source.
-        machine: The machine's name.
-        sigmas: Noise levels; None: the 18 of EDM.
-        held_out: How many images choose; as many others report.
-        sizes: Patch sizes to try; None: odd ones from 3 to the image's side. (A box of one pixel
-            often has the smallest error where the noise is small, but its pixels know nothing of
-            each other, and samples get specks.)
-        bandwidths: Bandwidths to try; 0 is always among them.
-        seed: Of the choice of images and of their noise.
-        settings: Further settings of the machine, such as `boundary`.
-
-    Raises:
-        ValueError: Where the corpus has too few images, or an argument is out of range.
+    `scoremachine.calibrate` is this by a machine's name, and says what the arguments are.
     """
     check_integer("held_out", held_out)
     levels = np.sort(np.asarray(edm_sigmas() if sigmas is None else sigmas, dtype=float))[::-1]
@@ -112,59 +111,55 @@ def calibrate(
         raise ValueError(f"noise levels are {levels.tolist()}; expected positive numbers")
     hs = sorted({0.0, *map(float, bandwidths)})
     candidates = None if sizes is None else sorted({check_integer("a size", P) for P in sizes})
-    asked = [LAYOUT, machine, levels.tolist(), held_out, candidates, hs, seed, settings]
-    digest = hashlib.sha256(json.dumps(asked, default=plain).encode()).hexdigest()[:16]
-    path = corpus.cache_path / f"calibration-{machine}-{digest}.json"
+    asked = [LAYOUT, machine.settings(), levels.tolist(), held_out, candidates, hs, seed]
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    path = machine.corpus.cache_path / f"calibration-{machine.name}-{digest}.json"
     if path.exists():
         try:
             return Calibration(**json.loads(path.read_text()))
         except (ValueError, TypeError):
             path.unlink()
-    found = _measure(corpus, machine, levels, held_out, candidates, hs, seed, settings)
+    found = _measure(machine, levels, held_out, candidates, hs, seed)
     with written(path) as temporary:
         temporary.write_text(json.dumps(asdict(found)))
     return found
 
 
 def _measure(
-    corpus: Corpus,
-    name: str,
+    machine: Calibrated,
     sigmas: np.ndarray,
     held_out: int,
     sizes: list[int] | None,
     bandwidths: list[float],
     seed: int,
-    settings: dict[str, Any],
 ) -> Calibration:
-    corpus, source, choosing, reporting = split(corpus, held_out, seed, equivariant=name == "els")
-    probe = build(name, corpus, **settings)
-    boxes = isinstance(probe, BoxMachine) and "patch_size" not in settings
-    tried: list[int] = []
-    if boxes:
-        side = max(corpus.shape[1:])
-        tried = sizes or [P for P in range(3, side + 1, 2) if _fits(probe, P)] or [1]
+    corpus, source, choosing, reporting = split(machine.corpus, held_out, seed, machine.equivariant)
+    machine = machine.remade(corpus)
+    if sizes is None:
+        sides = range(3, max(corpus.shape[1:]) + 1, 2)
+        sizes = [P for P in sides if machine.takes_size(P)]
+        sizes = sizes or [P for P in (1,) if machine.takes_size(P)]
     generator = torch.Generator().manual_seed(seed)
 
     def pictures(index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        u = torch.from_numpy(np.array(corpus.images[index]))
-        x = u.double() / 127.5 - 1
+        x = torch.from_numpy(np.array(corpus.images[index])).double() / 127.5 - 1
         return x, torch.randn(x.shape, dtype=torch.float64, generator=generator)
 
     chooser, reporter = pictures(choosing), pictures(reporting)
 
     def errors(P: int | None, h: float, sigma: float, xs: Any) -> np.ndarray:
         x, eps = xs
-        chosen = {**settings, "bandwidth": h} | ({} if P is None else {"patch_size": P})
-        machine = build(name, corpus, **chosen)
+        size = {} if P is None else {"patch_size": P}
         levels = torch.full((len(x),), sigma, dtype=torch.float64)
-        D = machine.denoise_from(x + sigma * eps, levels, source)
+        tried = machine.remade(corpus, bandwidth=h, **size)
+        D = tried.denoise_from(x + sigma * eps, levels, source)
         return ((D - x) ** 2).mean((1, 2, 3)).numpy()
 
     size_errors, bandwidth_errors, reported, plain = [], [], [], []
     chosen_sizes: list[int] = []
     chosen_bandwidths = []
-    rounds = len(sigmas) * (len(tried) + len(bandwidths) + 2)
-    with bar(f"Calibrating {name}", total=rounds) as progress:
+    rounds = len(sigmas) * (len(sizes) + len(bandwidths) + 2)
+    with bar(f"Calibrating {machine.name}", total=rounds) as progress:
 
         def mean_error(P: int | None, h: float, sigma: float) -> float:
             progress.advance()
@@ -172,9 +167,9 @@ def _measure(
 
         for sigma in map(float, sigmas):
             P: int | None = None
-            if boxes:
-                row = [mean_error(size, 0.0, sigma) for size in tried]
-                P = tried[int(np.argmin(row))]
+            if sizes:
+                row = [mean_error(size, 0.0, sigma) for size in sizes]
+                P = sizes[int(np.argmin(row))]
                 size_errors.append(row)
                 chosen_sizes.append(P)
             row = [mean_error(P, h, sigma) for h in bandwidths]
@@ -185,9 +180,9 @@ def _measure(
             plain.append(errors(P, 0.0, sigma, reporter).tolist())
             progress.advance(2)
     return Calibration(
-        name,
+        machine.name,
         sigmas.tolist(),
-        tried,
+        sizes,
         bandwidths,
         size_errors,
         bandwidth_errors,
@@ -198,14 +193,6 @@ def _measure(
         len(source),
         len(choosing),
     )
-
-
-def _fits(machine: BoxMachine, P: int) -> bool:
-    try:
-        machine.check_size(P)
-    except ValueError:
-        return False
-    return True
 
 
 def split(
@@ -266,26 +253,24 @@ def _crops(
     return crops, np.arange(n), n + choosing, n + reporting
 
 
-def automatic_patch_size(machine: BoxMachine) -> PatchSchedule:
+def automatic_patch_size(machine: Calibrated) -> PatchSchedule:
     """The sizes that patch_size="auto" stands for."""
     N, (_, H, W) = len(machine.corpus), machine.corpus.shape
-    if N < 3 and (machine.name != "els" or min(H, W // 3) < 3):
+    if N < 3 and not (machine.equivariant and _crop_side(H, W) >= 3):
         # nothing can be held out, and the machine of one image gives it back at any size
-        return PatchSchedule.constant(max(P for P in (1, 3) if max(H, W) >= P))
-    return _automatic(machine, "patch sizes", (0.0,), {}).patch_size
+        return PatchSchedule.constant(3 if machine.takes_size(3) else 1)
+    side = _crop_side(H, W) if N < 3 else max(H, W)
+    sizes = [P for P in _spread_sizes(side) if machine.takes_size(P)] or [1]
+    return _automatic(machine, "patch sizes", sizes, (0.0,)).patch_size
 
 
-def automatic_bandwidth(machine: Machine) -> BandwidthSchedule:
+def automatic_bandwidth(machine: Calibrated) -> BandwidthSchedule:
     """The bandwidths that bandwidth="auto" stands for, at the machine's own patch sizes."""
-    settings = {}
-    if isinstance(machine, BoxMachine):
-        machine.patch_size_at(1.0)
-        settings["patch_size"] = machine.patch_size
-    return _automatic(machine, "bandwidths", BANDWIDTHS, settings).bandwidth
+    return _automatic(machine, "bandwidths", [], BANDWIDTHS).bandwidth
 
 
 def _automatic(
-    machine: Machine, what: str, bandwidths: Sequence[float], settings: dict[str, Any]
+    machine: Calibrated, what: str, sizes: list[int], bandwidths: Sequence[float]
 ) -> Calibration:
     """A calibration at ten levels, on a subset of the corpus that keeps it under a minute.
 
@@ -293,17 +278,10 @@ def _automatic(
     """
     corpus = machine.corpus
     N, (_, H, W) = len(corpus), corpus.shape
-    equivariant = isinstance(machine, EquivariantLocalScore)
-    if isinstance(machine, EquivariantLocalScore):
-        settings["boundary"] = machine.boundary
-    held_out = 4 if equivariant else 8
-    side = min(_crop_side(H, W), H, W) if N < 3 else max(H, W)
-    sizes = None
-    if isinstance(machine, BoxMachine) and "patch_size" not in settings:
-        sizes = [P for P in _spread_sizes(side) if N < 3 or _fits(machine, P)]
-    rounds = len(AUTO_SIGMAS) * (len(sizes or []) + len(bandwidths)) * held_out
-    logits = (side**4 if N < 3 else (H * W) ** 2) if equivariant else H * W
-    n = max(48, round((4 * BUDGET if equivariant else BUDGET) / (logits * rounds)))
+    held_out = 4 if machine.equivariant else 8
+    rounds = len(AUTO_SIGMAS) * (len(sizes) + len(bandwidths)) * held_out
+    logits, budget = ((H * W) ** 2, 4 * BUDGET) if machine.equivariant else (H * W, BUDGET)
+    n = max(48, round(budget / (logits * rounds)))
     subset = corpus
     if n < N:
         subset = corpus.subset(np.linspace(0, N - 1, n).astype(np.int64))
@@ -311,7 +289,7 @@ def _automatic(
         f"'auto': choosing {what} for {machine.name!r} by denoising {held_out} held-out pictures "
         f"with {len(subset):,} of {N:,} images (kept for the next time)"
     )
-    return calibrate(subset, machine.name, AUTO_SIGMAS, held_out, sizes, bandwidths, 0, **settings)
+    return calibrate(machine.remade(subset), AUTO_SIGMAS, held_out, sizes, bandwidths)
 
 
 def _spread_sizes(side: int) -> list[int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from torch import Tensor
 
 from scoremachine.progress import bar
 from scoremachine.windows import Collection
-
-if TYPE_CHECKING:
-    from scoremachine.kernels import Kernel
 
 SKIPPED = 1e-5  # twice the weight that the skipped sources of a site may have together
 TILE = 2**29  # logits per picture in one call of a kernel: about half a second
@@ -88,6 +85,40 @@ class Fold:
     def leader_weights(self) -> Tensor:
         """The posterior weights of the k leading sources, shape (B, k, *sites)."""
         return torch.exp(self.logits - self.m[:, None]) / self.Z[:, None]
+
+
+class Kernel(Protocol):
+    """What a kernel answers. Logits lack the term -|y|^2 / (2 sigma^2), common to all sources."""
+
+    def fold(
+        self,
+        images: np.ndarray,
+        index: np.ndarray,
+        y: Tensor,
+        sigma: Tensor,
+        collection: Collection,
+        T: float,
+        leaders: int,
+        known: Fold | None,
+    ) -> Fold:
+        """Folds images[index].
+
+        `y` is float64 on the CPU, wrapped already where the boundary is circular. Sources more
+        than T nats below their site's leader may be left out; `known` is the fold of the tiles
+        before, whose leaders may be relied on.
+        """
+
+    def compose(
+        self,
+        images: np.ndarray,
+        index: np.ndarray,
+        y: Tensor,
+        sigma: Tensor,
+        collection: Collection,
+        T: float,
+        known: Fold,
+    ) -> Tensor:
+        """sum_i r_i mu_i of the sources images[index], with the whole fold known: (B, C, H, W)."""
 
 
 def _exp(x: Tensor) -> Tensor:

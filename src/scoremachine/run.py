@@ -16,10 +16,10 @@ from torch import Tensor
 
 from scoremachine import drawing
 from scoremachine._version import __version__
-from scoremachine.calibration import Calibration, calibrate
+from scoremachine.calibration import Calibration
 from scoremachine.corpus import Corpus
 from scoremachine.files import written
-from scoremachine.machines import Machine
+from scoremachine.machines import Machine, calibrate
 from scoremachine.machines.machine import Label
 from scoremachine.progress import say
 from scoremachine.sample import SAMPLERS, PictureNoise, generate_batches
@@ -257,7 +257,7 @@ def calibrate_corpus(
     found = calibrate(
         corpus,
         machine,
-        edm_sigmas(check_integer("steps", steps)),  # type: ignore[arg-type]
+        edm_sigmas(check_integer("steps", steps)),
         held_out,
         seed=seed,
         **settings,

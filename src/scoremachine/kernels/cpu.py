@@ -401,7 +401,7 @@ def fold(
     leaders: int,
     known: Fold | None,
 ) -> Fold:
-    """The fold over images[index]; see `scoremachine.kernels.Kernel`."""
+    """The fold over images[index]; see `scoremachine.posterior.Kernel`."""
     B, C, _, _ = y.shape
     scale = (1 / sigma**2).numpy()
     query = np.ascontiguousarray(y.numpy())
@@ -470,7 +470,7 @@ def compose(
     T: float,
     known: Fold,
 ) -> torch.Tensor:
-    """sum_i r_i mu_i over images[index], for box responses; see `scoremachine.kernels.Kernel`."""
+    """sum_i r_i mu_i over images[index], for box responses; see `scoremachine.posterior.Kernel`."""
     D = _call(
         _compose,
         images,

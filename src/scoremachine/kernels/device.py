@@ -28,7 +28,7 @@ def fold(
     leaders: int,
     known: Fold | None,
 ) -> Fold:
-    """The fold over images[index]; see `scoremachine.kernels.Kernel`."""
+    """The fold over images[index]; see `scoremachine.posterior.Kernel`."""
     device = where()
     y, sigma = y.to(device), sigma.to(device)
     compare = _same if collection.source == "same" else _every
@@ -52,7 +52,7 @@ def compose(
     T: float,
     known: Fold,
 ) -> Tensor:
-    """sum_i r_i mu_i over images[index]; see `scoremachine.kernels.Kernel`."""
+    """sum_i r_i mu_i over images[index]; see `scoremachine.posterior.Kernel`."""
     device = where()
     P, Q = collection.window
     D = torch.zeros_like(y, device=device)

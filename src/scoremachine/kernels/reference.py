@@ -84,7 +84,7 @@ def fold(
     leaders: int,
     known: Fold | None,
 ) -> Fold:
-    """The definition of the fold; see `scoremachine.kernels.Kernel`."""
+    """The definition of the fold; see `scoremachine.posterior.Kernel`."""
     c = collection
     (H, W), grid = c.image, c.grid
     (ry, rx) = (n // 2 if c.wraps else 0 for n in c.window)
@@ -130,7 +130,7 @@ def compose(
     T: float,
     known: Fold,
 ) -> Tensor:
-    """sum_i r_i mu_i for box responses; see `scoremachine.kernels.Kernel`."""
+    """sum_i r_i mu_i for box responses; see `scoremachine.posterior.Kernel`."""
     c = collection
     (H, W), C = c.image, y.shape[1]
     s = images[index].astype(np.float64).reshape(len(index), C, H * W) / 127.5 - 1

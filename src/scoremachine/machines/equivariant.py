@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from azula.noise import Schedule
 
 from scoremachine.corpus import Corpus
@@ -23,6 +25,7 @@ class EquivariantLocalScore(BoxMachine):
     """
 
     name = "els"
+    equivariant = True
 
     def __init__(
         self,
@@ -51,6 +54,9 @@ class EquivariantLocalScore(BoxMachine):
     def collection(self, P: int) -> Collection:
         image = self.corpus.shape[1:]
         return Collection(image, (P, P), "pixels", "pixel", "every", self.boundary)
+
+    def arguments(self) -> dict[str, Any]:
+        return {**super().arguments(), "boundary": self.boundary}
 
     def settings(self) -> dict[str, object]:
         return {**super().settings(), "boundary": self.boundary}

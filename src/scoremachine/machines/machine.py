@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from azula.noise import Schedule, VPSchedule
 from torch import Tensor
 
 from scoremachine import kernels
+from scoremachine.calibration import automatic_bandwidth, automatic_patch_size
 from scoremachine.corpus import Corpus
 from scoremachine.posterior import Fold, posterior
 from scoremachine.windows import (
@@ -48,6 +50,7 @@ class Machine(Denoiser):
     """
 
     name: str
+    equivariant = False  # whether its source is every position
 
     def __init__(
         self,
@@ -181,13 +184,27 @@ class Machine(Denoiser):
     def bandwidth_at(self, sigma: float) -> float:
         """The bandwidth h at noise level `sigma`."""
         if self.bandwidth == "auto":
-            from scoremachine.calibration import automatic_bandwidth
-
-            self.bandwidth = automatic_bandwidth(self)
+            self.bandwidth = automatic_bandwidth(self.remade(self.corpus, bandwidth=0.0))
         if isinstance(self.bandwidth, BandwidthSchedule):
             return self.bandwidth(sigma)
         assert isinstance(self.bandwidth, float)
         return self.bandwidth
+
+    def arguments(self) -> dict[str, Any]:
+        """What the machine was made with, apart from its corpus."""
+        return {
+            "bandwidth": self.bandwidth,
+            "kernel": self.kernel_name,
+            "schedule": self.schedule,
+        }
+
+    def remade(self, corpus: Corpus, **changes: Any) -> Machine:
+        """The same kind of machine with other images, or other arguments."""
+        return type(self)(corpus, **{**self.arguments(), **changes})
+
+    def takes_size(self, size: int) -> bool:
+        """Whether there is such a machine with boxes of this size: never, without boxes."""
+        return False
 
     def settings(self) -> dict[str, object]:
         """What distinguishes this machine, for the record of a run."""
@@ -249,6 +266,16 @@ class BoxMachine(Machine):
         """Raises ValueError where no machine of this kind can have boxes of that size."""
         check_window(size, self.corpus.shape[1:], self.odd)
 
+    def takes_size(self, size: int) -> bool:
+        try:
+            self.check_size(size)
+        except ValueError:
+            return False
+        return True
+
+    def arguments(self) -> dict[str, Any]:
+        return {**super().arguments(), "patch_size": self.patch_size}
+
     @abstractmethod
     def collection(self, P: int) -> Collection:
         """The machine's row for boxes of side P."""
@@ -256,11 +283,14 @@ class BoxMachine(Machine):
     def patch_size_at(self, sigma: float) -> int:
         """The side of the box at noise level `sigma`."""
         if self.patch_size == "auto":
-            from scoremachine.calibration import automatic_patch_size
-
-            self.patch_size = automatic_patch_size(self)
+            self.patch_size = automatic_patch_size(self.remade(self.corpus, bandwidth=0.0))
         assert isinstance(self.patch_size, PatchSchedule)
         return self.patch_size(sigma)
+
+    def bandwidth_at(self, sigma: float) -> float:
+        if self.bandwidth == "auto":  # chosen for the sizes that the machine has
+            self.patch_size_at(sigma)
+        return super().bandwidth_at(sigma)
 
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
         D = torch.empty_like(y)
