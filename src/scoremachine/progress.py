@@ -11,7 +11,8 @@ from typing import Any
 
 DELAY = 1.0  # seconds of silence before a bar appears
 
-_quiet: ContextVar[bool] = ContextVar("quiet", default=False)  # a bar inside a bar is quiet too
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+_inside: ContextVar[bool] = ContextVar("inside", default=False)  # another bar
 
 
 @contextmanager
@@ -37,7 +38,7 @@ class Bar:
         self.description, self.total, self.done = description, total, 0.0
         self.start = time.monotonic()
         self.rich: Any = None
-        self.hidden = _quiet.get()
+        self.hidden = _quiet.get() or _inside.get()
 
     def advance(self, amount: float = 1.0) -> None:
         """Counts `amount` more as done."""
@@ -84,8 +85,9 @@ class Bar:
 def bar(description: str, total: float | None = None) -> Iterator[Bar]:
     """A `Bar` on standard error, gone when the block ends; the outermost alone is shown."""
     b = Bar(description, total)
-    with quiet():
-        try:
-            yield b
-        finally:
-            b.close()
+    token = _inside.set(True)
+    try:
+        yield b
+    finally:
+        _inside.reset(token)
+        b.close()

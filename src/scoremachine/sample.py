@@ -143,17 +143,17 @@ def generate_batches(
         if not isinstance(denoiser, Machine):
             raise ValueError("the shape of the pictures is unknown; give shape=(C, H, W)")
         shape = denoiser.corpus.shape
-    with (
-        _bandwidth(denoiser, bandwidth),
-        bar("Generating", total=len(pictures) * steps) as progress,
-    ):
-        for start in range(pictures.start, pictures.stop, batch):
-            some = range(start, min(start + batch, pictures.stop))
-            path = []
-            for moment in walk(denoiser, some, shape, steps, seed, sampler, label):
-                path.append(moment)
-                progress.advance(len(some))
-            yield some, path
+    with _bandwidth(denoiser, bandwidth):
+        if isinstance(denoiser, Machine):
+            denoiser.prepare(label)
+        with bar("Generating", total=len(pictures) * steps) as progress:
+            for start in range(pictures.start, pictures.stop, batch):
+                some = range(start, min(start + batch, pictures.stop))
+                path = []
+                for moment in walk(denoiser, some, shape, steps, seed, sampler, label):
+                    path.append(moment)
+                    progress.advance(len(some))
+                yield some, path
 
 
 def generate(

@@ -42,6 +42,11 @@ class GaussianScore(Machine):
 
     name = "gaussian"
 
+    def prepare(self, label: Label = None) -> None:
+        super().prepare(label)
+        for _, index in self._by_label(label, 1):
+            self.moments(index)
+
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
         g = self.moments(index)
         variance = sigma[:, None] ** 2

@@ -181,6 +181,10 @@ class Machine(Denoiser):
             for value in dict.fromkeys(label)
         ]
 
+    def prepare(self, label: Label = None) -> None:
+        """Does what is done once: choices that "auto" stands for, measurements of the corpus."""
+        self.bandwidth_at(1.0)
+
     def bandwidth_at(self, sigma: float) -> float:
         """The bandwidth h at noise level `sigma`."""
         if self.bandwidth == "auto":
@@ -286,6 +290,10 @@ class BoxMachine(Machine):
             self.patch_size = automatic_patch_size(self.remade(self.corpus, bandwidth=0.0))
         assert isinstance(self.patch_size, PatchSchedule)
         return self.patch_size(sigma)
+
+    def prepare(self, label: Label = None) -> None:
+        self.patch_size_at(1.0)
+        super().prepare(label)
 
     def bandwidth_at(self, sigma: float) -> float:
         if self.bandwidth == "auto":  # chosen for the sizes that the machine has
