@@ -7,7 +7,7 @@ lowers a vector of eight doubles to what the machine has (AVX-512, AVX2, NEON).
     load(a, i)              a[i : i + LANES], from a flat contiguous float64 array
     store(a, i, v)
     u + v, u - v, u * v     with vectors or floats
-    exp(v)                  of non-positive lanes, relative error below 1e-10
+    exp(v)                  of non-positive lanes, relative error below 1e-8
     hsum(v), hmax(v)        a float
     any_above(u, v)         whether some lane of u is larger than that of v
     above(v, x)             v, with the lanes that are not above the float x set to 0
@@ -230,9 +230,7 @@ def exp(x):
     x = larger(x, splat(-708.0))
     k = floor(x * 1.4426950408889634 + 0.5)
     r = x - k * 0.6931471803691238 - k * 1.9082149292705877e-10
-    p = r * (1 / 362880) + 1 / 40320
-    p = p * r + 1 / 5040
-    p = p * r + 1 / 720
+    p = r * (1 / 5040) + 1 / 720
     p = p * r + 1 / 120
     p = p * r + 1 / 24
     p = p * r + 1 / 6
