@@ -38,6 +38,7 @@ from scoremachine.kernels.simd import (
     load_bytes,
     splat,
     store,
+    sums,
 )
 from scoremachine.posterior import TILE, Fold
 from scoremachine.windows import Collection
@@ -154,13 +155,13 @@ def _keep(logit, place, logits, places, i, j):
 
 @njit(fastmath=FLAGS)
 def _absorb(
-    table, y, Hq, Wq, s, half, alive, ids, C, H, W, dy, dx, P, Q, cut, pixels, scale, T,
-    m, floor, Z, Z2, S, logits, places, eight,
+    table, y, Hq, Wq, s, half, alive, ids, C, H, W, dy, dx, P, Q, cut, pixels, values, scale, T,
+    m, floor, totals, logits, places, eight,
 ):  # fmt: skip
     """Merges the sources of one displacement into the folds of a picture's sites.
 
     y is (C, Hq, Wq) and s is (C, H, W, LANES), both flat. `floor` is the smallest window sum that
-    still matters.
+    still matters; `totals` holds Z, Z2 and S of every site, eight numbers each.
     """
     a0, a1, py, rows = _overlap(dy, Hq, H, P, cut)
     b0, b1, px, columns = _overlap(dx, Wq, W, Q, cut)
@@ -170,7 +171,7 @@ def _absorb(
     k, Ws = logits.shape[0], m.shape[1]
     if columns > 0:
         _first_row(table, width + 1)
-    ready = 0
+    ready, zero = 0, splat(0.0)
     for a in range(rows if columns > 0 else 0):
         top, bottom = max(a - py, 0), min(a - py + P, n)
         while ready < bottom:
@@ -184,21 +185,24 @@ def _absorb(
             if not any_above(v, broadcast(floor, i * Ws + j)):
                 continue
             leader = m[i, j]
+            total = load(totals, (i * Ws + j) * LANES)
             highest = hmax(v) * scale
             if highest > leader:
                 rescale = math.exp(leader - highest)
+                total = total * rescale
                 leader = highest
                 m[i, j] = leader
-                Z[i, j] *= rescale
-                Z2[i, j] *= rescale * rescale
-                for c in range(S.shape[0]):
-                    S[c, i, j] *= rescale
+                store(totals, (i * Ws + j) * LANES, total)
+                totals[(i * Ws + j) * LANES + 1] *= rescale  # Z2 goes with its square
+                total = load(totals, (i * Ws + j) * LANES)
             w = exp(v * scale - leader) * load(alive, 0)
-            Z[i, j] += hsum(w)
-            Z2[i, j] += hsum(w * w)
             pixel = (a0 + a + dy + ry) * W + b0 + b + dx + rx
-            for c in range(S.shape[0]):
-                S[c, i, j] += hsum(w * load(s, (c * H * W + pixel) * LANES))
+            o = pixel * LANES
+            w0 = w * load(s, o) if values > 0 else zero
+            w1 = w * load(s, o + H * W * LANES) if values > 1 else zero
+            w2 = w * load(s, o + 2 * H * W * LANES) if values > 2 else zero
+            w3 = w * load(s, o + 3 * H * W * LANES) if values > 3 else zero
+            store(totals, (i * Ws + j) * LANES, total + sums(w, w * w, w0, w1, w2, w3))
             floor[i * Ws + j] = (leader - T) / scale
             if k > 0:
                 store(eight, 0, v)
@@ -210,8 +214,8 @@ def _absorb(
 
 
 @njit(parallel=True, fastmath=FLAGS, nogil=True, cache=True)
-def _fold(images, index, y, scale, T, P, Q, shifts, cut, pixels, grid, C_out, k, m_known):
-    """The first pass: (m, Z, Z2, S, logits, places) of every part, axis 0."""
+def _fold(images, index, y, scale, T, P, Q, shifts, cut, pixels, grid, values, k, m_known):
+    """The first pass, parts along axis 0: m, (Z, Z2, S, 0 ...) of every site, logits, places."""
     _, C, H, W = images.shape
     B, _, Hq, Wq = y.shape
     N = index.shape[0]
@@ -220,9 +224,7 @@ def _fold(images, index, y, scale, T, P, Q, shifts, cut, pixels, grid, C_out, k,
     K = shifts.shape[0]
     parts = min(PARTS, blocks * K)
     m = np.full((parts, B, Hs, Ws), NOTHING)
-    Z = np.zeros((parts, B, Hs, Ws))
-    Z2 = np.zeros((parts, B, Hs, Ws))
-    S = np.zeros((parts, B, C_out, Hs, Ws))
+    totals = np.zeros((parts, B, Hs * Ws * LANES))
     logits = np.full((parts, B, k, Hs, Ws), NOTHING)
     places = np.full((parts, B, k, Hs, Ws), -1)
     for part in prange(parts):
@@ -248,11 +250,10 @@ def _fold(images, index, y, scale, T, P, Q, shifts, cut, pixels, grid, C_out, k,
             for p in range(B):
                 _absorb(
                     table, y[p].reshape(C * Hq * Wq), Hq, Wq, s, half, alive, ids, C, H, W,
-                    shifts[shift, 0], shifts[shift, 1], P, Q, cut, pixels, scale[p], T,
-                    m[part, p], floor[p], Z[part, p], Z2[part, p], S[part, p],
-                    logits[part, p], places[part, p], eight,
+                    shifts[shift, 0], shifts[shift, 1], P, Q, cut, pixels, values, scale[p], T,
+                    m[part, p], floor[p], totals[part, p], logits[part, p], places[part, p], eight,
                 )  # fmt: skip
-    return m, Z, Z2, S, logits, places
+    return m, totals.reshape((parts, B, Hs, Ws, LANES)), logits, places
 
 
 @njit(fastmath=FLAGS)
@@ -411,24 +412,26 @@ def fold(
     best, found = known, []
     for shifts in _pieces(len(index), collection):
         m_known = np.full((B, *grid), NOTHING) if best is None else best.m.numpy()
-        part = _merged(
-            _call(
-                _fold,
-                images,
-                index,
-                query,
-                scale,
-                T,
-                *collection.window,
-                shifts,
-                collection.cut,
-                collection.sites == "pixels" and not collection.wraps,
-                grid,
-                C if collection.response == "pixel" else 0,
-                leaders,
-                m_known,
-            )
+        values = C if collection.response == "pixel" else 0
+        m, totals, logits, places = _call(
+            _fold,
+            images,
+            index,
+            query,
+            scale,
+            T,
+            *collection.window,
+            shifts,
+            collection.cut,
+            collection.sites == "pixels" and not collection.wraps,
+            grid,
+            values,
+            leaders,
+            m_known,
         )
+        Z, Z2, *S = np.moveaxis(totals, -1, 0)[: 2 + values]
+        S = np.stack(S, axis=2) if values else np.empty((*Z.shape[:2], 0, *grid))
+        part = _merged((m, Z, Z2, S, logits, places))
         found.append(part)
         best = part if best is None else best.merge(part)
     return functools.reduce(Fold.merge, found)
