@@ -64,7 +64,7 @@ def test_kamb_levels_follow_the_cosine_schedule():
     ("sigmas", "sizes", "says"),
     [
         ([], [], "0 noise levels"),
-        ([1.0], [3, 5], "2 sizes"),
+        ([1.0], [3, 5], "2 values"),
         ([1.0, 1.0], [3, 5], "twice"),
         ([-1.0], [3], "positive"),
         ([float("nan")], [3], "positive"),
@@ -80,7 +80,7 @@ def test_bad_schedules_are_refused(sigmas, sizes, says):
 def test_bad_bandwidths_are_refused():
     with pytest.raises(ValueError, match="0 or more"):
         BandwidthSchedule([1.0], [-0.1])
-    with pytest.raises(ValueError, match="one for each"):
+    with pytest.raises(ValueError, match="one value for each"):
         BandwidthSchedule([1.0], [])
 
 

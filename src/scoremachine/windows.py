@@ -103,53 +103,75 @@ def kamb_sigmas(steps: int = 20) -> np.ndarray:
     return np.sqrt((1 - abar) / abar)
 
 
-class PatchSchedule:
-    """Noise level -> patch size: the size listed at the nearest noise level, in log sigma.
+class LevelSchedule:
+    """Noise level -> value: the value listed at the nearest noise level, in log sigma.
 
     Arguments:
         sigmas: Noise levels (positive, distinct), in any order.
-        sizes: As many patch sizes (positive integers).
+        values: As many values.
         name: What to call the schedule in messages and records.
 
     Raises:
         ValueError: Where the lists differ in length, are empty, or hold anything else.
     """
 
-    def __init__(self, sigmas: Iterable[float], sizes: Iterable[int], name: str = "custom") -> None:
-        levels = np.asarray(list(sigmas), dtype=np.float64)
-        entries = list(sizes)
+    def __init__(self, sigmas: Iterable[float], values: Iterable[float], name: str) -> None:
+        levels, entries = np.asarray(list(sigmas), dtype=np.float64), np.asarray(list(values))
         if len(levels) != len(entries) or len(levels) == 0:
             raise ValueError(
-                f"a patch schedule got {len(levels)} noise levels and {len(entries)} sizes; "
-                "expected one size for each of at least one level"
+                f"a schedule got {len(levels)} noise levels and {len(entries)} values; "
+                "expected one value for each of at least one level"
             )
         if not (np.isfinite(levels).all() and (levels > 0).all()):
             raise ValueError(f"noise levels are {levels.tolist()}; expected positive numbers")
         if len(np.unique(levels)) != len(levels):
-            raise ValueError("a patch schedule lists a noise level twice; keep one of the two")
-        for size in entries:
-            check_integer("a size in a patch schedule", size)
+            raise ValueError("a schedule lists a noise level twice; keep one of the two")
         order = np.argsort(levels)
-        self.sigmas = levels[order]
-        self.sizes = np.asarray(entries, dtype=np.int64)[order]
-        self.name = name
+        self.sigmas, self.values, self.name = levels[order], entries[order], name
 
-    def __call__(self, sigma: float) -> int:
-        """The patch size at noise level `sigma`."""
-        return int(self.sizes[nearest(self.sigmas, sigma)])
+    def at(self, sigma: float) -> float:
+        """The value at noise level `sigma`."""
+        return self.values[np.argmin(np.abs(np.log(self.sigmas) - math.log(sigma)))].item()
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, PatchSchedule)
+            type(other) is type(self)
+            and isinstance(other, LevelSchedule)
             and np.array_equal(self.sigmas, other.sigmas)
-            and np.array_equal(self.sizes, other.sizes)
+            and np.array_equal(self.values, other.values)
         )
 
     def __hash__(self) -> int:
-        return hash((self.sigmas.tobytes(), self.sizes.tobytes()))
+        return hash((self.sigmas.tobytes(), self.values.tobytes()))
 
     def __repr__(self) -> str:
-        return f"PatchSchedule({self.name!r}, sizes={self.sizes.tolist()})"
+        return f"{type(self).__name__}({self.name!r}, {self.values.tolist()})"
+
+    def plain(self) -> dict[str, object]:
+        """The schedule as JSON can hold it."""
+        return {
+            "name": self.name,
+            "sigmas": self.sigmas.tolist(),
+            "values": self.values.tolist(),
+        }
+
+
+class PatchSchedule(LevelSchedule):
+    """Noise level -> patch size, a positive whole number; see `LevelSchedule`."""
+
+    def __init__(self, sigmas: Iterable[float], sizes: Iterable[int], name: str = "custom") -> None:
+        super().__init__(
+            sigmas, [check_integer("a size in a patch schedule", P) for P in sizes], name
+        )
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """The sizes, by rising noise level."""
+        return self.values
+
+    def __call__(self, sigma: float) -> int:
+        """The patch size at noise level `sigma`."""
+        return int(self.at(sigma))
 
     @classmethod
     def constant(cls, size: int) -> PatchSchedule:
@@ -179,33 +201,17 @@ class PatchSchedule:
         return sorted(PUBLISHED)
 
 
-class BandwidthSchedule:
-    """Noise level -> bandwidth h: as `PatchSchedule`, with non-negative floats."""
+class BandwidthSchedule(LevelSchedule):
+    """Noise level -> bandwidth h, a finite number >= 0; see `LevelSchedule`."""
 
-    def __init__(self, sigmas: Iterable[float], bandwidths: Iterable[float]) -> None:
-        self.sigmas = np.asarray(list(sigmas), dtype=np.float64)
-        self.bandwidths = np.asarray(list(bandwidths), dtype=np.float64)
-        if self.sigmas.shape != self.bandwidths.shape or self.sigmas.size == 0:
-            raise ValueError(
-                f"a bandwidth schedule got {self.sigmas.size} noise levels and "
-                f"{self.bandwidths.size} bandwidths; expected one for each of at least one level"
-            )
-        if not (np.isfinite(self.sigmas).all() and (self.sigmas > 0).all()):
-            raise ValueError(f"noise levels are {self.sigmas.tolist()}; expected positive numbers")
-        for h in self.bandwidths:
-            check_bandwidth(float(h))
+    def __init__(
+        self, sigmas: Iterable[float], bandwidths: Iterable[float], name: str = "custom"
+    ) -> None:
+        super().__init__(sigmas, [check_bandwidth(float(h)) for h in bandwidths], name)
 
     def __call__(self, sigma: float) -> float:
         """The bandwidth at noise level `sigma`."""
-        return float(self.bandwidths[nearest(self.sigmas, sigma)])
-
-    def __repr__(self) -> str:
-        return f"BandwidthSchedule({self.bandwidths.tolist()})"
-
-
-def nearest(sigmas: np.ndarray, sigma: float) -> int:
-    """The place of the level nearest to `sigma` in log sigma."""
-    return int(np.argmin(np.abs(np.log(sigmas) - math.log(sigma))))
+        return self.at(sigma)
 
 
 def check_integer(what: str, value: object) -> int:

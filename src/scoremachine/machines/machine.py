@@ -20,6 +20,7 @@ from scoremachine.posterior import Fold, posterior
 from scoremachine.windows import (
     BandwidthSchedule,
     Collection,
+    LevelSchedule,
     PatchSchedule,
     check_bandwidth,
     check_window,
@@ -327,11 +328,7 @@ class BoxMachine(Machine):
 
 def plain(value: object) -> object:
     """A setting as what JSON can hold."""
-    if isinstance(value, PatchSchedule):
-        return {"name": value.name, "sigmas": value.sigmas.tolist(), "sizes": value.sizes.tolist()}
-    if isinstance(value, BandwidthSchedule):
-        return {"sigmas": value.sigmas.tolist(), "bandwidths": value.bandwidths.tolist()}
-    return value
+    return value.plain() if isinstance(value, LevelSchedule) else value
 
 
 def gaussian_constant(D: int, variance: Tensor) -> Tensor:
