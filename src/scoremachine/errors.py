@@ -19,7 +19,7 @@ from scoremachine.calibration import (
 from scoremachine.corpus import Corpus
 from scoremachine.machines import MACHINES, Machine, build, kind_of
 from scoremachine.progress import bar, say
-from scoremachine.schedules import LOCALITIES, check_integer
+from scoremachine.schedules import LOCALITIES, LevelSchedule, check_integer
 
 ELS_IMAGES = 1000  # ELS is brute force: about a second a picture and step for so many
 DRAWS = 2000  # of a bootstrap
@@ -123,14 +123,15 @@ def denoising_errors(
     check_integer("choosing", choosing)
     check_integer("reporting", reporting)
     built = [build(name, corpus) for name in machines]
-    also = [(kind_of(name).name, locality) for name, locality in published]
-    for name, locality in also:
+    also = []
+    for name, locality in ((kind_of(name).name, locality) for name, locality in published):
         if name not in {machine.name for machine in built}:
             raise ValueError(f"{name} as published is asked for, but not among the machines")
         setting = kind_of(name).locality
         if setting is None:
             raise ValueError(f"{name} has no locality, so nothing of it can be as published")
-        build(name, corpus, **{setting: LOCALITIES[setting].of(locality)})
+        schedule = LOCALITIES[setting].of(locality)
+        also.append((schedule, build(name, corpus, **{setting: schedule})))
     _, source, choosers, reporters = split(corpus, choosing, seed, reporting=reporting)
     found: list[Errors] = []
     with bar("Measuring machines", total=len(built)) as progress:
@@ -138,9 +139,9 @@ def denoising_errors(
             parts: Parts = corpus, fewer(machine.name, source), choosers, reporters
             found += _calibrated(machine, parts, sigmas, choosing, seed)
             found += [
-                _published(machine, parts, found[-1].sigmas, locality, seed)
-                for name, locality in also
-                if name == machine.name
+                _published(made, parts, found[-1].sigmas, schedule, seed)
+                for schedule, made in also
+                if made.name == machine.name
             ]
             progress.advance()
     return found
@@ -166,17 +167,15 @@ def _calibrated(
 
 
 def _published(
-    machine: Machine, parts: Parts, sigmas: list[float], locality: Any, seed: int
+    made: Machine, parts: Parts, sigmas: list[float], schedule: LevelSchedule, seed: int
 ) -> Errors:
-    corpus, source, _, _ = parts
-    schedule = LOCALITIES[str(machine.locality)].of(locality)
-    made = machine.remade(corpus, **{str(machine.locality): schedule})
+    source = parts[1]
     _, reporter = held_out_pictures(parts, seed)
-    with bar(f"Measuring {machine.name} as published", total=len(sigmas)) as progress:
+    with bar(f"Measuring {made.name} as published", total=len(sigmas)) as progress:
         rows = []
         for sigma in sigmas:
             rows.append(denoising_error(made, source, reporter, sigma))
             progress.advance()
     values = [schedule(sigma) for sigma in sigmas]
     way, nothing = f"published: {schedule.name}", [0.0] * len(sigmas)
-    return Errors(machine.name, way, len(source), sigmas, np.stack(rows), values, nothing)
+    return Errors(made.name, way, len(source), sigmas, np.stack(rows), values, nothing)

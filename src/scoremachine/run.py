@@ -341,8 +341,8 @@ def zoo(
     builts = []
     for name in machines:
         some = fewer(name, everything)
-        built = build(name, corpus.subset(some) if len(some) < len(everything) else corpus)
-        builts.append(built.remade(built.corpus, schedule=SCHEDULES[schedule]()))
+        part = corpus.subset(some) if len(some) < len(everything) else corpus
+        builts.append(build(name, part, schedule=SCHEDULES[schedule]()))
     ideal = build("ideal", corpus)
     assert isinstance(ideal, IdealScore)
     rows = []

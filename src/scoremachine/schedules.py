@@ -147,7 +147,18 @@ class PatchSchedule(LevelSchedule):
         return self.values
 
 
-class ShareSchedule(LevelSchedule):
+class FractionSchedule(LevelSchedule):
+    """Noise level -> a number in (0, 1]; see `LevelSchedule`."""
+
+    @classmethod
+    def check(cls, value: Any) -> float:
+        fraction = super().check(value)
+        if not 0 < fraction <= 1:
+            raise ValueError(f"{cls.setting} is {value!r}; expected a number above 0 and at most 1")
+        return fraction
+
+
+class ShareSchedule(FractionSchedule):
     """Noise level -> share of a heat map, in (0, 1]; see `LevelSchedule`.
 
     Published: "pspc-flex-cifar10", PSPC-Flex of Niedoba et al. 2411.19339.
@@ -155,51 +166,36 @@ class ShareSchedule(LevelSchedule):
 
     setting = "share"
 
-    @classmethod
-    def check(cls, value: Any) -> float:
-        share = super().check(value)
-        if not 0 < share <= 1:
-            raise ValueError(f"share is {value!r}; expected a number above 0 and at most 1")
-        return share
 
-
-class ThresholdSchedule(LevelSchedule):
+class ThresholdSchedule(FractionSchedule):
     """Noise level -> threshold tau of a Wiener filter's entries, in (0, 1]."""
 
     setting = "threshold"
 
+
+class DeviationSchedule(LevelSchedule):
+    """Noise level -> a standard deviation, a finite number >= 0; see `LevelSchedule`."""
+
     @classmethod
     def check(cls, value: Any) -> float:
-        tau = super().check(value)
-        if not 0 < tau <= 1:
-            raise ValueError(f"threshold is {value!r}; expected a number above 0 and at most 1")
-        return tau
+        deviation = super().check(value)
+        if not (math.isfinite(deviation) and deviation >= 0):
+            raise ValueError(
+                f"{cls.setting} is {value!r}; expected a finite number that is 0 or more"
+            )
+        return deviation
 
 
-class SmoothingSchedule(LevelSchedule):
+class SmoothingSchedule(DeviationSchedule):
     """Noise level -> standard deviation delta of the perturbations, a finite number >= 0."""
 
     setting = "delta"
 
-    @classmethod
-    def check(cls, value: Any) -> float:
-        delta = super().check(value)
-        if not (math.isfinite(delta) and delta >= 0):
-            raise ValueError(f"delta is {value!r}; expected a finite number that is 0 or more")
-        return delta
 
-
-class BandwidthSchedule(LevelSchedule):
+class BandwidthSchedule(DeviationSchedule):
     """Noise level -> bandwidth h, a finite number >= 0; see `LevelSchedule`."""
 
     setting = "bandwidth"
-
-    @classmethod
-    def check(cls, value: Any) -> float:
-        h = super().check(value)
-        if not (math.isfinite(h) and h >= 0):
-            raise ValueError(f"bandwidth is {value!r}; expected a finite number that is 0 or more")
-        return h
 
 
 def check_bandwidth(value: Any) -> float | BandwidthSchedule | str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import coo_array, csr_array, vstack
 from torch import Tensor
 from torch.nn.functional import conv2d, conv_transpose2d, pad
 
@@ -112,6 +112,21 @@ class Masks:
             turns = np.diff(np.diff(q, axis=1), axis=2)
             parts.append(csr_array(turns.reshape(len(q), math.prod(turns.shape[1:]))))
         return cls(csr_array(vstack(parts)), image)
+
+    @cached_property
+    def by_sign(self) -> tuple[np.ndarray, np.ndarray]:
+        """The corners without their signs, as places in T, int32, and where they begin, int64.
+
+        Each mask's places to add come before those to subtract, a place of weight 2 twice; they
+        begin at starts[2 site] and starts[2 site + 1].
+        """
+        n = coo_array(self.corners)
+        times = np.abs(n.data).astype(np.int64)
+        half = 2 * n.coords[0].astype(np.int64) + (n.data < 0)
+        order = np.argsort(half, kind="stable")
+        places = np.repeat(n.coords[1][order].astype(np.int32), times[order])
+        counts = np.bincount(half, weights=times, minlength=2 * self.corners.shape[0])
+        return places, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     def row(self, site: int) -> np.ndarray:
         """One site's window, ones and zeros, float64 (H, W)."""
@@ -272,6 +287,13 @@ class Collection:
     reach: int = 0
     boundary: Boundary = "broken"
     variants: tuple[Variant, ...] = (Variant(),)
+
+    @classmethod
+    def of_images(
+        cls, image: tuple[int, int], source: Literal["same", "rolled"] = "same"
+    ) -> Collection:
+        """Whole images against whole images."""
+        return cls(image, Box(image), "boxes", "window", source)
 
     @cached_property
     def grid(self) -> tuple[int, int]:

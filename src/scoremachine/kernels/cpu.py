@@ -27,7 +27,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numba import njit, prange
-from scipy.sparse import coo_array, csr_array
 
 from scoremachine.kernels import rolled
 from scoremachine.kernels.simd import (
@@ -69,9 +68,7 @@ class Plan(NamedTuple):
         weights: The box's weights, (P, Q).
         rows: A tapered box's weights by row, (K, P).
         columns: And by column, (K, Q).
-        corners: Positions in a summed-area table of (H + 1) x (W + 1) vectors: each mask's corners
-            to add, then those to subtract.
-        starts: Where each mask's begin in it, (2 sites + 1,): to add, to subtract, the next mask's.
+        corners, starts: See `Masks.by_sign`.
     """
 
     kind: int
@@ -88,11 +85,11 @@ def plan_of(c: Collection) -> Plan:
     """What the compiled code has to know of a collection's windows."""
     P, Q = c.window.shape
     kind, weights, rows, columns = BOX, np.ones((P, Q)), np.empty((0, P)), np.empty((0, Q))
-    corners, starts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    corners, starts = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
     if isinstance(c.window, Soft):
         kind, weights, rows, columns = SOFT, c.window.weights, c.window.rows, c.window.columns
     elif isinstance(c.window, Masks):
-        kind, (corners, starts) = MASKS, _by_sign(c.window.corners)
+        kind, (corners, starts) = MASKS, c.window.by_sign
     return Plan(
         kind,
         c.cut,
@@ -103,17 +100,6 @@ def plan_of(c: Collection) -> Plan:
         corners,
         starts,
     )
-
-
-def _by_sign(corners: csr_array) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's places to add and to subtract, a place of weight 2 twice; and where they begin."""
-    n = coo_array(corners)
-    times = np.abs(n.data).astype(np.int64)
-    half = 2 * n.coords[0].astype(np.int64) + (n.data < 0)
-    order = np.argsort(half, kind="stable")
-    places = np.repeat(n.coords[1][order].astype(np.int64) * LANES, times[order])
-    counts = np.bincount(half, weights=times, minlength=2 * corners.shape[0])
-    return places, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 @njit
@@ -296,10 +282,10 @@ def _gather(table, places, first, last):
     """The sum of the table's vectors at places[first : last]."""
     even, odd = splat(0.0), splat(0.0)
     for k in range(first, last - 1, 2):
-        even = even + load(table, places[k])
-        odd = odd + load(table, places[k + 1])
+        even = even + load(table, places[k] * LANES)
+        odd = odd + load(table, places[k + 1] * LANES)
     if (last - first) % 2:
-        even = even + load(table, places[last - 1])
+        even = even + load(table, places[last - 1] * LANES)
     return even + odd
 
 
@@ -521,7 +507,7 @@ def _spill(plan, g, table, a, b, weight):
         site = a * g.columns + b
         for sign in range(2):
             for k in range(plan.starts[2 * site + sign], plan.starts[2 * site + sign + 1]):
-                o = plan.corners[k]
+                o = plan.corners[k] * LANES
                 store(table, o, load(table, o) + weight * (1.0 - 2.0 * sign))
         return
     P, Q = plan.weights.shape

@@ -203,26 +203,22 @@ def sums(typing: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
     return lanes(lanes, lanes, lanes, lanes, lanes, lanes), generate
 
 
-@intrinsic
-def any_above(typing: Any, u: Any, v: Any) -> Any:
-    """Whether any lane of u is larger than the same lane of v."""
+def _any(comparison: str) -> Any:
+    """Whether u and v compare so in any lane."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        mask = builder.bitcast(builder.fcmp_ordered(">", *args), ir.IntType(LANES))
-        return builder.icmp_unsigned("!=", mask, ir.Constant(ir.IntType(LANES), 0))
+    @intrinsic
+    def compare(typing: Any, u: Any, v: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            mask = builder.bitcast(builder.fcmp_ordered(comparison, *args), ir.IntType(LANES))
+            return builder.icmp_unsigned("!=", mask, ir.Constant(ir.IntType(LANES), 0))
 
-    return types.boolean(lanes, lanes), generate
+        return types.boolean(lanes, lanes), generate
+
+    return compare
 
 
-@intrinsic
-def any_reaches(typing: Any, u: Any, v: Any) -> Any:
-    """Whether any lane of u is at least as large as the same lane of v."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        mask = builder.bitcast(builder.fcmp_ordered(">=", *args), ir.IntType(LANES))
-        return builder.icmp_unsigned("!=", mask, ir.Constant(ir.IntType(LANES), 0))
-
-    return types.boolean(lanes, lanes), generate
+any_above = _any(">")
+any_reaches = _any(">=")
 
 
 @intrinsic

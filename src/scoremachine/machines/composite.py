@@ -13,7 +13,7 @@ from scoremachine.heatmaps import HeatMaps
 from scoremachine.machines.windowed import BoxMachine, WindowMachine
 from scoremachine.moments import moments
 from scoremachine.schedules import BandwidthSchedule, ShareSchedule
-from scoremachine.windows import Box, Collection, Masks
+from scoremachine.windows import Collection, Masks
 
 ROWS = 1024  # heat maps sorted at a time
 
@@ -89,7 +89,7 @@ class PatchCompositeFlex(WindowMachine):
             maps = moments(self.corpus, index).heat_maps(sigma, self.corpus.shape)
         q = holding(maps, share)
         if q.all():  # one window, the whole image
-            return Collection(image, Box(image), "boxes", "window")
+            return Collection.of_images(image)
         return Collection(image, Masks.of([q], image), "pixels", "window")
 
     def arguments(self) -> dict[str, Any]:

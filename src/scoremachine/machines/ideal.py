@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scoremachine.machines.machine import Label, Machine, gaussian_constant
 from scoremachine.posterior import posterior, with_slope
-from scoremachine.windows import Box, Collection
+from scoremachine.windows import Collection
 
 
 class IdealScore(Machine):
@@ -27,8 +27,7 @@ class IdealScore(Machine):
 
     def collection(self) -> Collection:
         """The machine's row."""
-        image = self.corpus.shape[1:]
-        return Collection(image, Box(image), "boxes", "window", self.source)
+        return Collection.of_images(self.corpus.shape[1:], self.source)
 
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
         return posterior(self.kernel, self.corpus.images, index, y, sigma, self.collection())[1]

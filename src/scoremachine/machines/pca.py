@@ -9,9 +9,8 @@ from azula.noise import Schedule
 from torch import Tensor
 
 from scoremachine.corpus import Corpus
-from scoremachine.machines.windowed import Evidence, WindowMachine
+from scoremachine.machines.windowed import WindowMachine
 from scoremachine.moments import moments
-from scoremachine.posterior import posterior
 from scoremachine.progress import Bar, bar
 from scoremachine.schedules import BandwidthSchedule, ThresholdSchedule
 from scoremachine.windows import Collection, Masks
@@ -78,16 +77,8 @@ class PCALocality(WindowMachine):
             window = Masks.of(masks(progress), (C * H, W))
         return Collection((C * H, W), window, "pixels", "pixel")
 
-    def evidence(
-        self,
-        y: Tensor,
-        sigma: Tensor,
-        index: np.ndarray,
-        collection: Collection,
-        leaders: int = 0,
-    ) -> Evidence:
-        """The fold over pictures whose channels stand below each other: each is a pixel."""
+    @property
+    def images(self) -> np.ndarray:
+        """The channels of an image below each other, so that each of its values is a pixel."""
         N, C, H, W = self.corpus.images.shape
-        images, stacked = self.corpus.images.reshape(N, 1, C * H, W), y.reshape(-1, 1, C * H, W)
-        fold, D = posterior(self.kernel, images, index, stacked, sigma, collection, leaders)
-        return Evidence(D.reshape(y.shape), fold, collection)
+        return self.corpus.images.reshape(N, 1, C * H, W)

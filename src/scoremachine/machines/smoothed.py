@@ -15,7 +15,7 @@ from scoremachine.corpus import Corpus
 from scoremachine.machines.machine import LocalMachine
 from scoremachine.posterior import posterior, with_slope
 from scoremachine.schedules import BandwidthSchedule, SmoothingSchedule, check_integer
-from scoremachine.windows import Box, Collection
+from scoremachine.windows import Collection
 
 
 class SmoothedScore(LocalMachine):
@@ -135,8 +135,7 @@ class SmoothedScore(LocalMachine):
 
     @property
     def _collection(self) -> Collection:
-        image = self.corpus.shape[1:]
-        return Collection(image, Box(image), "boxes", "window")
+        return Collection.of_images(self.corpus.shape[1:])
 
     def _near(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
         K = min(self.neighbours or 1, len(index))

@@ -55,6 +55,11 @@ class WindowMachine(LocalMachine):
             other.__dict__["_known"] = self._known  # on which these have no bearing
         return other
 
+    @property
+    def images(self) -> np.ndarray:
+        """The images as the windows see them, uint8 (N, C, H, W)."""
+        return self.corpus.images
+
     @abstractmethod
     def collection(self, value: Any, sigma: float, index: np.ndarray) -> Collection:
         """The machine's row for a value of its setting, the images at `index` being the source."""
@@ -90,8 +95,10 @@ class WindowMachine(LocalMachine):
         leaders: int = 0,
     ) -> Evidence:
         """The fold of valid float64 pictures that share a row; see `posterior`."""
-        fold, D = posterior(self.kernel, self.corpus.images, index, y, sigma, collection, leaders)
-        return Evidence(D, fold, collection)
+        images = self.images
+        pictures = y.reshape(-1, *images.shape[1:])
+        fold, D = posterior(self.kernel, images, index, pictures, sigma, collection, leaders)
+        return Evidence(D.reshape(y.shape), fold, collection)
 
 
 class BoxMachine(WindowMachine):
