@@ -26,9 +26,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
 from scoremachine.kernels import rolled
+from scoremachine.kernels.parts import PARTS, fill
 from scoremachine.kernels.simd import (
     LANES,
     above,
@@ -43,14 +44,7 @@ from scoremachine.kernels.simd import (
     store,
     sums,
 )
-from scoremachine.kernels.whole import (
-    FLAGS,
-    NOTHING,
-    PARTS,
-    fold_whole,
-    keep,
-    spread_whole,
-)
+from scoremachine.kernels.whole import FLAGS, NOTHING, fold_whole, keep, spread_whole
 from scoremachine.posterior import TILE, Fold, Question
 from scoremachine.windows import Collection, Masks, Soft
 
@@ -261,7 +255,7 @@ def _add_filtered(plan, g, table, a, y, q, yc, s, half, o, sc, C, buffer):
             store(table, ((a * K + k) * g.columns + b) * LANES, total)
 
 
-@njit(inline="always")
+@njit
 def _add_row(plan, g, table, a, y, Hq, Wq, s, half, C, H, W, buffer):
     """Adds row a of the region's v to the table from which `_look` reads windows."""
     q, o = (g.a0 + a) * Wq + g.b0, ((g.a0 + a + g.dy) * W + g.b0 + g.dx) * LANES
@@ -334,7 +328,7 @@ def _absorb(
     k, Ws = logits.shape[0], m.shape[1]
     table, table_u, nothing = tables
     line, line_u, buffer = lines
-    ready, zero = 0, splat(0.0)
+    ready, zero = np.int64(0), splat(0.0)  # a literal would be one more type to compile for
     for a in range(g.rows):
         while ready < _last_row(plan, g, a):
             _add_row(plan, g, table, ready, y, Hq, Wq, s, half, C, H, W, buffer)
@@ -382,59 +376,51 @@ def _absorb(
                 floor[i * Ws + j] = min((leader - T) / scale, logits[k - 1, i, j] / scale)
 
 
-@njit(parallel=True, fastmath=FLAGS, nogil=True, cache=True)
+@njit(fastmath=FLAGS, nogil=True, cache=True)
 def _fold(
-    images, index, y, u, scale, T, plan, shifts, variants, grid, values, k, m_known
+    part, parts, images, index, y, u, scale, T, plan, shifts, variants, values, m_known,
+    m, totals, logits, places,
 ):  # fmt: skip
-    """The first pass, parts along axis 0: m, (Z, Z2, S, 0 ...) of every site, logits, places."""
+    """The first pass of a part: fills m, totals (Z, Z2, S, 0 ...) of every site, logits, places."""
     total_images, C, H, W = images.shape
     B, _, Hq, Wq = y.shape
     N = index.shape[0]
-    Hs, Ws = grid
+    _, k, Hs, Ws = logits.shape
     blocks = (N + LANES - 1) // LANES
     K, V = shifts.shape[0], variants.shape[0]
-    parts = min(PARTS, blocks * V * K)
-    m = np.full((parts, B, Hs, Ws), NOTHING)
-    totals = np.zeros((parts, B, Hs * Ws * LANES))
-    logits = np.full((parts, B, k, Hs, Ws), NOTHING)
-    places = np.full((parts, B, k, Hs, Ws), -1)
-    for part in prange(parts):
-        s = np.empty(C * H * W * LANES)
-        half = np.empty(H * W * LANES)
-        room = _room(plan, min(H, Hq), min(W, Wq))
-        tables = (
-            np.empty(room),
-            np.empty(room if u.shape[1] > 0 else 0),
-            np.zeros(H * W * LANES if u.shape[1] > 0 else 0),
-        )
-        lines = (np.empty(W * LANES), np.empty(W * LANES), np.empty(W * LANES))
-        alive = np.empty(LANES)
-        eight = np.empty(LANES)
-        ids = np.empty(LANES, dtype=np.int64)
-        floor = np.empty((B, Hs * Ws))
+    s = np.empty(C * H * W * LANES)
+    half = np.empty(H * W * LANES)
+    room = _room(plan, min(H, Hq), min(W, Wq))
+    tables = (
+        np.empty(room),
+        np.empty(room if u.shape[1] > 0 else 0),
+        np.zeros(H * W * LANES if u.shape[1] > 0 else 0),
+    )
+    lines = (np.empty(W * LANES), np.empty(W * LANES), np.empty(W * LANES))
+    alive = np.empty(LANES)
+    eight = np.empty(LANES)
+    ids = np.empty(LANES, dtype=np.int64)
+    floor = np.empty((B, Hs * Ws))
+    for p in range(B):
+        for i in range(Hs):
+            for j in range(Ws):
+                floor[p, i * Ws + j] = NOTHING if k > 0 else (m_known[p, i, j] - T[p]) / scale[p]
+    held = -1
+    for task in range(part * blocks * V * K // parts, (part + 1) * blocks * V * K // parts):
+        copy, shift = task // K, task % K
+        if copy != held:
+            block, v = copy // V, copy % V
+            _load_block(images, index, block, variants[v], s, half, alive)
+            for n in range(LANES):
+                ids[n] = v * total_images + index[min(block * LANES + n, N - 1)]
+            held = copy
+        g = _region(plan, Hq, Wq, H, W, shifts[shift])
         for p in range(B):
-            for i in range(Hs):
-                for j in range(Ws):
-                    floor[p, i * Ws + j] = (
-                        NOTHING if k > 0 else (m_known[p, i, j] - T[p]) / scale[p]
-                    )
-        held = -1
-        for task in range(part * blocks * V * K // parts, (part + 1) * blocks * V * K // parts):
-            copy, shift = task // K, task % K
-            if copy != held:
-                block, v = copy // V, copy % V
-                _load_block(images, index, block, variants[v], s, half, alive)
-                for n in range(LANES):
-                    ids[n] = v * total_images + index[min(block * LANES + n, N - 1)]
-                held = copy
-            g = _region(plan, Hq, Wq, H, W, shifts[shift])
-            for p in range(B):
-                _absorb(
-                    plan, g, tables, lines, y[p].reshape(C * Hq * Wq), u[p], Hq, Wq, s, half,
-                    alive, ids, C, H, W, values, scale[p], T[p], m[part, p], floor[p],
-                    totals[part, p], logits[part, p], places[part, p], eight,
-                )  # fmt: skip
-    return m, totals.reshape((parts, B, Hs, Ws, LANES)), logits, places
+            _absorb(
+                plan, g, tables, lines, y[p].reshape(C * Hq * Wq), u[p], Hq, Wq, s, half,
+                alive, ids, C, H, W, values, scale[p], T[p], m[p], floor[p],
+                totals[p], logits[p], places[p], eight,
+            )  # fmt: skip
 
 
 @njit(fastmath=FLAGS)
@@ -450,7 +436,7 @@ def _weigh(
     by, bx = (ry, rx) if plan.middles else (0, 0)
     table, table_u, nothing = tables
     line, line_u, buffer = lines
-    filled, ready = 0, 0
+    filled, ready = np.int64(0), np.int64(0)
     least = math.exp(-T)
     for a in range(g.rows):
         while ready < _last_row(plan, g, a):
@@ -584,9 +570,11 @@ def _paint_few(plan, g, w, Hq, Wq, s, C, H, W, D):
                     _pour(painted, g, r, c, Hq, Wq, s, C, H, W, D)
 
 
-@njit(parallel=True, fastmath=FLAGS, nogil=True, cache=True)
-def _spread(images, index, y, u, pixel, scale, T, plan, shifts, variants, m, Z, b_mean):
-    """The second pass: sum_is q_i a_is s of every part, (parts, B, C, Hq, Wq)."""
+@njit(fastmath=FLAGS, nogil=True, cache=True)
+def _spread(
+    part, parts, images, index, y, u, pixel, scale, T, plan, shifts, variants, m, Z, b_mean, D
+):  # fmt: skip
+    """The second pass of a part: adds its sum_is q_i a_is s to D, (B, C, Hq, Wq)."""
     _, C, H, W = images.shape
     B, _, Hq, Wq = y.shape
     N = index.shape[0]
@@ -594,47 +582,43 @@ def _spread(images, index, y, u, pixel, scale, T, plan, shifts, variants, m, Z, 
     _, Hs, Ws = m.shape
     blocks = (N + LANES - 1) // LANES
     K, V = shifts.shape[0], variants.shape[0]
-    parts = min(PARTS, blocks * V * K)
-    D = np.zeros((parts, B, C, Hq, Wq))
-    for part in prange(parts):
-        s = np.empty(C * H * W * LANES)
-        half = np.empty(H * W * LANES)
-        room = _room(plan, min(H, Hq), min(W, Wq))
-        windowed = u.shape[1] > 0 and not pixel
-        tables = (
-            np.empty(room),
-            np.empty(room if windowed else 0),
-            np.zeros(H * W * LANES if windowed else 0),
-        )
-        lines = (np.empty(W * LANES), np.empty(W * LANES), np.empty(W * LANES))
-        w = np.empty(Hs * Ws * LANES)
-        alive = np.empty(LANES)
-        totals = np.zeros((B, C * Hq * Wq * LANES))
-        held = -1
-        for task in range(part * blocks * V * K // parts, (part + 1) * blocks * V * K // parts):
-            copy, shift = task // K, task % K
-            if copy != held:
-                _load_block(images, index, copy // V, variants[copy % V], s, half, alive)
-                held = copy
-            g = _region(plan, Hq, Wq, H, W, shifts[shift])
-            for p in range(B):
-                filled = _weigh(
-                    plan, g, tables, lines, y[p].reshape(C * Hq * Wq), u[p], Hq, Wq, s, half,
-                    alive, C, H, W, pixel, scale[p], T[p], m[p], Z[p], b_mean[p], w,
-                )  # fmt: skip
-                if filled == 0:
-                    continue
-                if plan.kind != MASKS and filled * P * Q < 2 * g.n * g.width:
-                    _paint_few(plan, g, w, Hq, Wq, s, C, H, W, totals[p])
-                elif plan.kind == SOFT:
-                    _paint_soft(plan, g, w, tables[0], Hq, Wq, s, C, H, W, totals[p])
-                else:
-                    _paint_corners(plan, g, w, tables[0], Hq, Wq, s, C, H, W, totals[p])
+    s = np.empty(C * H * W * LANES)
+    half = np.empty(H * W * LANES)
+    room = _room(plan, min(H, Hq), min(W, Wq))
+    windowed = u.shape[1] > 0 and not pixel
+    tables = (
+        np.empty(room),
+        np.empty(room if windowed else 0),
+        np.zeros(H * W * LANES if windowed else 0),
+    )
+    lines = (np.empty(W * LANES), np.empty(W * LANES), np.empty(W * LANES))
+    w = np.empty(Hs * Ws * LANES)
+    alive = np.empty(LANES)
+    totals = np.zeros((B, C * Hq * Wq * LANES))
+    held = -1
+    for task in range(part * blocks * V * K // parts, (part + 1) * blocks * V * K // parts):
+        copy, shift = task // K, task % K
+        if copy != held:
+            _load_block(images, index, copy // V, variants[copy % V], s, half, alive)
+            held = copy
+        g = _region(plan, Hq, Wq, H, W, shifts[shift])
         for p in range(B):
-            flat = D[part, p].reshape(C * Hq * Wq)
-            for d in range(C * Hq * Wq):
-                flat[d] = hsum(load(totals[p], d * LANES))
-    return D
+            filled = _weigh(
+                plan, g, tables, lines, y[p].reshape(C * Hq * Wq), u[p], Hq, Wq, s, half,
+                alive, C, H, W, pixel, scale[p], T[p], m[p], Z[p], b_mean[p], w,
+            )  # fmt: skip
+            if filled == 0:
+                continue
+            if plan.kind != MASKS and filled * P * Q < 2 * g.n * g.width:
+                _paint_few(plan, g, w, Hq, Wq, s, C, H, W, totals[p])
+            elif plan.kind == SOFT:
+                _paint_soft(plan, g, w, tables[0], Hq, Wq, s, C, H, W, totals[p])
+            else:
+                _paint_corners(plan, g, w, tables[0], Hq, Wq, s, C, H, W, totals[p])
+    for p in range(B):
+        flat = D[p].reshape(C * Hq * Wq)
+        for d in range(C * Hq * Wq):
+            flat[d] += hsum(load(totals[p], d * LANES))
 
 
 def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
@@ -642,22 +626,24 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
     images, index, c = question.images, question.index, question.collection
     if c.source == "rolled":
         return rolled.fold(question, leaders, torch.device("cpu"), ROLLED)
-    B, C, _, _ = question.y.shape
     y, u, scale, T = _arrays(question)
     if c.whole and question.u is None:
-        whole = y.reshape(B, -1), scale, T, leaders
-        return _merged(_call(fold_whole, images, index, *whole))
+        return _merged(fold_whole(images, index, y, scale, T, leaders))
+    B, C, _, _ = y.shape
     values = 1 if question.u is not None else C if c.response == "pixel" else 0
     plan, variants = plan_of(c), _variants(c)
     best, found = known, []
     for shifts in _pieces(len(index), c):
-        m_known = np.full((B, *c.grid), NOTHING) if best is None else best.m.numpy()
-        where = plan, shifts, variants, c.grid
-        m, totals, logits, places = _call(
-            _fold, images, index, y, u, scale, T, *where, values, leaders, m_known
-        )
-        Z, Z2, *S = np.moveaxis(totals, -1, 0)[: 2 + values]
-        S = np.stack(S, axis=2) if values else np.empty((*Z.shape[:2], 0, *c.grid))
+        parts = _parts(index, variants, shifts)
+        m = np.full((parts, B, *c.grid), NOTHING)
+        totals = np.zeros((parts, B, math.prod(c.grid) * LANES))
+        logits = np.full((parts, B, leaders, *c.grid), NOTHING)
+        places = np.full((parts, B, leaders, *c.grid), -1)
+        m_known = m[0] if best is None else best.m.numpy()
+        asked = images, index, y, u, scale, T, plan, shifts, variants, values, m_known
+        fill(_fold, asked, (m, totals, logits, places))
+        totals = totals.reshape(*m.shape, LANES)
+        Z, Z2, S = totals[..., 0], totals[..., 1], np.moveaxis(totals, -1, 2)[:, :, 2 : 2 + values]
         part = _merged((m, Z, Z2, S, logits, places))
         found.append(part)
         best = part if best is None else best.merge(part)
@@ -673,17 +659,14 @@ def spread(question: Question, known: Fold) -> torch.Tensor:
     plan, variants = plan_of(c), _variants(c)
     m, Z = known.m.numpy(), known.Z.numpy()
     b_mean = m if question.u is None else known.mean[:, 0].contiguous().numpy()
-    total = torch.zeros_like(question.y)
     if c.whole and question.u is not None:
-        whole = y.reshape(len(y), -1), u, scale, T, m, Z, b_mean
-        for D in _call(spread_whole, images, index, *whole):
-            total += torch.from_numpy(D).reshape(total.shape)
-        return total
-    for shifts in _pieces(len(index), c):
-        asked = y, u, c.response == "pixel", scale, T, plan, shifts, variants
-        for D in _call(_spread, images, index, *asked, m, Z, b_mean):
-            total += torch.from_numpy(D)
-    return total
+        D = spread_whole(images, index, y, u, scale, T, m, Z, b_mean)
+    else:
+        D = np.zeros((PARTS, *y.shape))
+        for shifts in _pieces(len(index), c):
+            asked = y, u, c.response == "pixel", scale, T, plan, shifts, variants, m, Z, b_mean
+            fill(_spread, (images, index, *asked), (D[: _parts(index, variants, shifts)],))
+    return torch.from_numpy(functools.reduce(np.add, D))
 
 
 def _arrays(question: Question) -> tuple[np.ndarray, ...]:
@@ -698,17 +681,9 @@ def _variants(c: Collection) -> np.ndarray:
     return np.array([astuple(variant) for variant in c.variants], dtype=np.float64)
 
 
-def _call(compiled, *args):
-    """Calls a compiled function; Ctrl-C in it comes out of numba as the root of SystemErrors."""
-    try:
-        return compiled(*args)
-    except SystemError as error:
-        root = error
-        while isinstance(root, SystemError):
-            root = root.__cause__
-        if isinstance(root, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
+def _parts(index: np.ndarray, variants: np.ndarray, shifts: np.ndarray) -> int:
+    """Into how many parts the work is cut."""
+    return min(PARTS, -(-len(index) // LANES) * len(variants) * len(shifts))
 
 
 def _pieces(n: int, collection: Collection) -> Iterator[np.ndarray]:

@@ -1,0 +1,41 @@
+"""Work cut into parts that are the same whatever the number of threads, so that answers are too.
+
+Compiled code releases the interpreter's lock, so plain threads run it side by side: as many as
+PyTorch is told to use (`torch.set_num_threads`).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numba.core.dispatcher import Dispatcher
+
+PARTS = 32
+
+
+def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, ...]) -> None:
+    """Calls compiled(part, parts, *args, *(a[part] for a in filled)) for every part of `filled`."""
+    parts = len(filled[0])
+
+    def work(part: int) -> None:
+        compiled(part, parts, *args, *(a[part] for a in filled))
+
+    first = 0
+    if not compiled.signatures:  # compile in this thread, the one that hears Ctrl-C
+        work(0)
+        first = 1
+    threads = min(torch.get_num_threads(), parts - first)
+    if threads <= 1:
+        for part in range(first, parts):
+            work(part)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for done in [pool.submit(work, part) for part in range(first, parts)]:
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
