@@ -12,8 +12,10 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import setting
+from scoremachine.progress import quiet
 
 STATUS = Path("/proc/self/status")
 
@@ -52,10 +54,15 @@ def main(path: str, count: str, batch: str, machine: str) -> None:
     peak = Peak()
     images = np.load(path, mmap_mode="r")[: int(count)]
     y = setting.noisy(images[: int(batch)], sigma=0.5)
-    windows = setting.collection(machine, images.shape[2:], P=7)
-    setting.denoise(images, np.arange(int(batch), len(images)), y, 0.5, windows)
+    index = np.arange(int(batch), len(images))
+    if machine == "pca":
+        setting.pca(images).denoise_from(y, torch.full((len(y),), 0.5, dtype=torch.float64), index)
+    else:
+        windows = setting.collection(machine, images.shape[2:], P=7)
+        setting.denoise(images, index, y, 0.5, windows)
     print(peak.stop())
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with quiet():
+        main(*sys.argv[1:])

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import scoremachine as sm
 from scoremachine import kernels
 from scoremachine.posterior import posterior
 from scoremachine.progress import quiet
@@ -78,6 +79,11 @@ def collection(
         return Collection((H, W), window, "boxes", "window")
     boundary: Boundary = "circular" if machine == "els-circular" else "broken"
     return Collection((H, W), window, "pixels", "pixel", "every", boundary=boundary)
+
+
+def pca(images: np.ndarray) -> sm.Machine:
+    """PCA locality with the paper's threshold for CIFAR-10."""
+    return sm.build("pca", sm.Corpus(images), threshold=0.05, kernel="numba")
 
 
 def to_unit(images: np.ndarray) -> Tensor:

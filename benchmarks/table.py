@@ -238,8 +238,7 @@ def es(bench: Bench) -> Iterator[Row]:
 
 def pca(bench: Bench) -> Iterator[Row]:
     """PCA locality on the whole corpus, against one matrix product of masks per tile."""
-    corpus = sm.Corpus(bench.images)
-    machine = sm.build("pca", corpus, threshold=0.05, kernel="numba")
+    machine = setting.pca(bench.images)
     few = torch.from_numpy(bench.images[bench.few])
     factor = len(bench.all) / len(few)
     for sigma in (0.05, 0.2, 0.7, 1.5, 10.0):
@@ -287,9 +286,8 @@ def soft(bench: Bench) -> Iterator[Row]:
 
 def derivative(bench: Bench) -> Iterator[Row]:
     """A vector-Jacobian product, less its forward pass, against that pass."""
-    corpus = sm.Corpus(bench.images)
-    flex = sm.build("pspc-flex", corpus, share=0.9, kernel="numba")
-    local = sm.build("pca", corpus, threshold=0.05, kernel="numba")
+    flex = sm.build("pspc-flex", sm.Corpus(bench.images), share=0.9, kernel="numba")
+    local = setting.pca(bench.images)
     image = bench.images.shape[2:]
     cases = [
         ("ls P=7", "ls", 7, 0.2),
@@ -357,7 +355,7 @@ def memory(bench: Bench) -> Iterator[Row]:
             tiled[start : start + small] = bench.images[:small]
         tiled.flush()
         del tiled
-        for machine in ("ls", "pspc", "ideal"):
+        for machine in ("ls", "pspc", "ideal", "pca"):
             peaks = {}
             for N in bench.sizes:
                 child = [sys.executable, str(Path(__file__).with_name("memory.py"))]
