@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scoremachine import __version__
+from scoremachine.names import check_name
 
 if TYPE_CHECKING:
     from scoremachine.corpus import Corpus
@@ -329,8 +330,7 @@ def _machine(name: str, corpus: Corpus, schedule: str, settings: dict[str, Any])
 def _known_schedule(name: str) -> None:
     from scoremachine.sample import SCHEDULES
 
-    if name not in SCHEDULES:
-        raise ValueError(f"no schedule is called {name!r}; there are {', '.join(SCHEDULES)}")
+    check_name("schedule", name, SCHEDULES)
 
 
 def _names(machines: str | None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scoremachine.names import unknown
 from scoremachine.progress import bar
 
 if TYPE_CHECKING:
@@ -237,8 +237,7 @@ class Corpus:
         found = np.flatnonzero(self.labels == number)
         if len(found) == 0:
             raise ValueError(
-                f"no image of {self.name!r} has the label {label!r}; there are "
-                f"{', '.join(self._present())}"
+                unknown(f"no image of {self.name!r} has the label {label!r}", "", self._present())
             )
         return found
 
@@ -250,11 +249,8 @@ class Corpus:
             return int(label)
         if isinstance(label, str) and label.isdecimal() and not names:
             return int(label)
-        near = difflib.get_close_matches(str(label), names, n=1)
         raise ValueError(
-            f"{self.name!r} has no class {label!r}"
-            + (f": did you mean {near[0]!r}?" if near else "")
-            + f" There are {', '.join(self._present())}"
+            unknown(f"{self.name!r} has no class {label!r}", label, self._present(), names)
         )
 
     def _present(self) -> list[str]:

@@ -23,6 +23,7 @@ from scoremachine.errors import Errors, denoising_errors, fewer, ties
 from scoremachine.files import written
 from scoremachine.machines import IdealScore, Machine, build, calibrate
 from scoremachine.machines.machine import Label
+from scoremachine.names import check_name
 from scoremachine.progress import bar, say
 from scoremachine.sample import SAMPLERS, SCHEDULES, PictureNoise, check_start, generate_batches
 from scoremachine.schedules import LevelSchedule, check_integer, edm_sigmas
@@ -58,8 +59,7 @@ class Run:
         check_integer("count", count)
         check_integer("steps", steps)
         check_integer("batch", batch)
-        if sampler not in SAMPLERS:
-            raise ValueError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")
+        check_name("sampler", sampler, SAMPLERS)
         check_start(start)
         machine.corpus.indices(label)
         self.start = start

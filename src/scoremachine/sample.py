@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from scoremachine.machines.machine import Label, Machine
+from scoremachine.names import check_name
 from scoremachine.progress import bar
 from scoremachine.schedules import BandwidthSchedule, check_bandwidth, check_integer
 
@@ -173,8 +174,7 @@ def generate_batches(
     check_integer("batch", batch)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed is {seed!r}; expected a whole number that is 0 or more")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")
+    check_name("sampler", sampler, SAMPLERS)
     check_start(start)
     if not (label is None or isinstance(label, int | str)):
         raise ValueError(

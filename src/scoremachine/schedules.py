@@ -8,6 +8,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from scoremachine.names import check_name
+
 
 def check_integer(what: str, value: object) -> int:
     """`value` as an int, if it is a positive whole number; else a ValueError."""
@@ -83,11 +85,7 @@ class LevelSchedule:
     @classmethod
     def named(cls, name: str) -> Self:
         """A published schedule: one of `names()`."""
-        if name not in cls.published:
-            known = ", ".join(cls.names()) or "none"
-            raise ValueError(
-                f"no published schedule of {cls.setting} is called {name!r}; there are {known}"
-            )
+        check_name(f"published schedule of {cls.setting}", name, cls.names())
         return cls(*cls.published[name], name=name)
 
     @classmethod

@@ -7,7 +7,6 @@ image. Nothing is decoded before it is asked for.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from scoremachine.names import unknown
 
 SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
@@ -102,12 +103,7 @@ def find(source: Any) -> Source:
 def _unknown(text: str) -> str:
     path = Path(text)
     beside = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(text, [*BUILT_IN, *beside], n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return (
-        f"there is no file, folder or built-in set called {text!r}: {hint}"
-        f"Built-in are {', '.join(BUILT_IN)}"
-    )
+    return unknown(f"no file, folder or built-in set is called {text!r}", text, BUILT_IN, beside)
 
 
 # ---------------------------------------------------------------------------------------------

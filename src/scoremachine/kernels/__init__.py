@@ -10,6 +10,7 @@ import importlib
 from types import ModuleType
 from typing import cast
 
+from scoremachine.names import check_name
 from scoremachine.posterior import Kernel
 
 MODULES = {"numba": "cpu", "torch": "device", "reference": "reference"}
@@ -18,8 +19,7 @@ KERNELS = ("auto", *MODULES)
 
 def choose(name: str) -> Kernel:
     """The kernel called `name`; "auto" takes torch where there is a GPU, numba elsewhere."""
-    if name not in KERNELS:
-        raise ValueError(f"no kernel is called {name!r}; there are {', '.join(KERNELS)}")
+    check_name("kernel", name, KERNELS)
     if name == "auto":
         import torch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from scoremachine.machines.machine import LocalMachine, Machine
 from scoremachine.machines.pca import PCALocality
 from scoremachine.machines.smoothed import SmoothedScore
 from scoremachine.machines.windowed import BoxMachine, WindowMachine
+from scoremachine.names import check_name, unknown
 
 MACHINES: dict[str, type[Machine]] = {
     machine.name: machine
@@ -42,13 +42,7 @@ ALIASES = {"cfdm": "smoothed"}
 def kind_of(name: str) -> type[Machine]:
     """The class of the machine called `name`; ValueError where there is none."""
     name = ALIASES.get(name, name)
-    if name not in MACHINES:
-        close = difflib.get_close_matches(str(name), MACHINES, n=1)
-        raise ValueError(
-            f"no machine is called {name!r}"
-            + (f": did you mean {close[0]!r}?" if close else "")
-            + f" There are {', '.join(MACHINES)}."
-        )
+    check_name("machine", name, MACHINES)
     return MACHINES[name]
 
 
@@ -72,7 +66,7 @@ def build(name: str, corpus: Corpus, **settings: Any) -> Machine:
     for setting in settings:
         if setting not in known:
             raise ValueError(
-                f"machine {name!r} has no setting {setting!r}; it has " + ", ".join(known)
+                unknown(f"machine {name!r} has no setting {setting!r}", setting, known)
             )
     return kind(corpus, **settings)
 
