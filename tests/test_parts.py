@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import random_corpus, small
+from scoremachine.kept import Kept
 from scoremachine.kernels.parts import fill
 
 
@@ -63,3 +64,11 @@ def test_a_machine_may_be_asked_from_several_threads():
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda k: m.denoise(y[k : k + 1], 0.5), range(8)))
     assert all(map(torch.equal, alone, together))
+
+
+def test_the_last_few_are_kept():
+    kept, made = Kept(2), []
+    for key in "abacba":
+        assert kept.get(key, lambda key=key: made.append(key) or key) == key
+    assert made == ["a", "b", "c", "a"]
+    assert len(kept.known) == 2

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scoremachine.corpus import Corpus
 from scoremachine.files import written
+from scoremachine.kept import Kept
 from scoremachine.progress import bar
 
 LARGEST = 8192  # the side of an eigenproblem: 2 GB and minutes
@@ -68,7 +69,7 @@ class Moments:
         return self._maps[1]
 
 
-_known: dict[tuple[str, str], Moments] = {}
+_known = Kept[Moments](REMEMBERED)
 
 
 def moments(corpus: Corpus, index: np.ndarray, low_rank: bool = False) -> Moments:
@@ -96,14 +97,10 @@ def moments(corpus: Corpus, index: np.ndarray, low_rank: bool = False) -> Moment
             "corpus with a smaller size= or limit="
         )
     key = hashlib.sha256(index.tobytes()).hexdigest()[:16]
-    if (corpus.key, key) not in _known:
-        while len(_known) >= REMEMBERED:
-            del _known[next(iter(_known))]
-        _known[corpus.key, key] = _kept(corpus, index, key, side)
-    return _known[corpus.key, key]
+    return _known.get((corpus.key, key), lambda: _computed(corpus, index, key, side))
 
 
-def _kept(corpus: Corpus, index: np.ndarray, key: str, side: int) -> Moments:
+def _computed(corpus: Corpus, index: np.ndarray, key: str, side: int) -> Moments:
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 

@@ -14,6 +14,7 @@ from azula.noise import Schedule
 from torch import Tensor
 
 from scoremachine.corpus import Corpus
+from scoremachine.kept import Kept
 from scoremachine.machines.machine import LocalMachine
 from scoremachine.moments import moments
 from scoremachine.posterior import Fold, posterior
@@ -45,8 +46,8 @@ class WindowMachine(LocalMachine):
     by_noise = False  # whether windows depend on the noise level itself
 
     @cached_property
-    def _known(self) -> dict[Any, Collection]:
-        return {}
+    def _known(self) -> Kept[Collection]:
+        return Kept(KEPT_WINDOWS)
 
     def remade(self, corpus: Corpus, **changes: Any) -> WindowMachine:
         other = super().remade(corpus, **changes)
@@ -67,12 +68,7 @@ class WindowMachine(LocalMachine):
     def windows(self, level: float, index: np.ndarray) -> Collection:
         """The machine's row at a noise level; the last few are kept."""
         key = *self._row(level), index.tobytes() if self.by_noise else b""
-        known = self._known
-        if key not in known:
-            while len(known) >= KEPT_WINDOWS:
-                del known[next(iter(known))]
-            known[key] = self.collection(self.local_at(level), level, index)
-        return known[key]
+        return self._known.get(key, lambda: self.collection(self.local_at(level), level, index))
 
     def _row(self, sigma: float) -> tuple[Any, float]:
         return self.local_at(sigma), sigma if self.by_noise else 0.0
