@@ -8,6 +8,7 @@ import torch
 
 import scoremachine as sm
 from conftest import random_corpus
+from scoremachine import calibration
 from scoremachine.calibration import split
 
 
@@ -74,6 +75,34 @@ def test_a_calibration_is_kept_beside_the_corpus(monkeypatch):
     first = sm.calibrate(corpus, "ls", sigmas=[0.5], held_out=4)
     monkeypatch.setattr("scoremachine.calibration._measure", None)
     assert sm.calibrate(corpus, "ls", sigmas=[0.5], held_out=4) == first
+
+
+def test_an_interrupted_calibration_goes_on_at_the_level_it_was_at(monkeypatch):
+    corpus = stripes(60, 6)
+    settings = {"sigmas": [3.0, 1.0, 0.3], "held_out": 4, "seed": 5}
+    measure, asked = calibration.denoising_error, []
+
+    def stopped(machine, source, pictures, sigma):
+        asked.append(sigma)
+        if sigma < 1:
+            raise KeyboardInterrupt
+        return measure(machine, source, pictures, sigma)
+
+    monkeypatch.setattr(calibration, "denoising_error", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sm.calibrate(corpus, "ls", **settings)
+    assert set(asked) == {3.0, 1.0, 0.3}
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        sm.calibrate(corpus, "ls", **settings)
+    assert asked == [0.3]
+    monkeypatch.undo()
+    found = sm.calibrate(corpus, "ls", **settings)
+    assert found == sm.calibrate(corpus, "ls", **settings)
+    assert not list(corpus.cache_path.glob("*unfinished*"))
+    for path in corpus.cache_path.glob("calibration-ls-*"):
+        path.unlink()
+    assert found == sm.calibrate(corpus, "ls", **settings)  # without interruption
 
 
 def test_a_damaged_calibration_is_made_again():

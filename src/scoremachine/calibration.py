@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -124,7 +125,8 @@ def calibrate(
     """Chooses locality (or not, if `values` is empty) and bandwidth per noise level.
 
     `scoremachine.calibrate` is this by a machine's name, and says what the arguments are. `parts`
-    are the images to use, where not the machine's corpus as `split` cuts it.
+    are the images to use, where not the machine's corpus as `split` cuts it. The levels that an
+    interrupted calibration finished are not measured again.
     """
     check_integer("held_out", held_out)
     levels = np.sort(np.asarray(edm_sigmas() if sigmas is None else sigmas, dtype=float))[::-1]
@@ -149,9 +151,11 @@ def calibrate(
             path.unlink()
     if parts is None:
         parts = split(machine.corpus, held_out, seed, machine.equivariant)
-    found = _measure(machine, levels, parts, candidates, hs, seed)
+    unfinished = path.with_name(f"{path.stem}-unfinished.json")
+    found = _measure(machine, levels, parts, candidates, hs, seed, unfinished)
     with written(path) as temporary:
         temporary.write_text(json.dumps(asdict(found)))
+    unfinished.unlink(missing_ok=True)
     return found
 
 
@@ -187,7 +191,9 @@ def _measure(
     values: list[Any] | None,
     bandwidths: list[float],
     seed: int,
+    unfinished: Path,
 ) -> Calibration:
+    """Measures level by level; what is found of each is kept in the file `unfinished`."""
     corpus, source, choosing, _ = parts
     machine = machine.remade(corpus)
     values = machine.candidates() if values is None else values
@@ -198,45 +204,57 @@ def _measure(
         tried = machine.remade(corpus, bandwidth=h, **local)
         return denoising_error(tried, source, pictures, sigma)
 
-    value_errors, bandwidth_errors, reported, plain = [], [], [], []
-    chosen: list[Any] = []
-    chosen_bandwidths = []
-    rounds = len(sigmas) * (len(values) + len(bandwidths) + 2)
-    with bar(f"Calibrating {machine.name}", total=rounds) as progress:
+    rounds = len(values) + len(bandwidths) + 2
+    with bar(f"Calibrating {machine.name}", total=len(sigmas) * rounds) as progress:
 
         def mean_error(value: Any, h: float, sigma: float) -> float:
             progress.advance()
             return float(errors(value, h, sigma, chooser).mean())
 
-        for sigma in map(float, sigmas):
-            value = None
+        def level(sigma: float) -> dict[str, Any]:
+            value: Any = None
+            found: dict[str, Any] = {}
             if values:
-                row = [mean_error(tried, 0.0, sigma) for tried in values]
-                value = values[int(np.argmin(row))]
-                value_errors.append(row)
-                chosen.append(value)
-            row = [mean_error(value, h, sigma) for h in bandwidths]
-            h = bandwidths[int(np.argmin(row))]
-            bandwidth_errors.append(row)
-            chosen_bandwidths.append(h)
-            reported.append(errors(value, h, sigma, reporter).tolist())
-            plain.append(errors(value, 0.0, sigma, reporter).tolist())
+                found["value_errors"] = [mean_error(tried, 0.0, sigma) for tried in values]
+                found["chosen"] = value = values[int(np.argmin(found["value_errors"]))]
+            found["bandwidth_errors"] = [mean_error(value, h, sigma) for h in bandwidths]
+            h = bandwidths[int(np.argmin(found["bandwidth_errors"]))]
+            found["chosen_bandwidths"] = h
+            found["errors"] = errors(value, h, sigma, reporter).tolist()
+            found["plain_errors"] = errors(value, 0.0, sigma, reporter).tolist()
             progress.advance(2)
+            return found
+
+        levels = _finished(unfinished)
+        progress.advance(len(levels) * rounds)
+        for sigma in map(float, sigmas[len(levels) :]):
+            levels.append(level(sigma))
+            with written(unfinished) as temporary:
+                temporary.write_text(json.dumps(levels))
+    columns = ("value_errors", "bandwidth_errors", "chosen", "chosen_bandwidths")
+    found = {
+        column: [level[column] for level in levels if column in level]
+        for column in (*columns, "errors", "plain_errors")
+    }
     return Calibration(
-        machine.name,
-        machine.locality,
-        sigmas.tolist(),
-        values,
-        bandwidths,
-        value_errors,
-        bandwidth_errors,
-        chosen,
-        chosen_bandwidths,
-        reported,
-        plain,
-        len(source),
-        len(choosing),
+        machine=machine.name,
+        setting=machine.locality,
+        sigmas=sigmas.tolist(),
+        values=values,
+        bandwidths=bandwidths,
+        source=len(source),
+        held_out=len(choosing),
+        **found,
     )
+
+
+def _finished(unfinished: Path) -> list[dict[str, Any]]:
+    """What an interrupted calibration found, level by level."""
+    try:
+        levels = json.loads(unfinished.read_text())
+    except (OSError, ValueError):
+        return []
+    return levels if all("plain_errors" in level for level in levels) else []
 
 
 def split(
