@@ -355,7 +355,7 @@ def memory(bench: Bench) -> Iterator[Row]:
             tiled[start : start + small] = bench.images[:small]
         tiled.flush()
         del tiled
-        for machine in ("ls", "pspc", "ideal", "pca"):
+        for machine in ("ls", "pspc", "ideal", "es", "pca"):
             peaks = {}
             for N in bench.sizes:
                 child = [sys.executable, str(Path(__file__).with_name("memory.py"))]

@@ -7,7 +7,6 @@ summed again.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -19,12 +18,11 @@ from scoremachine.posterior import Fold, Question
 
 def fold(question: Question, leaders: int, device: torch.device, room: int) -> Fold:
     """The fold over the source; see `scoremachine.posterior.Kernel`."""
-    folds: list[list[Fold]] = [[] for _ in question.y]
+    folds: list[Fold] = []  # merged at once: small things left between large ones eat the memory
     for s, F, ids in _read(question, device, room):
-        for p, parts in enumerate(folds):
-            parts.append(_summary(question, p, s, F, ids, leaders))
-    merged = [functools.reduce(Fold.merge, parts) for parts in folds]
-    fields = zip(*(vars(f).values() for f in merged), strict=True)
+        parts = [_summary(question, p, s, F, ids, leaders) for p in range(len(question.y))]
+        folds = [*map(Fold.merge, folds, parts)] if folds else parts
+    fields = zip(*(vars(f).values() for f in folds), strict=True)
     return Fold(*(torch.cat(field).cpu() for field in fields))
 
 
