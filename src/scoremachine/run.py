@@ -342,15 +342,17 @@ def zoo(
     for name in machines:
         some = fewer(name, everything)
         part = corpus.subset(some) if len(some) < len(everything) else corpus
-        builts.append(build(name, part, schedule=SCHEDULES[schedule]()))
+        # what pca takes by default was fitted to other images
+        settings = {"threshold": "auto"} if name == "pca" else {}
+        builts.append(build(name, part, schedule=SCHEDULES[schedule](), **settings))
     ideal = build("ideal", corpus)
     assert isinstance(ideal, IdealScore)
     rows = []
     with bar("Generating with every machine", total=len(builts)) as progress:
         for name, machine in zip(machines, builts, strict=True):
             folder = Path(out) / name
-            settings = machine, count, steps, seed, sampler, schedule, label
-            Run(folder, *settings, batch=8, trajectory=False).go(resume)
+            asked = machine, count, steps, seed, sampler, schedule, label
+            Run(folder, *asked, batch=8, trajectory=False).go(resume)
             with np.load(folder / "samples.npz", allow_pickle=False) as file:
                 x, images = torch.from_numpy(file["x"]), file["images"]
             places, distances = ideal.nearest(x, label)
