@@ -204,7 +204,7 @@ def _measure(
         tried = machine.remade(corpus, bandwidth=h, **local)
         return denoising_error(tried, source, pictures, sigma)
 
-    rounds = len(values) + len(bandwidths) + 2
+    rounds = len(values) + len(bandwidths) + (1 if values else 2)  # h = 0 is known by then
     with bar(f"Calibrating {machine.name}", total=len(sigmas) * rounds) as progress:
 
         def mean_error(value: Any, h: float, sigma: float) -> float:
@@ -217,11 +217,14 @@ def _measure(
             if values:
                 found["value_errors"] = [mean_error(tried, 0.0, sigma) for tried in values]
                 found["chosen"] = value = values[int(np.argmin(found["value_errors"]))]
-            found["bandwidth_errors"] = [mean_error(value, h, sigma) for h in bandwidths]
+            known = {0.0: min(found["value_errors"])} if values else {}
+            found["bandwidth_errors"] = [
+                known[h] if h in known else mean_error(value, h, sigma) for h in bandwidths
+            ]
             h = bandwidths[int(np.argmin(found["bandwidth_errors"]))]
             found["chosen_bandwidths"] = h
-            found["errors"] = errors(value, h, sigma, reporter).tolist()
-            found["plain_errors"] = errors(value, 0.0, sigma, reporter).tolist()
+            found["plain_errors"] = plain = errors(value, 0.0, sigma, reporter).tolist()
+            found["errors"] = errors(value, h, sigma, reporter).tolist() if h else plain
             progress.advance(2)
             return found
 
