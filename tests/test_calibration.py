@@ -122,9 +122,8 @@ def test_auto_is_the_default_and_chooses_sizes(name, capsys):
     D = machine.denoise(torch.zeros(1, 1, 7, 7), 0.5)
     assert torch.isfinite(D).all()
     assert isinstance(machine.patch_size, sm.PatchSchedule)
-    said = capsys.readouterr().err.strip()
-    assert said.startswith("'auto': choosing patch sizes")
-    assert "\n" not in said
+    said = re.findall(r"'auto': choosing (\w+ \w+)", capsys.readouterr().err)
+    assert said == ["patch sizes"]
 
 
 @pytest.mark.parametrize("name", ["ideal", "gaussian", "ls", "pspc"])
