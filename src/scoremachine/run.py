@@ -342,17 +342,15 @@ def zoo(
     for name in machines:
         some = fewer(name, everything)
         part = corpus.subset(some) if len(some) < len(everything) else corpus
-        # what pca takes by default was fitted to other images
-        settings = {"threshold": "auto"} if name == "pca" else {}
-        builts.append(build(name, part, schedule=SCHEDULES[schedule](), **settings))
+        builts.append(build(name, part, schedule=SCHEDULES[schedule]()))
     ideal = build("ideal", corpus)
     assert isinstance(ideal, IdealScore)
     rows = []
     with bar("Generating with every machine", total=len(builts)) as progress:
         for name, machine in zip(machines, builts, strict=True):
             folder = Path(out) / name
-            asked = machine, count, steps, seed, sampler, schedule, label
-            Run(folder, *asked, batch=8, trajectory=False).go(resume)
+            settings = machine, count, steps, seed, sampler, schedule, label
+            Run(folder, *settings, batch=8, trajectory=False).go(resume)
             with np.load(folder / "samples.npz", allow_pickle=False) as file:
                 x, images = torch.from_numpy(file["x"]), file["images"]
             places, distances = ideal.nearest(x, label)
