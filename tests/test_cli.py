@@ -293,6 +293,10 @@ def test_denoising_error_writes_table_csv_and_plot(inside, tmp_path):
     assert lines[0].startswith("machine,way,images,held_out,sigma,")
     assert all(line.count(",") == lines[0].count(",") for line in lines)
     assert Image.open(tmp_path / "denoising-error.png").size[0] > 500
+    report = (tmp_path / "denoising-error.md").read_text()
+    assert report.count("| `pspc`, published: 3 | 3 | 3 |") == 1  # in what was chosen
+    least = min(float(line.split(",")[7]) for line in lines[1:] if line.split(",")[4] == "0.002")
+    assert f"**{least:.2g}**".replace("e-0", "e-") in report
 
 
 @pytest.mark.parametrize(

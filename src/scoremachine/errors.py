@@ -8,14 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from scoremachine.calibration import (
-    Parts,
-    calibrate,
-    denoising_error,
-    held_out_pictures,
-    split,
-    spread_candidates,
-)
+from scoremachine.calibration import Parts, calibrate, split, spread_candidates
 from scoremachine.corpus import Corpus
 from scoremachine.machines import MACHINES, Machine, build, kind_of
 from scoremachine.progress import bar, say
@@ -106,7 +99,7 @@ def denoising_errors(
     """Measures machines on the same held-out images with the same noise.
 
     Every machine is measured with its locality calibrated (on other held-out images), and again
-    with its bandwidth calibrated too. Calibrations are kept beside the corpus.
+    with its bandwidth calibrated too. What is measured is kept beside the corpus, level by level.
 
     Arguments:
         corpus: The images; those held out are no source. `els` takes 1,000 of the others.
@@ -139,7 +132,7 @@ def denoising_errors(
             parts: Parts = corpus, fewer(machine.name, source), choosers, reporters
             found += _calibrated(machine, parts, sigmas, choosing, seed)
             found += [
-                _published(made, parts, found[-1].sigmas, schedule, seed)
+                _published(made, parts, sigmas, schedule, choosing, seed)
                 for schedule, made in also
                 if made.name == machine.name
             ]
@@ -167,15 +160,9 @@ def _calibrated(
 
 
 def _published(
-    made: Machine, parts: Parts, sigmas: list[float], schedule: LevelSchedule, seed: int
+    made: Machine, parts: Parts, sigmas: Any, schedule: LevelSchedule, choosing: int, seed: int
 ) -> Errors:
-    source = parts[1]
-    _, reporter = held_out_pictures(parts, seed)
-    with bar(f"Measuring {made.name} as published", total=len(sigmas)) as progress:
-        rows = []
-        for sigma in sigmas:
-            rows.append(denoising_error(made, source, reporter, sigma))
-            progress.advance()
-    values = [schedule(sigma) for sigma in sigmas]
-    way, nothing = f"published: {schedule.name}", [0.0] * len(sigmas)
-    return Errors(made.name, way, len(source), sigmas, np.stack(rows), values, nothing)
+    c = calibrate(made, sigmas, choosing, (), (), seed, parts)  # nothing is left to choose
+    values = [schedule(sigma) for sigma in c.sigmas]
+    way, nothing = f"published: {schedule.name}", [0.0] * len(c.sigmas)
+    return Errors(made.name, way, c.source, c.sigmas, np.array(c.plain_errors), values, nothing)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoremachine import drawing
+from scoremachine import drawing, tables
 from scoremachine._version import __version__
 from scoremachine.calibration import Calibration
 from scoremachine.corpus import Corpus
-from scoremachine.errors import Errors, denoising_errors, fewer, ties
+from scoremachine.errors import Errors, denoising_errors, fewer
 from scoremachine.files import written
 from scoremachine.machines import IdealScore, Machine, build, calibrate
 from scoremachine.machines.machine import Label
@@ -276,48 +276,13 @@ def calibrate_corpus(
         seed=seed,
         **settings,
     )
-    print_calibration(found, beside)
+    tables.print_calibration(found, beside)
     if out is not None:
         with written(Path(out) / "calibration.json") as temporary:
             temporary.write_text(json.dumps(asdict(found), indent=1) + "\n")
         drawing.save_calibration(found, Path(out) / "calibration.png", beside)
         print(f"curves: {Path(out) / 'calibration.png'}")
     return found
-
-
-def print_calibration(c: Calibration, beside: LevelSchedule | None = None) -> None:
-    """Prints a row per noise level: what was chosen, and the error on other images."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{c.machine}: {c.source:,} images, {c.held_out} held out to choose, "
-        f"{len(c.errors[0])} others to report"
-    )
-    table.add_column("sigma", justify="right")
-    if c.setting is not None and c.chosen:
-        table.add_column(c.setting.replace("_", " "), justify="right")
-    if beside is not None:
-        table.add_column(beside.name, justify="right")
-    table.add_column("bandwidth", justify="right")
-    table.add_column("error, h = 0", justify="right")
-    table.add_column("error", justify="right")
-    for k, sigma in enumerate(c.sigmas):
-        row = [f"{sigma:.4g}"]
-        if c.chosen:
-            row.append(f"{c.chosen[k]:g}")
-        if beside is not None:
-            row.append(str(beside(sigma)))
-        row.append(f"{c.chosen_bandwidths[k]:g}")
-        row += [_mean_with_error(c.plain_errors[k]), _mean_with_error(c.errors[k])]
-        table.add_row(*row)
-    Console().print(table)
-
-
-def _mean_with_error(values: list[float]) -> str:
-    """Mean and its standard error."""
-    spread = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{np.mean(values):.5f} ± {spread:.5f}"
 
 
 def zoo(
@@ -374,48 +339,14 @@ def measure_errors(
     seed: int,
     published: Sequence[tuple[str, str]],
 ) -> list[Errors]:
-    """Measures, prints the table, and writes denoising-error.csv and .png to `out`."""
+    """Measures, prints the table, and writes denoising-error.csv, .md and .png to `out`."""
     sigmas = edm_sigmas(check_integer("steps", steps))
     found = denoising_errors(corpus, machines, sigmas, choosing, reporting, seed, published)
     with written(Path(out) / "denoising-error.csv") as temporary:
-        temporary.write_text(errors_csv(found))
+        temporary.write_text(tables.errors_csv(found))
+    with written(Path(out) / "denoising-error.md") as temporary:
+        temporary.write_text(tables.errors_markdown(found))
     drawing.save_errors(found, Path(out) / "denoising-error.png")
-    print_errors(found)
+    tables.print_errors(found)
     print(f"curves: {Path(out) / 'denoising-error.png'}")
     return found
-
-
-def errors_csv(found: list[Errors]) -> str:
-    """A line per machine, way and noise level: the mean error and its 95% interval."""
-    lines = ["machine,way,images,held_out,sigma,locality,bandwidth,error,low,high,best_or_tied"]
-    for e, tied in zip(found, ties(found), strict=True):
-        low, high = e.interval()
-        for k, sigma in enumerate(e.sigmas):
-            value = e.values[k] if e.values else ""
-            numbers = f"{e.mean[k]:.6g},{low[k]:.6g},{high[k]:.6g},{int(tied[k])}"
-            way = e.way.replace(",", " and")
-            lines.append(
-                f"{e.machine},{way},{e.images},{e.errors.shape[1]},{sigma:.6g},{value},"
-                f"{e.bandwidths[k]:g},{numbers}"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def print_errors(found: list[Errors]) -> None:
-    """Prints a row per machine and way, a column per noise level; the best and ties are marked."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"held-out mean squared error of D by noise level, {found[0].errors.shape[1]} images",
-        caption="*: the best at this level, or within the noise of the held-out images of it",
-    )
-    table.add_column("")
-    for sigma in found[0].sigmas:
-        table.add_column(f"{sigma:.3g}", justify="right")
-    for e, tied in zip(found, ties(found), strict=True):
-        cells = [f"{m:.2g}" + ("*" if t else " ") for m, t in zip(e.mean, tied, strict=True)]
-        table.add_row(e.label, *cells)
-    console = Console()
-    console = console if console.is_terminal else Console(width=40 + 12 * len(found[0].sigmas))
-    console.print(table)

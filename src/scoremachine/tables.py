@@ -1,0 +1,155 @@
+"""Tables for people: on the terminal, as CSV, as Markdown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scoremachine.errors import Errors, ties
+
+if TYPE_CHECKING:
+    from scoremachine.calibration import Calibration
+    from scoremachine.schedules import LevelSchedule
+
+
+def print_calibration(c: Calibration, beside: LevelSchedule | None = None) -> None:
+    """Prints a row per noise level: what was chosen, and the error on other images."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{c.machine}: {c.source:,} images, {c.held_out} held out to choose, "
+        f"{len(c.errors[0])} others to report"
+    )
+    table.add_column("sigma", justify="right")
+    if c.setting is not None and c.chosen:
+        table.add_column(c.setting.replace("_", " "), justify="right")
+    if beside is not None:
+        table.add_column(beside.name, justify="right")
+    table.add_column("bandwidth", justify="right")
+    table.add_column("error, h = 0", justify="right")
+    table.add_column("error", justify="right")
+    for k, sigma in enumerate(c.sigmas):
+        row = [f"{sigma:.4g}"]
+        if c.chosen:
+            row.append(f"{c.chosen[k]:g}")
+        if beside is not None:
+            row.append(str(beside(sigma)))
+        row.append(f"{c.chosen_bandwidths[k]:g}")
+        row += [_mean_with_error(c.plain_errors[k]), _mean_with_error(c.errors[k])]
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _mean_with_error(values: list[float]) -> str:
+    """Mean and its standard error."""
+    spread = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{np.mean(values):.5f} ± {spread:.5f}"
+
+
+def errors_csv(found: list[Errors]) -> str:
+    """A line per machine, way and noise level: the mean error and its 95% interval."""
+    lines = ["machine,way,images,held_out,sigma,locality,bandwidth,error,low,high,best_or_tied"]
+    for e, tied in zip(found, ties(found), strict=True):
+        low, high = e.interval()
+        for k, sigma in enumerate(e.sigmas):
+            value = e.values[k] if e.values else ""
+            numbers = f"{e.mean[k]:.6g},{low[k]:.6g},{high[k]:.6g},{int(tied[k])}"
+            way = e.way.replace(",", " and")
+            lines.append(
+                f"{e.machine},{way},{e.images},{e.errors.shape[1]},{sigma:.6g},{value},"
+                f"{e.bandwidths[k]:g},{numbers}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def print_errors(found: list[Errors]) -> None:
+    """Prints a row per machine and way, a column per noise level; the best and ties are marked."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"held-out mean squared error of D by noise level, {found[0].errors.shape[1]} images",
+        caption="*: the best at this level, or within the noise of the held-out images of it",
+    )
+    table.add_column("")
+    for sigma in found[0].sigmas:
+        table.add_column(f"{sigma:.3g}", justify="right")
+    for e, tied in zip(found, ties(found), strict=True):
+        cells = [f"{m:.2g}" + ("*" if t else " ") for m, t in zip(e.mean, tied, strict=True)]
+        table.add_row(e.label, *cells)
+    console = Console()
+    console = console if console.is_terminal else Console(width=40 + 12 * len(found[0].sigmas))
+    console.print(table)
+
+
+def errors_markdown(found: list[Errors]) -> str:
+    """Three tables: the best at each noise level, the errors of all, and what each had chosen.
+
+    In the second, bold marks the best at a level and what is within the noise of the images of it.
+    """
+    tied, labels = ties(found), [_name(e) for e in found]
+    levels = [f"{sigma:.3g}" for sigma in found[0].sigmas]
+    best = []
+    for k, w in enumerate(np.argmin([e.mean for e in found], axis=0)):
+        e = found[w]
+        low, high = (bound[k] for bound in e.interval())
+        others = [f"`{o.machine}`" for o, t in zip(found, tied[:, k], strict=True) if t]
+        others = [name for name in dict.fromkeys(others) if name != f"`{e.machine}`"]
+        value = _short(e.values[k]) if e.values else ""
+        interval = f"{_rounded(low)} to {_rounded(high)}"
+        h, error = _short(e.bandwidths[k]), _rounded(e.mean[k])
+        best.append([levels[k], labels[w], value, h, error, interval, ", ".join(others)])
+    columns = ["sigma", "best", "its setting", "bandwidth", "error", "95% interval"]
+    errors = []
+    for e, label, row in zip(found, labels, tied, strict=True):
+        cells = [_rounded(m) for m in e.mean]
+        errors.append([label, *(f"**{c}**" if t else c for c, t in zip(cells, row, strict=True))])
+    chosen = [
+        [label, *map(_short, e.values)]
+        for e, label in zip(found, labels, strict=True)
+        if e.values and not e.way.endswith("h")
+    ]
+    bandwidths = [
+        [label, *map(_short, e.bandwidths)]
+        for e, label in zip(found, labels, strict=True)
+        if e.way.endswith("h")
+    ]
+    return "\n".join(
+        [
+            "## The best at each noise level",
+            "",
+            *_markdown([*columns, "not told apart from it"], best),
+            "",
+            "## All of them",
+            "",
+            *_markdown(["", *levels], errors),
+            "",
+            "## What was chosen",
+            "",
+            *_markdown(["", *levels], chosen),
+            "",
+            *_markdown(["bandwidth", *levels], bandwidths),
+            "",
+        ]
+    )
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def _name(e: Errors) -> str:
+    """Machine and way, as in `ls`, calibrated and h."""
+    return f"`{e.machine}`" + (f", {e.way.replace(', ', ' and ')}" if e.way else "")
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}"
+
+
+def _rounded(error: float) -> str:
+    """Two digits, without the zero that pads an exponent."""
+    return f"{error:.2g}".replace("e-0", "e-")
