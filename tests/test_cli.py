@@ -284,7 +284,7 @@ def test_zoo_draws_every_machine_and_goes_on(inside, tmp_path):
 def test_denoising_error_writes_table_csv_and_plot(inside, tmp_path):
     done = inside(
         "denoising-error", "--data", "digits", "--limit", 60, "--steps", 2, "--choosing", 2,
-        "--held-out", 4, "--machines", "ideal,pspc", "--published", "pspc=3", "--out", tmp_path,
+        "--reporting", 4, "--machines", "ideal,pspc", "--published", "pspc=3", "--out", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "pspc (published: 3)" in done.stdout

@@ -285,7 +285,7 @@ def denoising_error(
     machines: MachineNames = None,
     steps: Annotated[int, typer.Option(help="How many EDM noise levels.")] = 18,
     choosing: Annotated[int, typer.Option(help="Held-out images that calibrate.")] = 16,
-    held_out: Annotated[int, typer.Option(help="Other held-out images, that report.")] = 32,
+    reporting: Annotated[int, typer.Option(help="Other held-out images, that report.")] = 32,
     published: Annotated[
         list[str] | None,
         typer.Option(
@@ -308,7 +308,7 @@ def denoising_error(
         names = _names(machines)
         also = [(name, _any_number(value)) for name, value in _pairs(published)]
         corpus = _corpus(data, size, grayscale, limit, strict)
-        measure_errors(corpus, out, names, steps, choosing, held_out, seed, also)
+        measure_errors(corpus, out, names, steps, choosing, reporting, seed, also)
 
 
 def _corpus(
