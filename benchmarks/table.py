@@ -248,13 +248,13 @@ def pca(bench: Bench) -> Iterator[Row]:
             got = seconds(partial(machine.mean, y, level, bench.all, level), repeats=3)
             D = machine.mean(y, level, bench.few, level)[0]
             masks = machine.windows(sigma, bench.few).window
-        rows = range(masks.corners.shape[0])
+        rows = range(masks.terms.shape[0])
         q = np.stack([masks.row(i).ravel() for i in rows])
         slow = partial(plain.pca_locality, few, y[0].float(), sigma, torch.from_numpy(q).float())
         t = seconds(slow, repeats=2) * factor
-        corners = collection.window.corners.nnz / len(rows)
+        terms = collection.window.terms.nnz / len(rows)
         yield Row(
-            f"pca sigma={sigma}, {q.sum(1).mean():.0f} pixels, {corners:.0f} corners",
+            f"pca sigma={sigma}, {q.sum(1).mean():.0f} pixels, {terms:.0f} terms",
             [("5x", t >= 5 * got)],
             f"{short(got)} (masks: {short(made)} once)",
             f"{short(t)} ({len(few):,} x {factor:.3g})",

@@ -268,7 +268,7 @@ def test_a_pixel_with_no_variance_sees_itself():
     assert D[0, 0, 0, 0].item() == pytest.approx(77 / 127.5 - 1, abs=1e-5)
     index = np.arange(40)
     before, after = (small("pca", u).windows(0.3, index).window for u in (black, images))
-    assert (after.corners != before.corners).nnz == 0
+    assert (after.terms != before.terms).nnz == 0
     assert after.row(0).sum() == 1
     assert np.mean([after.row(i).sum() for i in range(36)]) > 4
     alike = np.full((4, 1, 3, 3), 200, dtype=np.uint8)

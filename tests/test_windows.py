@@ -114,14 +114,16 @@ def test_painting_is_the_adjoint_of_looking(seed, kind):
 
 
 @given(st.integers(0, 2**31), st.integers(1, 6), st.integers(1, 6))
-def test_masks_are_kept_by_their_corners(seed, H, W):
-    q = np.random.default_rng(seed).random((H * W, H * W)) > 0.5
+def test_masks_are_kept_by_few_terms(seed, H, W):
+    rng = np.random.default_rng(seed)
+    q = rng.random((H * W, H * W)) < rng.random()
     masks = Masks.of(np.array_split(q, 3), (H, W))
     for site, row in enumerate(q):
         np.testing.assert_array_equal(masks.row(site).ravel(), row)
-    rectangle = np.zeros((1, 6, 7), dtype=bool)
-    rectangle[0, 2:4, 1:5] = True
-    assert Masks.of([rectangle.reshape(1, 42)], (6, 7)).corners.nnz == 4
+    for shape, terms in (((4, 3), 4), ((1, 3), 2), ((3, 1), 3), ((4, 1), 4), ((1, 1), 1)):
+        rectangle = np.zeros((1, 6, 7), dtype=bool)
+        rectangle[0, 1 : 1 + shape[0], 2 : 2 + shape[1]] = True
+        assert Masks.of([rectangle.reshape(1, 42)], (6, 7)).terms.nnz == terms
 
 
 @given(st.integers(0, 2**31), st.integers(1, 7), st.integers(1, 7))

@@ -81,18 +81,19 @@ class Soft:
 
 @dataclass(frozen=True, eq=False)
 class Masks:
-    """A window of its own for every pixel, any set of pixels, kept by its corners.
+    """A window of its own for every pixel, any set of pixels, kept by few terms.
 
-    On a summed-area table T[i, j] = sum of v[:i, :j] the sum of v over a set of pixels needs T only
-    where the set's outline turns: four corners for a rectangle, a few dozen for a blob, however
-    large it is.
+    Three tables give the sum of v over any set of pixels: T[a, b] = sum of v[:a, :b], the rows'
+    R[a, b] = sum of v[a - 1, :b], and v[a - 1, b - 1] itself. A blob needs T only where its outline
+    turns, a lone stretch of a row needs R at its two ends, a lone pixel is itself.
 
     Attributes:
-        corners: A sparse row for each site: what to multiply T with, (H W, (H + 1) (W + 1)).
+        terms: A sparse row for each site: what to multiply the three tables with, one after the
+            other, (H W, 3 (H + 1) (W + 1)).
         image: Height and width (H, W) of the images.
     """
 
-    corners: csr_array
+    terms: csr_array
     image: tuple[int, int]
 
     @property
@@ -103,57 +104,56 @@ class Masks:
     @classmethod
     def of(cls, blocks: Iterable[np.ndarray], image: tuple[int, int]) -> Masks:
         """From boolean windows, a site after the other: blocks of shape (n, H W)."""
-        parts = []
-        for block in blocks:
-            q = block.reshape(-1, *image)
-            q = np.pad(
-                q.astype(np.int8 if q.dtype == bool else np.float64), ((0, 0), (1, 1), (1, 1))
-            )
-            turns = np.diff(np.diff(q, axis=1), axis=2)
-            parts.append(csr_array(turns.reshape(len(q), math.prod(turns.shape[1:]))))
-        return cls(csr_array(vstack(parts)), image)
+        parts = [_few_terms(block.reshape(-1, *image)) for block in blocks]
+        flat = [csr_array(part.reshape(len(part), math.prod(part.shape[1:]))) for part in parts]
+        return cls(csr_array(vstack(flat)), image)
 
     @cached_property
     def by_sign(self) -> tuple[np.ndarray, np.ndarray]:
-        """The corners without their signs, as places in T, int32, and where they begin, int64.
+        """The terms without their signs, as places in the tables, int32, and where they begin.
 
         Each mask's places to add come before those to subtract, a place of weight 2 twice; they
         begin at starts[2 site] and starts[2 site + 1].
         """
-        n = coo_array(self.corners)
+        n = coo_array(self.terms)
         times = np.abs(n.data).astype(np.int64)
         half = 2 * n.coords[0].astype(np.int64) + (n.data < 0)
         order = np.argsort(half, kind="stable")
         places = np.repeat(n.coords[1][order].astype(np.int32), times[order])
-        counts = np.bincount(half, weights=times, minlength=2 * self.corners.shape[0])
+        counts = np.bincount(half, weights=times, minlength=2 * self.terms.shape[0])
         return places, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     def row(self, site: int) -> np.ndarray:
         """One site's window, ones and zeros, float64 (H, W)."""
-        turns = self.corners[[site]].toarray().astype(np.float64)
-        return _from_last(torch.from_numpy(turns).reshape(1, *(n + 1 for n in self.image)))[
-            0
-        ].numpy()
+        return self._filled(torch.from_numpy(self.terms[[site]].toarray()).double())[0].numpy()
 
     def look(self, v: Tensor) -> Tensor:
         """The windows' sums, (B, H, W) -> (B, H W)."""
-        T = pad(v, (1, 0, 1, 0)).cumsum(1).cumsum(2).flatten(1)
+        pixels = pad(v, (1, 0, 1, 0))
+        rows = pixels.cumsum(2)
+        tables = torch.stack([rows.cumsum(1), rows, pixels], dim=1).flatten(1)
         if not v.is_cuda:
-            return torch.from_numpy((self.corners @ T.numpy().T).T.copy())
-        return (self._on(v.device, False) @ T.T).T
+            return torch.from_numpy((self.terms @ tables.numpy().T).T.copy())
+        return (self._on(v.device, False) @ tables.T).T
 
     def paint(self, w: Tensor) -> Tensor:
         """Its adjoint, (B, H W) -> (B, H, W)."""
-        if not w.is_cuda:
-            turns = torch.from_numpy((self.corners.T @ w.numpy().T).T.copy())
-        else:
-            turns = (self._on(w.device, True) @ w.T).T
-        return _from_last(turns.reshape(len(w), *(n + 1 for n in self.image)))
+        if w.is_cuda:
+            return self._filled((self._on(w.device, True) @ w.T).T)
+        return self._filled(torch.from_numpy((self.terms.T @ w.numpy().T).T.copy()))
+
+    def _filled(self, tables: Tensor) -> Tensor:
+        """Weights from terms, (B, 3 (H + 1) (W + 1)) -> (B, H, W): sums from the last pixel on."""
+        corners, ends, pixels = tables.reshape(len(tables), 3, *(n + 1 for n in self.image)).unbind(
+            1
+        )
+        rows = corners.flip(1).cumsum(1).flip(1) + ends
+        return (rows.flip(2).cumsum(2).flip(2) + pixels)[:, 1:, 1:]
 
     def _on(self, device: torch.device, transposed: bool) -> Tensor:
         known: dict[tuple[torch.device, bool], Tensor] = self.__dict__.setdefault("_known", {})
         if (device, transposed) not in known:
-            q = csr_array(self.corners.T if transposed else self.corners)
+            q = csr_array(self.terms.T if transposed else self.terms)
             rows, columns, values = map(torch.from_numpy, (q.indptr, q.indices, q.data))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # "sparse CSR tensors are in beta"
@@ -162,9 +162,31 @@ class Masks:
         return known[device, transposed]
 
 
-def _from_last(turns: Tensor) -> Tensor:
-    """Weights from corners: sums over all corners below and to the right, (B, H, W)."""
-    return turns.flip(1, 2).cumsum(1).cumsum(2).flip(1, 2)[:, 1:, 1:]
+def _few_terms(q: np.ndarray) -> np.ndarray:
+    """Masks (n, H, W) as few terms, int8 (n, 3, H + 1, W + 1): wherever that is fewer, in R or v.
+
+    Of a set of pixels that is one wide, up to three below each other are taken by themselves. Then
+    a row's end that is at the same place in neither row beside it is one term in R, or two in T.
+    """
+    n, H, W = q.shape
+    terms = np.zeros((n, 3, H + 1, W + 1), dtype=np.int8)
+    q = np.pad(q.astype(np.int8), ((0, 0), (1, 1), (1, 1)))
+    inside = q[:, 1:-1, 1:-1]
+    lone = (inside > q[:, 1:-1, :-2]) & (inside > q[:, 1:-1, 2:])
+    four = lone[:, 3:] & lone[:, 2:-1] & lone[:, 1:-2] & lone[:, :-3]
+    few = lone.copy()
+    for k in range(4):
+        few[:, k : k + four.shape[1]] &= ~four
+    terms[:, 2, 1:, 1:] = few
+    inside -= few
+    turns = -np.diff(q, axis=2)
+    here = turns[:, 1:-1]
+    ends = (here != turns[:, :-2]) & (here != turns[:, 2:])
+    terms[:, 1, 1:] = here * ends
+    here *= ~ends
+    terms[:, 0] = -np.diff(turns, axis=1)
+    terms[:, :, 0], terms[:, :, :, 0] = 0, 0  # the sums of nothing
+    return terms
 
 
 Window = Box | Soft | Masks

@@ -6,7 +6,7 @@ and source the logit of every site is a box sum of
     v = sum_c s_c (y_c - s_c / 2),        |y - s|^2 = |y|^2 - 2 sum v,
 
 taken from a summed-area table of v, so that its cost does not depend on the window's size (tapered
-boxes filter v by rows and columns instead, masks read the table at their corners). The term |y|^2
+boxes filter v by rows and columns instead, masks read such tables at few places). The term |y|^2
 is the same for every source of a site: it is added once, at the end. All sums are in float64, where
 rounding costs less than 1e-6 nats at sigma = 0.002 (float32 would cost tens of nats and a second
 pass). A vector of eight logits is looked at only if its largest is within T = ln(2 |S| / 1e-5) nats
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
         weights: The box's weights, (P, Q).
         rows: A tapered box's weights by row, (K, P).
         columns: And by column, (K, Q).
-        corners, starts: See `Masks.by_sign`.
+        terms, starts: See `Masks.by_sign`.
     """
 
     kind: int
@@ -71,7 +71,7 @@ class Plan(NamedTuple):
     weights: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
-    corners: np.ndarray
+    terms: np.ndarray
     starts: np.ndarray
 
 
@@ -79,11 +79,11 @@ def plan_of(c: Collection) -> Plan:
     """What the compiled code has to know of a collection's windows."""
     P, Q = c.window.shape
     kind, weights, rows, columns = BOX, np.ones((P, Q)), np.empty((0, P)), np.empty((0, Q))
-    corners, starts = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
+    terms, starts = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
     if isinstance(c.window, Soft):
         kind, weights, rows, columns = SOFT, c.window.weights, c.window.rows, c.window.columns
     elif isinstance(c.window, Masks):
-        kind, (corners, starts) = MASKS, c.window.by_sign
+        kind, (terms, starts) = MASKS, c.window.by_sign
     return Plan(
         kind,
         c.cut,
@@ -91,7 +91,7 @@ def plan_of(c: Collection) -> Plan:
         np.ascontiguousarray(weights),
         np.ascontiguousarray(rows),
         np.ascontiguousarray(columns),
-        corners,
+        terms,
         starts,
     )
 
@@ -202,7 +202,8 @@ def _window(table, width, top, bottom, left, right):
 @njit
 def _room(plan, H, W):
     """How many numbers a table of H x W pixels may take."""
-    return max((H + 1) * (W + 1), len(plan.rows) * H * W) * LANES
+    tables = 3 if plan.kind == MASKS else 1
+    return max(tables * (H + 1) * (W + 1), len(plan.rows) * H * W) * LANES
 
 
 @njit
@@ -240,6 +241,24 @@ def _add_sums(table, a, n, y, q, yc, s, half, o, sc, C):
 
 
 @njit(fastmath=FLAGS)
+def _add_terms(table, a, n, size, y, q, yc, s, half, o, sc, C):
+    """Adds row a of v to the three tables of `Masks`, of `size` vectors each."""
+    above = a * (n + 1) * LANES
+    here = above + (n + 1) * LANES
+    size *= LANES
+    total = splat(0.0)
+    if a == 0:
+        _clear(table, n + 1)
+    for b in range(n):
+        v = _value(y, q + b, yc, s, half, o + b * LANES, sc, C)
+        total = total + v
+        o_T = here + (b + 1) * LANES
+        store(table, o_T, total + load(table, above + (b + 1) * LANES))
+        store(table, o_T + size, total)
+        store(table, o_T + 2 * size, v)
+
+
+@njit(fastmath=FLAGS)
 def _add_filtered(plan, g, table, a, y, q, yc, s, half, o, sc, C, buffer):
     """Adds row a of v, filtered by each of the K `columns`, to the table, (n, K, columns)."""
     K, Q = plan.columns.shape
@@ -261,6 +280,9 @@ def _add_row(plan, g, table, a, y, Hq, Wq, s, half, C, H, W, buffer):
     q, o = (g.a0 + a) * Wq + g.b0, ((g.a0 + a + g.dy) * W + g.b0 + g.dx) * LANES
     if plan.kind == SOFT:
         _add_filtered(plan, g, table, a, y, q, Hq * Wq, s, half, o, H * W * LANES, C, buffer)
+    elif plan.kind == MASKS:
+        size = (g.n + 1) * (g.width + 1)
+        _add_terms(table, a, g.width, size, y, q, Hq * Wq, s, half, o, H * W * LANES, C)
     else:
         _add_sums(table, a, g.width, y, q, Hq * Wq, s, half, o, H * W * LANES, C)
 
@@ -309,8 +331,8 @@ def _look(plan, g, table, a, sums_):
         for b in range(g.columns):
             site = a * g.columns + b
             added, taken = plan.starts[2 * site], plan.starts[2 * site + 1]
-            total = _gather(table, plan.corners, added, taken)
-            total = total - _gather(table, plan.corners, taken, plan.starts[2 * site + 2])
+            total = _gather(table, plan.terms, added, taken)
+            total = total - _gather(table, plan.terms, taken, plan.starts[2 * site + 2])
             store(sums_, b * LANES, total)
 
 
@@ -491,12 +513,12 @@ def _pour(painted, g, a, b, Hq, Wq, s, C, H, W, D):
 
 @njit(fastmath=FLAGS)
 def _spill(plan, g, table, a, b, weight):
-    """Adds a window's weight to the corners from which `_paint_corners` fills it."""
+    """Adds a window's weight to the terms or corners from which `_paint_sums` fills it."""
     if plan.kind == MASKS:
         site = a * g.columns + b
         for sign in range(2):
             for k in range(plan.starts[2 * site + sign], plan.starts[2 * site + sign + 1]):
-                o = plan.corners[k] * LANES
+                o = plan.terms[k] * LANES
                 store(table, o, load(table, o) + weight * (1.0 - 2.0 * sign))
         return
     P, Q = plan.weights.shape
@@ -510,17 +532,18 @@ def _spill(plan, g, table, a, b, weight):
 
 
 @njit(fastmath=FLAGS)
-def _paint_corners(plan, g, w, table, Hq, Wq, s, C, H, W, D):
-    """Adds sum_i q_i w_i s to D, by the corners of boxes or masks and sums from the last pixel."""
+def _paint_sums(plan, g, w, table, Hq, Wq, s, C, H, W, D):
+    """Adds sum_i q_i w_i s to D, by corners or terms, with sums from the last pixel on."""
     width = g.width + 1
-    _clear(table, (g.n + 1) * width)
+    size = (g.n + 1) * width
+    _clear(table, 3 * size if plan.kind == MASKS else size)
     for a in range(g.rows):
         for b in range(g.columns):
             weight = load(w, (a * g.columns + b) * LANES)
             if any_above(weight * weight, splat(0.0)):
                 _spill(plan, g, table, a, b, weight)
     for a in range(g.n, 0, -1):
-        total = splat(0.0)
+        total, row = splat(0.0), splat(0.0)
         for b in range(g.width, 0, -1):
             o = (a * width + b) * LANES
             total = total + load(table, o)
@@ -528,6 +551,9 @@ def _paint_corners(plan, g, w, table, Hq, Wq, s, C, H, W, D):
             if a < g.n:
                 painted = painted + load(table, o + width * LANES)
             store(table, o, painted)
+            if plan.kind == MASKS:
+                row = row + load(table, o + size * LANES)
+                painted = painted + row + load(table, o + 2 * size * LANES)
             _pour(painted, g, a - 1, b - 1, Hq, Wq, s, C, H, W, D)
 
 
@@ -617,7 +643,7 @@ def _spread(
             elif plan.kind == SOFT:
                 _paint_soft(plan, g, w, tables[0], Hq, Wq, s, C, H, W, totals[p])
             else:
-                _paint_corners(plan, g, w, tables[0], Hq, Wq, s, C, H, W, totals[p])
+                _paint_sums(plan, g, w, tables[0], Hq, Wq, s, C, H, W, totals[p])
     for p in range(B):
         flat = D[p].reshape(C * Hq * Wq)
         for d in range(C * Hq * Wq):
