@@ -371,8 +371,9 @@ def _absorb(
                 continue
             leader = m[i, j]
             total = load(totals, (i * Ws + j) * LANES)
-            highest = hmax(v) * scale
-            if highest > leader:
+            l = v * scale
+            if any_above(l, splat(leader)):
+                highest = hmax(l)
                 rescale = math.exp(leader - highest)
                 total = total * rescale
                 leader = highest
@@ -380,7 +381,8 @@ def _absorb(
                 store(totals, (i * Ws + j) * LANES, total)
                 totals[(i * Ws + j) * LANES + 1] *= rescale  # Z2 goes with its square
                 total = load(totals, (i * Ws + j) * LANES)
-            w = exp(v * scale - leader) * load(alive, 0)
+                floor[i * Ws + j] = max(floor[i * Ws + j], (leader - T) / scale)
+            w = exp(l - leader) * load(alive, 0)
             pixel = (g.a0 + a + g.dy + ry) * W + g.b0 + b + g.dx + rx
             o = pixel * LANES
             if len(u) > 0:
@@ -391,13 +393,12 @@ def _absorb(
                 w2 = w * load(s, o + 2 * H * W * LANES) if values > 2 else zero
                 w3 = w * load(s, o + 3 * H * W * LANES) if values > 3 else zero
             store(totals, (i * Ws + j) * LANES, total + sums(w, w * w, w0, w1, w2, w3))
-            floor[i * Ws + j] = (leader - T) / scale
             if k > 0:
-                store(eight, 0, v)
+                store(eight, 0, l)
                 for lane in range(LANES):
-                    if alive[lane] > 0 and eight[lane] * scale > logits[k - 1, i, j]:
+                    if alive[lane] > 0 and eight[lane] > logits[k - 1, i, j]:
                         place = ids[lane] * H * W + pixel
-                        keep(eight[lane] * scale, place, logits, places, i, j)
+                        keep(eight[lane], place, logits, places, i, j)
                 floor[i * Ws + j] = min((leader - T) / scale, logits[k - 1, i, j] / scale)
 
 
