@@ -40,6 +40,7 @@ from scoremachine.kernels.simd import (
     hmax,
     hsum,
     load,
+    load_at,
     splat,
     store,
     sums,
@@ -62,7 +63,7 @@ class Plan(NamedTuple):
         weights: The box's weights, (P, Q).
         rows: A tapered box's weights by row, (K, P).
         columns: And by column, (K, Q).
-        terms, starts: See `Masks.by_sign`.
+        terms, starts: See `Masks.by_sign`; terms are counted in numbers, not in vectors.
     """
 
     kind: int
@@ -84,6 +85,7 @@ def plan_of(c: Collection) -> Plan:
         kind, weights, rows, columns = SOFT, c.window.weights, c.window.rows, c.window.columns
     elif isinstance(c.window, Masks):
         kind, (terms, starts) = MASKS, c.window.by_sign
+        terms = terms * np.int32(LANES)
     return Plan(
         kind,
         c.cut,
@@ -299,12 +301,12 @@ def _gather(table, places, first, last):
     t0, t1, t2, t3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     rest = last - (last - first) % 4
     for k in range(first, rest, 4):
-        t0 = t0 + load(table, places[k] * LANES)
-        t1 = t1 + load(table, places[k + 1] * LANES)
-        t2 = t2 + load(table, places[k + 2] * LANES)
-        t3 = t3 + load(table, places[k + 3] * LANES)
+        t0 = t0 + load_at(table, places, k)
+        t1 = t1 + load_at(table, places, k + 1)
+        t2 = t2 + load_at(table, places, k + 2)
+        t3 = t3 + load_at(table, places, k + 3)
     for k in range(rest, last):
-        t0 = t0 + load(table, places[k] * LANES)
+        t0 = t0 + load_at(table, places, k)
     return (t0 + t1) + (t2 + t3)
 
 
@@ -519,7 +521,7 @@ def _spill(plan, g, table, a, b, weight):
         site = a * g.columns + b
         for sign in range(2):
             for k in range(plan.starts[2 * site + sign], plan.starts[2 * site + sign + 1]):
-                o = plan.terms[k] * LANES
+                o = plan.terms[k]
                 store(table, o, load(table, o) + weight * (1.0 - 2.0 * sign))
         return
     P, Q = plan.weights.shape

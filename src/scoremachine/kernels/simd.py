@@ -5,6 +5,7 @@ overlap, which costs more than the loop. Saying "vector" in the code avoids the 
 lowers a vector of eight doubles to what the machine has (AVX-512, AVX2, NEON).
 
     load(a, i)              a[i : i + LANES], from a flat contiguous float64 array
+    load_at(a, places, i)   load(a, places[i]), from an int32 array of places
     store(a, i, v)
     u + v, u - v, u * v     with vectors or floats
     exp(v)                  of non-positive lanes, relative error below 1e-11
@@ -66,6 +67,20 @@ def load(typing: Any, array: Any, i: Any) -> Any:
         return vector
 
     return lanes(array, types.intp), generate
+
+
+@intrinsic
+def load_at(typing: Any, array: Any, places: Any, i: Any) -> Any:
+    """array[places[i] : places[i] + LANES] as a vector, for places >= 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[1])(context, builder, args[1]).data
+        place = builder.zext(builder.load(builder.gep(data, [args[2]])), ir.IntType(64))
+        vector = builder.load(_pointer(context, builder, signature.args[0], args[0], place))
+        vector.align = 8
+        return vector
+
+    return lanes(array, places, types.intp), generate
 
 
 @intrinsic
