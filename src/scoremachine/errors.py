@@ -47,6 +47,11 @@ class Errors:
         return f"{self.machine} ({self.way})" if self.way else self.machine
 
     @property
+    def with_bandwidth(self) -> bool:
+        """Whether its bandwidth was chosen too."""
+        return self.way.split(", ")[-1] == "h"
+
+    @property
     def mean(self) -> np.ndarray:
         """(K,)."""
         return self.errors.mean(1)

@@ -56,9 +56,8 @@ def errors_csv(found: list[Errors]) -> str:
         for k, sigma in enumerate(e.sigmas):
             value = e.values[k] if e.values else ""
             numbers = f"{e.mean[k]:.6g},{low[k]:.6g},{high[k]:.6g},{int(tied[k])}"
-            way = e.way.replace(",", " and")
             lines.append(
-                f"{e.machine},{way},{e.images},{e.errors.shape[1]},{sigma:.6g},{value},"
+                f"{e.machine},{_way(e)},{e.images},{e.errors.shape[1]},{sigma:.6g},{value},"
                 f"{e.bandwidths[k]:g},{numbers}"
             )
     return "\n".join(lines) + "\n"
@@ -95,12 +94,13 @@ def errors_markdown(found: list[Errors]) -> str:
     for k, w in enumerate(np.argmin([e.mean for e in found], axis=0)):
         e = found[w]
         low, high = (bound[k] for bound in e.interval())
-        others = [f"`{o.machine}`" for o, t in zip(found, tied[:, k], strict=True) if t]
-        others = [name for name in dict.fromkeys(others) if name != f"`{e.machine}`"]
+        others = dict.fromkeys(o.machine for o, t in zip(found, tied[:, k], strict=True) if t)
+        others.pop(e.machine)  # the best is tied with itself
         value = _short(e.values[k]) if e.values else ""
         interval = f"{_rounded(low)} to {_rounded(high)}"
         h, error = _short(e.bandwidths[k]), _rounded(e.mean[k])
-        best.append([levels[k], labels[w], value, h, error, interval, ", ".join(others)])
+        names = ", ".join(f"`{name}`" for name in others)
+        best.append([levels[k], labels[w], value, h, error, interval, names])
     columns = ["sigma", "best", "its setting", "bandwidth", "error", "95% interval"]
     errors = []
     for e, label, row in zip(found, labels, tied, strict=True):
@@ -109,12 +109,12 @@ def errors_markdown(found: list[Errors]) -> str:
     chosen = [
         [label, *map(_short, e.values)]
         for e, label in zip(found, labels, strict=True)
-        if e.values and not e.way.endswith("h")
+        if e.values and not e.with_bandwidth
     ]
     bandwidths = [
         [label, *map(_short, e.bandwidths)]
         for e, label in zip(found, labels, strict=True)
-        if e.way.endswith("h")
+        if e.with_bandwidth
     ]
     return "\n".join(
         [
@@ -143,7 +143,12 @@ def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def _name(e: Errors) -> str:
     """Machine and way, as in `ls`, calibrated and h."""
-    return f"`{e.machine}`" + (f", {e.way.replace(', ', ' and ')}" if e.way else "")
+    return f"`{e.machine}`" + (f", {_way(e)}" if e.way else "")
+
+
+def _way(e: Errors) -> str:
+    """The way without a comma, as in calibrated and h."""
+    return e.way.replace(",", " and")
 
 
 def _short(value: Any) -> str:

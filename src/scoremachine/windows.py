@@ -144,9 +144,8 @@ class Masks:
 
     def _filled(self, tables: Tensor) -> Tensor:
         """Weights from terms, (B, 3 (H + 1) (W + 1)) -> (B, H, W): sums from the last pixel on."""
-        corners, ends, pixels = tables.reshape(len(tables), 3, *(n + 1 for n in self.image)).unbind(
-            1
-        )
+        H, W = self.image
+        corners, ends, pixels = tables.reshape(len(tables), 3, H + 1, W + 1).unbind(1)
         rows = corners.flip(1).cumsum(1).flip(1) + ends
         return (rows.flip(2).cumsum(2).flip(2) + pixels)[:, 1:, 1:]
 
