@@ -17,6 +17,7 @@ from PIL import Image
 
 import scoremachine as sm
 from scoremachine import cli
+from scoremachine.run import Run
 
 
 def run(*words, **options):
@@ -166,7 +167,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, how):
     process = subprocess.Popen(long_run(out), stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while len(list(out.glob(".unfinished/*.npz"))) < 3 and time.monotonic() < deadline:
+        while len(list(out.glob(".unfinished/[0-9]*.npz"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(how)
         _, err = process.communicate(timeout=60)
@@ -197,6 +198,15 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, how):
     again = subprocess.run(long_run(out, "--resume"), capture_output=True, text=True)
     assert again.returncode == 0
     assert "complete" in again.stderr
+
+
+def test_what_a_killed_run_was_writing_is_not_a_finished_picture(tmp_path):
+    machine = sm.build("ideal", sm.Corpus.open("digits", limit=20))
+    killed = Run(tmp_path, machine, 4, 2, 0, "ddim", "vp", None, 1, False)
+    killed.unfinished.mkdir()
+    (killed.unfinished / "000000.npz").write_bytes(b"whole")
+    (killed.unfinished / ".000001-half.npz").write_bytes(b"")
+    assert killed.finished() == 1
 
 
 def test_denoise_takes_arrays_as_they_are_and_adds_noise_to_pictures(inside, tmp_path):

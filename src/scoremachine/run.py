@@ -87,7 +87,7 @@ class Run:
 
     def finished(self) -> int:
         """How many pictures are kept."""
-        return len(list(self.unfinished.glob("*.npz")))
+        return self.count - len(self._missing())
 
     def go(self, resume: bool) -> float:
         """Generates what is missing and writes the files; returns the seconds it took."""
@@ -95,7 +95,7 @@ class Run:
         if self._begin(resume):
             say(f"{self.out} holds this run already, complete")
             return 0.0
-        missing = [i for i in range(self.count) if not self._kept(i).exists()]
+        missing = self._missing()
         if len(missing) < self.count:
             say(f"going on after {self.count - len(missing)} finished pictures")
         generating = self._generate(missing)
@@ -130,6 +130,9 @@ class Run:
 
     def _kept(self, i: int) -> Path:
         return self.unfinished / f"{i:06d}.npz"
+
+    def _missing(self) -> list[int]:
+        return [i for i in range(self.count) if not self._kept(i).exists()]
 
     def _generate(self, missing: list[int]) -> float:
         start = time.perf_counter()
