@@ -104,6 +104,12 @@ def test_senseless_bandwidths_are_refused(name, bandwidth):
 @pytest.mark.parametrize(
     ("name", "settings", "says"),
     [
+        ("els", {"search": "fast"}, "search"),
+        ("els", {"bound": "certain"}, "bound"),
+        ("els", {"error": 0}, "error is 0; expected the largest error of a pixel"),
+        ("els", {"error": True}, "error is True"),
+        ("els", {"search": "bounded", "augment": "flips"}, "indexes of plain patches alone"),
+        ("els", {"search": "bounded", "window": "gaussian"}, "indexes of plain patches alone"),
         ("pspc-flex", {"share": 0.0}, "share is 0.0; expected a number above 0 and at most 1"),
         ("pspc-flex", {"share": 1.5}, "share is 1.5"),
         ("pspc-flex", {"share": "pspc-flex"}, "there are pspc-flex-cifar10"),

@@ -396,6 +396,7 @@ def test_a_wider_source_costs_no_copy(kernel):
 
     class Watched:
         spread = staticmethod(m.kernel.spread)
+        tiles = staticmethod(m.kernel.tiles)
 
         @staticmethod
         def fold(question, *rest):

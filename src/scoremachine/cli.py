@@ -75,7 +75,8 @@ Settings = Annotated[
         "--set",
         metavar="NAME=VALUE",
         help="What else the machine has: share, heat_maps (pspc-flex), threshold (pca), delta, M, "
-        "neighbours, uniform, perturbations (smoothed). Can be given again.",
+        "neighbours, uniform, perturbations (smoothed), search, error, bound (els). Can be given "
+        "again.",
     ),
 ]
 Bandwidth = Annotated[str, typer.Option(help="The bandwidth h: a number or auto.")]
@@ -233,6 +234,37 @@ def calibrate(
         corpus = _corpus(data, size, grayscale, limit, strict)
         settings = _settings(None, None, boundary, window, augment, others, kernel)
         calibrate_corpus(corpus, machine, held_out, steps, seed, other, out, settings)
+
+
+@app.command()
+def index(
+    data: Data,
+    patch_size: Annotated[
+        str, typer.Option("--patch-size", help="Sizes, as 3,7,11, or a published schedule's name.")
+    ],
+    boundary: BoundaryName = None,
+    label: ClassName = None,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build the indexes of patches that els searches, which it would build when it needs them."""
+    from scoremachine import progress
+
+    with progress.quiet(quiet):
+        corpus = _corpus(data, size, grayscale, limit, strict)
+        images = corpus.indices(label)
+        settings = {"search": "bounded"} | ({} if boundary is None else {"boundary": boundary})
+        for part in patch_size.split(","):
+            P = _number(part.strip(), int, part.strip())
+            machine = _machine("els", corpus, "vp", {"patch_size": P} | settings)
+            machine.local_at(1.0)
+            for each in sorted({int(value) for value in machine.patch_size.values}):
+                folders = machine.index(each, images)
+                files = [file.stat().st_size for folder in folders for file in folder.iterdir()]
+                print(f"{each} x {each}: {sum(files) / 1e9:.2f} GB in {folders[0].parent}")
 
 
 @app.command()

@@ -45,6 +45,8 @@ class Fold:
         places: Where they come from, int64, shape (B, k, *sites): (n H + row) W + column, with n
             the position in the corpus and (row, column) the source pixel under the site's middle.
             Variant v of image n is image v N + n of a corpus of N.
+        left: An upper bound of what is missing in Z, shape (B, *sites): 0 where every source has
+            been looked at (and at most `SKIPPED` / 2 Z left out), more after a search.
     """
 
     m: Tensor
@@ -53,6 +55,11 @@ class Fold:
     S: Tensor
     logits: Tensor
     places: Tensor
+    left: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.left is None:
+            self.left = torch.zeros_like(self.Z)
 
     def merge(self, other: Fold) -> Fold:
         """The fold of both sets of sources."""
@@ -69,12 +76,18 @@ class Fold:
             a[:, None] * self.S + b[:, None] * other.S,
             logits.gather(1, order),
             places.gather(1, order),
+            a * self.left + b * other.left,
         )
 
     @property
     def mean(self) -> Tensor:
         """S / Z, the softmax mean."""
         return self.S / self.Z[:, None]
+
+    @property
+    def mass_left_out(self) -> Tensor:
+        """An upper bound of the share of the posterior that is not in the fold, (B, *sites)."""
+        return self.left / (self.Z + self.left)
 
     @property
     def log_partition(self) -> Tensor:
@@ -120,6 +133,9 @@ class Question:
 
 class Kernel(Protocol):
     """What a kernel answers. Logits lack the term -|y|^2 / (2 sigma^2), common to all sources."""
+
+    def tiles(self, n: int, collection: Collection) -> Iterator[slice]:
+        """The pieces in which it wants a source of n images."""
 
     def fold(self, question: Question, leaders: int, known: Fold | None) -> Fold:
         """The fold over the source, with the k = `leaders` leading sources of every site.
@@ -240,7 +256,7 @@ def with_slope(value: Tensor, slope: Tensor, y: Tensor) -> Tensor:
 def folded(kernel: Kernel, question: Question, leaders: int, progress: Bar) -> Fold:
     """The fold over the whole source, tile by tile."""
     fold: Fold | None = None
-    for rows in tiles(len(question.index), question.collection):
+    for rows in kernel.tiles(len(question.index), question.collection):
         part = kernel.fold(replace(question, index=question.index[rows]), leaders, fold)
         fold = part if fold is None else fold.merge(part)
         progress.advance(rows.stop - rows.start)
@@ -251,7 +267,7 @@ def folded(kernel: Kernel, question: Question, leaders: int, progress: Bar) -> F
 def spread(kernel: Kernel, question: Question, known: Fold, progress: Bar) -> Tensor:
     """`Kernel.spread` over the whole source, tile by tile."""
     total = torch.zeros_like(question.y)
-    for rows in tiles(len(question.index), question.collection):
+    for rows in kernel.tiles(len(question.index), question.collection):
         total += kernel.spread(replace(question, index=question.index[rows]), known)
         progress.advance(rows.stop - rows.start)
     return total

@@ -111,8 +111,7 @@ def walk(
     stepper = SAMPLERS[sampler](watched, silent=True)
     given = {} if label is None else {"label": label}
     with PictureNoise(seed, pictures) as noise, torch.no_grad():
-        first = 1.0 if start == 0 else time_of(denoiser.schedule, (1 - start) / start)
-        times = torch.linspace(first, 0, steps, dtype=torch.float64)
+        times = times_of(denoiser.schedule, steps, start)
         alpha, sigma = denoiser.schedule(times[0])
         x = sigma * torch.randn_like(torch.empty(len(pictures), *shape))
         if start > 0:
@@ -129,6 +128,12 @@ def walk(
         finally:
             if isinstance(denoiser, Machine):
                 denoiser.begin(None)
+
+
+def times_of(schedule: Schedule, steps: int, start: float = 0.0) -> Tensor:
+    """The times at which a walk looks, falling, float64 (steps,)."""
+    first = 1.0 if start == 0 else time_of(schedule, (1 - start) / start)
+    return torch.linspace(first, 0, steps, dtype=torch.float64)
 
 
 def time_of(schedule: Schedule, sigma: float) -> float:
@@ -188,7 +193,8 @@ def generate_batches(
         shape = denoiser.corpus.shape
     with _bandwidth(denoiser, bandwidth):
         if isinstance(denoiser, Machine):
-            denoiser.prepare(label)
+            alpha, sigma = denoiser.schedule(times_of(denoiser.schedule, steps, start))
+            denoiser.prepare(label, (sigma / alpha).tolist())
         with bar("Generating", total=len(pictures) * steps) as progress:
             for first in range(pictures.start, pictures.stop, batch):
                 some = range(first, min(first + batch, pictures.stop))

@@ -47,6 +47,7 @@ from scoremachine.kernels.simd import (
 )
 from scoremachine.kernels.whole import FLAGS, NOTHING, fold_whole, keep, spread_whole
 from scoremachine.posterior import TILE, Fold, Question
+from scoremachine.posterior import tiles as tiles
 from scoremachine.windows import Collection, Masks, Soft
 
 ROLLED = 2**20  # numbers that a piece of `rolled` may take: they stay in the cache

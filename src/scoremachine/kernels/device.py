@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scoremachine.kernels import rolled
 from scoremachine.posterior import Fold, Question
+from scoremachine.posterior import tiles as tiles
 from scoremachine.windows import Collection
 
 NOTHING = -1e300  # the logit of no source at all

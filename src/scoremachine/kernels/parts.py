@@ -16,9 +16,12 @@ from numba.core.dispatcher import Dispatcher
 PARTS = 32
 
 
-def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, ...]) -> None:
-    """Calls compiled(part, parts, *args, *(a[part] for a in filled)) for every part of `filled`."""
-    parts = len(filled[0])
+def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, ...] = ()) -> None:
+    """Calls compiled(part, parts, *args, *(a[part] for a in filled)) for every part of `filled`.
+
+    With nothing to fill by parts there are `PARTS` of them.
+    """
+    parts = len(filled[0]) if filled else PARTS
 
     def work(part: int) -> None:
         compiled(part, parts, *args, *(a[part] for a in filled))

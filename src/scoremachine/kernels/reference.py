@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scoremachine.posterior import Fold, Question
+from scoremachine.posterior import tiles as tiles
 from scoremachine.windows import Collection, Masks
 
 Pixels = np.ndarray  # positions in a flattened H x W picture

@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from azula.noise import Schedule
+from torch import Tensor
 
 from scoremachine.corpus import Corpus
+from scoremachine.machines.machine import Label
 from scoremachine.machines.windowed import BoxMachine
+from scoremachine.names import check_name
+from scoremachine.posterior import Kernel
+from scoremachine.progress import say
 from scoremachine.schedules import BandwidthSchedule, PatchSchedule
+from scoremachine.search.bounded import KINDS, Bounded, exact_cost, searchable
 from scoremachine.windows import Augment, Boundary, Collection
+
+SEARCHES = ("auto", "exact", "bounded")
+WORTHWHILE = 5.0  # seconds of one core: a scan that takes longer is worth an index
+
+
+class Searched(NamedTuple):
+    """D, and how far it may be from the exact one.
+
+    Attributes:
+        D: As `denoise` gives it, shape (B, C, H, W).
+        mass_left_out: For every pixel an upper bound of the share of its posterior that was not
+            looked at, float64 (B, H, W); 0 where everything was.
+        kind: What kind of bound: "deterministic", true of every picture; or "statistical", for
+            noise independent of the images not true of at most one pixel in a hundred.
+    """
+
+    D: Tensor
+    mass_left_out: Tensor
+    kind: str
+
+    @property
+    def error(self) -> Tensor:
+        """An upper bound of the error of a pixel's channels in D, float64 (B, H, W)."""
+        return 2 * self.mass_left_out
 
 
 class EquivariantLocalScore(BoxMachine):
@@ -23,6 +57,13 @@ class EquivariantLocalScore(BoxMachine):
         boundary: "broken" (default): a box that the border cuts off is compared with training
             boxes cut off in the same way, as a zero-padded network sees it; "circular": it wraps
             around, and is compared with every box that fits.
+        search: How it looks at its source. "exact": at every patch; "bounded": through an index
+            of the patches, built when it is first needed, so that every pixel of D is within
+            `error` of the exact one; "auto" (default): bounded where that is faster.
+        error: The largest error of a pixel that a bounded search may make, in (0, 1].
+        bound: What kind of bound that is (see `Searched`): "deterministic", "statistical", or
+            "auto" (default): deterministic for patches of up to 300 numbers, where it is
+            affordable, statistical for larger ones.
         corpus, patch_size, bandwidth, kernel, schedule, window, augment: See `BoxMachine`;
             shifts add nothing to a source of all positions.
     """
@@ -40,11 +81,26 @@ class EquivariantLocalScore(BoxMachine):
         window: str = "box",
         augment: Augment | str | None = None,
         boundary: Boundary = "broken",
+        search: str = "auto",
+        error: float = 1e-3,
+        bound: str = "auto",
     ) -> None:
         if boundary not in ("broken", "circular"):
             raise ValueError(f"boundary is {boundary!r}; expected 'broken' or 'circular'")
         self.boundary: Boundary = boundary
+        check_name("search", search, SEARCHES)
+        check_name("bound", bound, KINDS)
+        if isinstance(error, bool) or not isinstance(error, int | float) or not 0 < error <= 1:
+            raise ValueError(
+                f"error is {error!r}; expected the largest error of a pixel, above 0 and at most 1"
+            )
         super().__init__(corpus, patch_size, bandwidth, kernel, schedule, window, augment)
+        if search == "bounded" and (window != "box" or len(self.augment.variants) > 1):
+            raise ValueError(
+                "search='bounded' has indexes of plain patches alone, so it goes with neither a "
+                "tapered window nor flips, brightness or contrast: use search='exact'"
+            )
+        self.search, self.error, self.bound = search, float(error), bound
         self.dearness /= (2 * self.augment.shifts + 1) ** 2
 
     def check_local(self, value: Any) -> None:
@@ -62,8 +118,70 @@ class EquivariantLocalScore(BoxMachine):
         everywhere = {**self.wider(), "reach": 0, "boundary": self.boundary}
         return Collection(image, window, "pixels", "pixel", "every", **everywhere)
 
+    @cached_property
+    def _bounded(self) -> Bounded:
+        return Bounded(self.corpus, self.kernel, self.error, self.bound)
+
+    def kernel_for(self, collection: Collection, index: np.ndarray) -> Kernel:
+        if self.search == "exact" or not searchable(collection):
+            return self.kernel
+        if self.search == "auto":
+            if exact_cost(collection, len(index)) < WORTHWHILE:
+                return self.kernel
+            try:
+                self._bounded.check_room(index, collection)
+            except (OSError, ValueError) as error:
+                say(f"every patch is compared, which takes longer than a search: {error}")
+                return self.kernel
+        return self._bounded
+
+    def denoise_bounded(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Searched:
+        """`denoise`, and for every pixel a bound of what a search has left out.
+
+        Arguments and errors are `denoise`'s.
+        """
+        pictures, levels = self.check(y, sigma)
+        D = torch.empty_like(pictures)
+        mass = torch.zeros(len(y), *self.corpus.shape[1:], dtype=torch.float64)
+        kinds: set[str] = set()
+        for members, index in self.by_label(label, len(pictures)):
+            h = self.bandwidths(levels[members])
+            total = torch.sqrt(levels[members] ** 2 + h**2)
+            for some, evidence in self.by_row(pictures[members], total, index, levels[members]):
+                a = ((levels[members] / total) ** 2)[some][:, None, None, None]
+                D[members[some]] = a * evidence.mean + (1 - a) * pictures[members[some]]
+                mass[members[some]] = evidence.fold.mass_left_out
+                kernel = self.kernel_for(evidence.collection, index)
+                if isinstance(kernel, Bounded):
+                    kinds.add(kernel.kind(evidence.collection))
+        kind = "statistical" if "statistical" in kinds else "deterministic"
+        return Searched(D.to(dtype=y.dtype, device=y.device), mass, kind)
+
+    def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> None:
+        super().prepare(label, levels)
+        index = self.corpus.indices(label if isinstance(label, int | str) else None)
+        for P in sorted({self.local_at(sigma) for sigma in levels}):
+            self.index(P, index)
+
+    def index(self, P: int, images: np.ndarray | None = None) -> list[Path]:
+        """Builds what is missing of the indexes of P x P patches; returns their folders, if any.
+
+        Arguments:
+            P: The patch size.
+            images: Positions of the images that are the source; None: all.
+
+        Raises:
+            OSError: If there is no room for them.
+        """
+        images = self.corpus.indices() if images is None else images
+        collection = self.collection(P, 1.0, images)
+        kernel = self.kernel_for(collection, images)
+        return kernel.prepare(images, collection) if isinstance(kernel, Bounded) else []
+
     def arguments(self) -> dict[str, Any]:
-        return {**super().arguments(), "boundary": self.boundary}
+        how = {"search": self.search, "error": self.error, "bound": self.bound}
+        return {**super().arguments(), "boundary": self.boundary, **how}
 
     def settings(self) -> dict[str, object]:
-        return {**super().settings(), "boundary": self.boundary}
+        how = {"search": self.search, "error": self.error, "bound": self.bound}
+        return {**super().settings(), "boundary": self.boundary, **how}

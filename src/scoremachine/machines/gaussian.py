@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ class GaussianScore(Machine):
 
     name = "gaussian"
 
-    def prepare(self, label: Label = None) -> None:
-        super().prepare(label)
+    def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> None:
+        super().prepare(label, levels)
         for _, index in self.by_label(label, 1):
             moments(self.corpus, index)
 

@@ -102,7 +102,7 @@ class Machine(Denoiser):
 
     def denoise_from(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
         """D of valid float64 pictures, the images at `index` being the source."""
-        h = torch.tensor([self.bandwidth_at(float(s)) for s in sigma], dtype=torch.float64)
+        h = self.bandwidths(sigma)
         D = self.mean(y, torch.sqrt(sigma**2 + h**2), index, sigma)
         a = (sigma**2 / (sigma**2 + h**2))[:, None, None, None]
         return torch.where(a == 1, D, a * D + (1 - a) * y)
@@ -184,8 +184,11 @@ class Machine(Denoiser):
             for value in dict.fromkeys(label)
         ]
 
-    def prepare(self, label: Label = None) -> None:
-        """Does what is done once: choices that "auto" stands for, measurements of the corpus."""
+    def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> None:
+        """Does what is done once: choices that "auto" stands for, measurements of the corpus.
+
+        `levels`: the noise levels that will be asked for, as far as they are known.
+        """
         self.bandwidth_at(1.0)
 
     def begin(self, x: Tensor | None) -> None:
@@ -199,6 +202,10 @@ class Machine(Denoiser):
             return self.bandwidth(sigma)
         assert isinstance(self.bandwidth, float)
         return self.bandwidth
+
+    def bandwidths(self, sigma: Tensor) -> Tensor:
+        """The bandwidth h at each of some noise levels, float64 (B,)."""
+        return torch.tensor([self.bandwidth_at(float(s)) for s in sigma], dtype=torch.float64)
 
     def arguments(self) -> dict[str, Any]:
         """What the machine was made with, apart from its corpus."""
@@ -277,9 +284,9 @@ class LocalMachine(Machine):
             self.local = self.choose()
         return self.local(sigma)
 
-    def prepare(self, label: Label = None) -> None:
+    def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> None:
         self.local_at(1.0)
-        super().prepare(label)
+        super().prepare(label, levels)
 
     def bandwidth_at(self, sigma: float) -> float:
         if self.bandwidth == "auto":  # chosen for the locality that the machine has

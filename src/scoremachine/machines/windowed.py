@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ from scoremachine.corpus import Corpus
 from scoremachine.kept import Kept
 from scoremachine.machines.machine import LocalMachine
 from scoremachine.moments import moments
-from scoremachine.posterior import Fold, posterior
+from scoremachine.posterior import Fold, Kernel, posterior
 from scoremachine.schedules import BandwidthSchedule, PatchSchedule
 from scoremachine.windows import Augment, Box, Collection, Soft, Window, check_window
 
@@ -73,14 +74,25 @@ class WindowMachine(LocalMachine):
     def _row(self, sigma: float) -> tuple[Any, float]:
         return self.local_at(sigma), sigma if self.by_noise else 0.0
 
+    def kernel_for(self, collection: Collection, index: np.ndarray) -> Kernel:
+        """The kernel that folds the images at `index` for a row."""
+        return self.kernel
+
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
         D = torch.empty_like(y)
+        for members, evidence in self.by_row(y, sigma, index, level):
+            D[members] = evidence.mean
+        return D
+
+    def by_row(
+        self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor
+    ) -> Iterator[tuple[Tensor, Evidence]]:
+        """What `mean` is made of: for the pictures that share a row, which they are, and more."""
         rows = [self._row(float(s)) for s in level]
         for row in dict.fromkeys(rows):
             members = torch.tensor([other == row for other in rows])
             collection = self.windows(float(level[members][0]), index)
-            D[members] = self.evidence(y[members], sigma[members], index, collection).mean
-        return D
+            yield members, self.evidence(y[members], sigma[members], index, collection)
 
     def evidence(
         self,
@@ -93,7 +105,8 @@ class WindowMachine(LocalMachine):
         """The fold of valid float64 pictures that share a row; see `posterior`."""
         images = self.images
         pictures = y.reshape(-1, *images.shape[1:])
-        fold, D = posterior(self.kernel, images, index, pictures, sigma, collection, leaders)
+        kernel = self.kernel_for(collection, index)
+        fold, D = posterior(kernel, images, index, pictures, sigma, collection, leaders)
         return Evidence(D.reshape(y.shape), fold, collection)
 
 

@@ -1,0 +1,481 @@
+"""An index of patches on disk: built once, resumed where it was interrupted, mapped ever after.
+
+An index is a folder: the arrays of `seek.Tree`, one file each, its embedding, and a record of what
+it was built from. While it is being built it has another name, and a journal: a line for every
+piece whose bytes are on disk. Whoever goes on after an interruption cuts the files to what the
+last line says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from scoremachine.corpus import Corpus
+from scoremachine.files import written
+from scoremachine.kernels.parts import fill
+from scoremachine.progress import Bar, bar
+from scoremachine.search import tree
+from scoremachine.search.embedding import ROUNDING, SAMPLE, Embedding
+from scoremachine.search.floats import LANES
+from scoremachine.search.seek import FAR, Tree, Windows
+from scoremachine.search.tree import LEAF, NODE
+from scoremachine.windows import Collection
+
+VERSION = 1  # of the format; another number is another index
+BUCKET = 12_000  # patches that are arranged together
+ROOM = 2**28  # bytes of patches in memory at once
+DETERMINISTIC = 300  # numbers of a patch up to which a deterministic bound is affordable
+LARGEST = 2**32 - 1  # patches that an index can number
+ARRAYS: dict[str, Any] = {
+    "codes": np.uint8,
+    "boxes": np.uint8,
+    "ids": np.uint32,
+    "times": np.uint32,
+    "frames": np.float32,
+    "radii": np.float32,
+}
+
+
+class Patches(NamedTuple):
+    """Windows of one size at some places of every image.
+
+    Attributes:
+        size: (h, w).
+        tops, lefts: First and number of their rows, and of their columns.
+    """
+
+    size: tuple[int, int]
+    tops: tuple[int, int]
+    lefts: tuple[int, int]
+
+    @property
+    def per_image(self) -> int:
+        """How many there are in an image."""
+        return self.tops[1] * self.lefts[1]
+
+    @property
+    def name(self) -> str:
+        """What an index of them is called."""
+        (h, w), (top, rows), (left, columns) = self
+        return f"{h}x{w}-{top}+{rows}-{left}+{columns}"
+
+    def numbers(self, channels: int) -> int:
+        """D: how many numbers a patch has."""
+        return math.prod(self.size) * channels
+
+    def check(self, N: int) -> None:
+        """ValueError for more patches in N images than an index can number."""
+        n = N * self.per_image
+        if n > LARGEST:
+            raise ValueError(
+                f"an index holds at most {LARGEST:,} patches, and {N:,} images have {n:,} of "
+                f"{self.size[0]} x {self.size[1]}: use limit, or search='exact'"
+            )
+
+    def kept(self, channels: int) -> int:
+        """How many components an index of them keeps: more make it larger and a search shorter."""
+        D = self.numbers(channels)
+        if D > DETERMINISTIC or min(self.tops[1], self.lefts[1]) == 1:
+            return min(D, 32)
+        return min(D, max(27, 8 * math.ceil(0.72 * math.sqrt(D / 3))))
+
+
+class Class(NamedTuple):
+    """Sites whose windows the border cuts off alike, and what they are compared with.
+
+    Attributes:
+        rows, columns: The sites: slices of the grid.
+        patches: What their windows are, and are compared with.
+        middle: Which pixel of such a window is the site's.
+    """
+
+    rows: slice
+    columns: slice
+    patches: Patches
+    middle: tuple[int, int]
+
+
+def classes(collection: Collection) -> list[Class]:
+    """The classes of a collection of boxes whose source is every position."""
+    axes = [
+        _axis(n, p, collection.wraps)
+        for n, p in zip(collection.image, collection.window.shape, strict=True)
+    ]
+    return [
+        Class(rows, columns, Patches((h, w), tops, lefts), (a, b))
+        for rows, h, tops, a in axes[0]
+        for columns, w, lefts, b in axes[1]
+    ]
+
+
+def _axis(n: int, p: int, wraps: bool) -> list[tuple[slice, int, tuple[int, int], int]]:
+    """Along an axis: the sites of each class, their windows' side, where these fit, the middle."""
+    before, after = p // 2, p - 1 - p // 2
+    if wraps:
+        return [(slice(0, n), p, (0, n - p + 1), before)]
+    found = []
+    cuts = [(max(0, before - i), max(0, i + after - (n - 1))) for i in range(n)]
+    for cut in dict.fromkeys(cuts):
+        sites = [i for i in range(n) if cuts[i] == cut]
+        side = p - sum(cut)
+        places = (0, n - p + 1) if cut == (0, 0) else (0 if cut[0] else n - side, 1)
+        found.append((slice(sites[0], sites[-1] + 1), side, places, before - cut[0]))
+    return found
+
+
+def indexed(collection: Collection) -> list[Class]:
+    """The classes that are searched: not those of one place in every image, as corners are."""
+    return [c for c in classes(collection) if collection.wraps or c.patches.per_image > 1]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Images as an index sees them.
+
+    Attributes:
+        pixels: uint8, shape (N, H, W, C), followed by 8 bytes of nothing.
+        key: What identifies them.
+        folder: Where their indexes are.
+    """
+
+    pixels: np.ndarray
+    flat: np.ndarray
+    key: str
+    folder: Path
+
+    @classmethod
+    def of(cls, corpus: Corpus, index: np.ndarray) -> Source:
+        """The images at `index` of a corpus, laid out for comparing patches."""
+        N, C, H, W = len(index), *corpus.shape
+        whole = len(corpus) == N and bool((index == np.arange(N)).all())
+        key = corpus.key
+        if not whole:
+            key = hashlib.sha256(key.encode() + index.tobytes()).hexdigest()[:32]
+        folder = corpus.cache_path / "search" / ("all" if whole else key)
+        path = folder / "pixels.u8"
+        size = N * H * W * C
+        if not path.exists() or path.stat().st_size != size + 8:
+            with written(path) as temporary, open(temporary, "wb") as file:
+                for rows in np.array_split(index, max(1, size // ROOM)):
+                    file.write(corpus.images[rows].transpose(0, 2, 3, 1).tobytes())
+                file.write(bytes(8))
+        flat = np.memmap(path, np.uint8, mode="r")
+        return cls(flat[:size].reshape(N, H, W, C), flat, key, folder)
+
+    def identity(self, patches: Patches) -> dict[str, Any]:
+        """What an index of some patches of these images says of itself."""
+        shape = list(self.pixels.shape)
+        return {"version": VERSION, "images": self.key, "shape": shape, "patches": patches.name}
+
+    def windows(self, of: Class) -> Windows:
+        """The patches of a class, for compiled code."""
+        _, H, W, C = self.pixels.shape
+        p = of.patches
+        return Windows(self.flat, (H, W, C), p.tops, p.lefts, p.size, of.middle)
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """An index of patches, open.
+
+    Attributes:
+        embedding: The map e.
+        tree: The arrays, mapped from disk.
+        furthest: The largest |s - mean| of its patches.
+        total: How many patches it is of, copies counted.
+    """
+
+    embedding: Embedding
+    tree: Tree
+    furthest: float
+    total: int
+
+    @classmethod
+    def open(cls, folder: Path, identity: dict[str, Any]) -> Index:
+        """Opens the index in a folder.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is of other images, of another version, or cut short.
+        """
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(f"there is no index in {folder}") from None
+        except ValueError as error:
+            raise ValueError(f"the index in {folder} has a damaged record ({error})") from None
+        for what, expected in identity.items():
+            if meta.get(what) != expected:
+                raise ValueError(
+                    f"the index in {folder} is for {what} {meta.get(what)!r}, not {expected!r}"
+                )
+        try:
+            with np.load(folder / "embedding.npz", allow_pickle=False) as saved:
+                embedding = Embedding(saved["mean"], saved["V"], int(meta["kept"]))
+            shapes = _shapes(meta["nodes"], embedding)
+            arrays: dict[str, np.ndarray] = {}
+            for name, dtype in ARRAYS.items():
+                path, size = folder / name, math.prod(shapes[name]) * np.dtype(dtype).itemsize
+                if path.stat().st_size != size:
+                    raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {size}")
+                arrays[name] = np.memmap(path, dtype, "r", shape=shapes[name])
+            upper = _upper(arrays, embedding.first)
+            flat = {name: np.asarray(a).reshape(-1) for name, a in (arrays | upper).items()}
+            t = Tree(embedding.m, embedding.first, **flat)
+            return cls(embedding, t, float(meta["furthest"]), int(meta["total"]))
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"the index in {folder} is damaged: {error}") from None
+
+
+def _shapes(nodes: int, embedding: Embedding) -> dict[str, tuple[int, ...]]:
+    """The shapes of the arrays of so many nodes."""
+    m, first = embedding.m, embedding.first
+    return {
+        "codes": (nodes, NODE // LEAF, m, LEAF),
+        "boxes": (nodes, 2, first, NODE // LEAF),
+        "ids": (nodes, NODE),
+        "times": (nodes, NODE),
+        "frames": (nodes, 2, m),
+        "radii": (nodes,),
+    }
+
+
+def _upper(arrays: dict[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
+    """What is above the leaves: boxes of each node and of every sixteen, and what they hold."""
+    frames = arrays["frames"]
+    counts = arrays["times"].reshape(-1, NODE // LEAF, LEAF).sum(2, dtype=np.float32)
+    in_nodes = _in_sixteens(counts.sum(1)[:, None], np.float32(0))[..., 0]
+    in_supers = _in_sixteens(in_nodes.sum(1)[:, None], np.float32(0))[..., 0]
+    low = frames[:, 0, :first]
+    high = low + np.float32(255) * frames[:, 1, :first]
+    node_low, node_high = _in_sixteens(low, FAR), _in_sixteens(high, FAR)
+    none = _in_sixteens(high, -FAR)
+    super_low = _in_sixteens(node_low.min(1), FAR)
+    super_high = _in_sixteens(none.max(1), FAR)
+    return {
+        "node_boxes": np.ascontiguousarray(np.stack([node_low, node_high], 1).swapaxes(2, 3)),
+        "super_boxes": np.ascontiguousarray(np.stack([super_low, super_high], 1).swapaxes(2, 3)),
+        "widest": _in_sixteens(arrays["radii"][:, None], np.float32(0))[..., 0].max(1),
+        "leaf_counts": counts,
+        "node_counts": in_nodes,
+        "super_counts": in_supers,
+    }
+
+
+def _in_sixteens(a: np.ndarray, missing: np.float32) -> np.ndarray:
+    """(n, k) -> (n / 16 rounded up, 16, k), filled up."""
+    n, k = a.shape
+    full = np.full((-(-n // LANES) * LANES, k), missing, np.float32)
+    full[:n] = a
+    return full.reshape(-1, LANES, k)
+
+
+def estimate(patches: Patches, N: int, channels: int) -> tuple[int, float]:
+    """About how many bytes an index has, and how many seconds two cores need to build it."""
+    n = N * patches.per_image
+    D = patches.numbers(channels)
+    m = patches.kept(channels) + 5
+    return round(n * (m + 12)), n * (1.3e-6 + 4e-9 * D + 3e-11 * D * min(D, 3 * (m - 5)))
+
+
+def build(source: Source, patches: Patches, folder: Path, progress: Bar | None = None) -> None:
+    """Builds an index in a folder, or goes on with what an interrupted call left there.
+
+    Memory needed: 4 bytes for every patch and about 1 GB.
+
+    Raises:
+        ValueError: For more patches than an index can number.
+        OSError: Where the disk is full.
+    """
+    n = len(source.pixels) * patches.per_image
+    patches.check(len(source.pixels))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        if (folder / "meta.json").exists():  # another process was faster
+            return
+        part = folder.with_name(folder.name + ".part")
+        if not (part / "plan.npz").exists():
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            _plan(source, patches, part)
+        nodes, furthest = _write(source, patches, part, progress)
+        embedding = _planned(part)[0]
+        with written(part / "embedding.npz") as temporary:
+            np.savez(temporary, mean=embedding.mean, V=embedding.V)
+        meta = source.identity(patches) | {
+            "nodes": nodes,
+            "kept": embedding.kept,
+            "furthest": furthest,
+            "total": n,
+        }
+        with written(part / "meta.json") as temporary:
+            temporary.write_text(json.dumps(meta))
+        for name in ("plan.npz", "order", "journal"):
+            (part / name).unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+
+
+def _plan(source: Source, patches: Patches, part: Path) -> None:
+    """What the rest follows: the embedding, and the patches sorted into buckets."""
+    images, size, tops, lefts = source.pixels, *patches
+    N, C = len(images), images.shape[3]
+    n, D = N * patches.per_image, patches.numbers(C)
+    depth = max(0, math.ceil(math.log2(n / BUCKET)))
+    rng = np.random.default_rng(0)
+    count = min(n, max(SAMPLE, 64 * 2**depth))
+    sample = np.unique(rng.integers(0, n, count)) if count < n else np.arange(n)
+    some = np.empty((min(len(sample), SAMPLE), D))
+    chosen = np.sort(rng.permutation(sample)[: len(some)])
+    fill(tree.cut_out, (images, chosen, tops, lefts, size, np.zeros(D), some))
+    embedding = Embedding.of(some, patches.kept(C))
+    V = embedding.V[:, : embedding.leading]
+    E = np.empty((len(sample), V.shape[1]), np.float32)
+    for rows in _rows(len(sample), D):
+        s = np.empty((rows.stop - rows.start, D))
+        fill(tree.cut_out, (images, sample[rows], tops, lefts, size, embedding.mean, s))
+        E[rows] = s @ V
+    axes = np.zeros(max(1, 2**depth - 1), np.int64)
+    values = np.zeros(len(axes), np.float32)
+    tree.top_of(E, E.shape[1], depth, axes, values)
+    bucket = np.empty(n, np.uint32 if depth > 16 else np.uint16)
+    filters = torch.from_numpy(V.T.reshape(-1, *size, C)).permute(0, 3, 1, 2).float()
+    offset = torch.from_numpy(embedding.mean @ V).float()
+    step = max(1, ROOM // (4 * patches.per_image * (V.shape[1] + C)) // 2)
+    for i in range(0, N, step):
+        x = images[i : i + step, tops[0] : sum(tops) + size[0] - 1]
+        x = x[:, :, lefts[0] : sum(lefts) + size[1] - 1]
+        pictures = torch.from_numpy(np.array(x)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        z = torch.nn.functional.conv2d(pictures, filters).permute(0, 2, 3, 1)
+        e = (z.reshape(-1, z.shape[3]) - offset).contiguous().numpy()
+        out = bucket[i * patches.per_image :][: len(e)]
+        fill(tree.descend, (e, depth, axes, values, out))
+    starts = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=2**depth))])
+    order = np.memmap(part / "order", np.uint32, "w+", shape=(n,))
+    tree.grouped(bucket, starts[:-1].copy(), order)
+    order.flush()
+    with written(part / "plan.npz") as temporary:
+        np.savez(temporary, mean=embedding.mean, V=embedding.V, kept=embedding.kept, starts=starts)
+
+
+def _rows(n: int, D: int) -> Iterator[slice]:
+    """Cuts n patches of D numbers into pieces that there is room for."""
+    step = max(NODE, ROOM // (8 * D))
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+def _planned(part: Path) -> tuple[Embedding, np.ndarray]:
+    with np.load(part / "plan.npz", allow_pickle=False) as plan:
+        return Embedding(plan["mean"], plan["V"], int(plan["kept"])), plan["starts"]
+
+
+def _write(source: Source, patches: Patches, part: Path, progress: Bar | None) -> tuple[int, float]:
+    """Writes the arrays, bucket after bucket, from where the journal ends."""
+    embedding, starts = _planned(part)
+    order = np.memmap(part / "order", np.uint32, "r")
+    buckets, nodes, furthest = _resume(part, embedding)
+    if progress is not None:
+        progress.advance(int(starts[buckets]))
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(part / name, "ab")) for name in ARRAYS}
+        journal = stack.enter_context(open(part / "journal", "a"))
+        room = max(1, ROOM // (8 * len(embedding.mean)))
+        while buckets < len(starts) - 1:
+            end = buckets + 1
+            while end < len(starts) - 1 and starts[end + 1] - starts[buckets] <= room:
+                end += 1
+            arrays, reach = _encoded(source, patches, embedding, order, starts[buckets : end + 1])
+            for name, file in files.items():
+                arrays[name].tofile(file)
+                file.flush()
+                os.fsync(file.fileno())
+            nodes, furthest = nodes + len(arrays["radii"]), max(furthest, reach)
+            if progress is not None:
+                progress.advance(int(starts[end] - starts[buckets]))
+            buckets = end
+            journal.write(json.dumps([buckets, nodes, furthest]) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+    return nodes, furthest
+
+
+def _resume(part: Path, embedding: Embedding) -> tuple[int, int, float]:
+    """Cuts the files to what the journal says: (buckets, nodes, furthest patch)."""
+    buckets, nodes, furthest = 0, 0, 0.0
+    journal = part / "journal"
+    text = journal.read_text() if journal.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole:
+        buckets, nodes, furthest = json.loads(whole.splitlines()[-1])
+    journal.write_text(whole)
+    for name, shape in _shapes(nodes, embedding).items():
+        with open(part / name, "ab") as file:
+            file.truncate(math.prod(shape) * np.dtype(ARRAYS[name]).itemsize)
+    return buckets, nodes, furthest
+
+
+def _encoded(
+    source: Source,
+    patches: Patches,
+    embedding: Embedding,
+    order: np.ndarray,
+    starts: np.ndarray,
+) -> tuple[dict[str, np.ndarray], float]:
+    """The arrays of some buckets' nodes, and the largest |s - mean|."""
+    images, size, tops, lefts = source.pixels, *patches
+    places, times, pieces = [], [], [0]
+    everyone = np.array(order[starts[0] : starts[-1]])
+    h = np.empty(len(everyone), np.uint64)
+    fill(tree.hashes, (images, everyone, tops, lefts, size, h))
+    for start, stop in zip(starts[:-1] - starts[0], starts[1:] - starts[0], strict=True):
+        sorted_ = start + np.argsort(h[start:stop], kind="stable")
+        unique, count = np.empty(stop - start, np.uint32), np.empty(stop - start, np.uint32)
+        n = tree.count_equal(images, everyone, sorted_, h, tops, lefts, size, unique, count)
+        if n:
+            places.append(unique[:n])
+            times.append(count[:n])
+            pieces.append(pieces[-1] + n)
+    nodes = np.concatenate([[0], np.cumsum(-(-np.diff(pieces) // NODE))]).astype(np.int64)
+    shapes = _shapes(int(nodes[-1]), embedding)
+    arrays = {name: np.empty(shapes[name], dtype) for name, dtype in ARRAYS.items()}
+    if not places:
+        return arrays, 0.0
+    place, count = np.concatenate(places), np.concatenate(times)
+    D = len(embedding.mean)
+    E = np.empty((len(place), embedding.m), np.float32)
+    furthest = 0.0
+    for rows in _rows(len(place), D):  # one piece, unless a bucket is larger than the room
+        s = np.empty((rows.stop - rows.start, D))
+        fill(tree.cut_out, (images, place[rows], tops, lefts, size, embedding.mean, s))
+        E[rows] = embedding(s)
+        furthest = max(furthest, float(np.sqrt(np.einsum("nd,nd->n", s, s).max())))
+    rank = np.arange(len(E))
+    piece = np.array(pieces, np.int64)
+    fill(tree.arrange, (E, piece, embedding.first, rank))
+    rounding = np.float32(ROUNDING * furthest + 1e-9)
+    made = tuple(arrays[name] for name in ARRAYS)
+    fill(tree.encode, (E, rank, place, count, piece, nodes, embedding.first, rounding, *made))
+    return arrays, furthest
+
+
+def with_progress(source: Source, missing: list[Patches]) -> None:
+    """Builds several indexes under one bar."""
+    total = sum(len(source.pixels) * p.per_image for p in missing)
+    with bar("Indexing patches", total=total) as progress:
+        for p in missing:
+            build(source, p, source.folder / p.name, progress)

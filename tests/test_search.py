@@ -1,0 +1,464 @@
+"""The search of an index: what it leaves out, how it is built, and what breaks it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import scoremachine as sm
+from conftest import noised, random_images
+from scoremachine.cli import main
+from scoremachine.search import bounded as bounded_module
+from scoremachine.search import index as index_module
+from scoremachine.search.bounded import Bounded
+from scoremachine.search.embedding import Embedding
+from scoremachine.search.index import Index, Patches, Source, build, classes
+
+seeds = st.integers(0, 2**31)
+sigmas = st.floats(-3, 2).map(lambda e: 10.0**e)
+errors = st.sampled_from([0.3, 1e-3, 1e-7])
+boundaries = st.sampled_from(["broken", "circular"])
+
+
+def searching(images, P, error=1e-3, boundary="broken", **settings):
+    """A machine that never falls back to the exact scan, and one that always does."""
+    corpus = sm.Corpus(images)
+    machine = sm.EquivariantLocalScore(
+        corpus, patch_size=P, boundary=boundary, search="bounded", error=error, **settings
+    )
+    machine.__dict__["_bounded"] = Bounded(corpus, machine.kernel, error, patience=np.inf)
+    return machine, machine.remade(corpus, search="exact")
+
+
+def assert_within(images, P, y, sigma, error=1e-3, boundary="broken", rounding=0.0):
+    """The error is within the bound that is told, and that within what was asked for."""
+    machine, exact = searching(images, P, error, boundary)
+    D, mass, kind = answer = machine.denoise_bounded(y, sigma)
+    off = (D - exact.denoise(y, sigma)).abs().amax(1)
+    assert kind == "deterministic"
+    assert mass.shape == off.shape
+    assert torch.isfinite(D).all()
+    assert (mass >= 0).all()
+    assert (off <= answer.error + 1e-9 + rounding).all()
+    assert (answer.error <= error).all()
+
+
+def flat(value, N, C, H, W):
+    return np.full((N, C, H, W), value, dtype=np.uint8)
+
+
+def adversarial(kind, seed, N, C, H, W):
+    """Corpora that clusters, boxes and codes are worst at."""
+    rng = np.random.default_rng(seed)
+    if kind == "random":
+        return random_images(seed, N, C, H, W)
+    if kind == "duplicates":
+        return np.repeat(random_images(seed, 2, C, H, W), N, 0)
+    if kind == "constant images":
+        return np.broadcast_to(
+            rng.integers(0, 256, (N, C, 1, 1), dtype=np.uint8), (N, C, H, W)
+        ).copy()
+    if kind == "one patch":
+        return flat(rng.integers(0, 256), N, C, H, W)
+    if kind == "equidistant":  # lone pixels, at most one to a patch
+        images = flat(0, N, C, H, W)
+        images[
+            np.arange(N), rng.integers(0, C, N), rng.integers(0, H, N), rng.integers(0, W, N)
+        ] = 255
+        return images
+    assert kind == "almost one patch"
+    images = flat(128, N, C, H, W)
+    images[rng.integers(0, N), :, 0, 0] += 1
+    return images
+
+
+KINDS = ["random", "duplicates", "constant images", "one patch", "equidistant", "almost one patch"]
+shapes = st.tuples(
+    st.integers(1, 30), st.sampled_from([1, 3]), st.integers(5, 9), st.integers(5, 9)
+)
+
+
+@given(
+    st.sampled_from(KINDS), seeds, shapes, sigmas, st.sampled_from([1, 3, 5]), errors, boundaries
+)
+def test_a_search_is_within_its_bound(kind, seed, shape, sigma, P, error, boundary):
+    images = adversarial(kind, seed, *shape)
+    y, level = noised(sm.Corpus(images), sigma, seed)
+    assert_within(images, P, y.double(), level, error, boundary)
+
+
+@given(st.sampled_from(KINDS), seeds, shapes, sigmas, boundaries)
+def test_training_images_are_within_the_bound(kind, seed, shape, sigma, boundary):
+    images = adversarial(kind, seed, *shape)
+    y = torch.from_numpy(images[:2] / 127.5 - 1)
+    assert_within(images, 3, y, sigma, 1e-3, boundary)
+
+
+@given(seeds, st.floats(-2, 4).map(lambda e: 10.0**e), sigmas)
+def test_pictures_far_from_every_image_are_within_the_bound(seed, scale, sigma):
+    images = random_images(seed, 20, 1, 7, 7)
+    noise = torch.Generator().manual_seed(seed)
+    y = scale * torch.randn(1, 1, 7, 7, dtype=torch.float64, generator=noise)
+    # a squared distance has 16 digits, however far away a picture is
+    assert_within(images, 3, y, sigma, rounding=1e-14 * (scale / sigma) ** 2)
+
+
+@pytest.mark.parametrize("sigma", [1e-3, 0.03, 0.2, 1.0, 30.0])
+def test_a_search_over_many_nodes_is_within_its_bound(sigma):
+    """Smooth pictures, as many patches as make a tree of several levels."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (400, 3, 4, 4)).astype(np.float64)
+    fine = np.asarray(
+        torch.nn.functional.interpolate(torch.from_numpy(coarse), size=(16, 16), mode="bilinear")
+    )
+    images = np.clip(fine + rng.normal(0, 8, fine.shape), 0, 255).astype(np.uint8)
+    y = torch.from_numpy(images[:1] / 127.5 - 1) + sigma * torch.randn(
+        1, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    assert_within(images[1:], 7, y, sigma)
+
+
+def test_most_patches_are_left_out():
+    """What makes it a search: at little noise next to nothing is compared, and it says so."""
+    images = random_images(0, 200, 3, 16, 16)
+    machine, _ = searching(images, 5)
+    y = torch.from_numpy(images[:1] / 127.5 - 1) + 0.05
+    mass = machine.denoise_bounded(y, 0.05).mass_left_out
+    assert 0 < mass.max() <= 5e-4
+
+
+@given(seeds, st.sampled_from([2, 3]))
+def test_an_embedding_never_makes_a_distance_longer(seed, P):
+    rng = np.random.default_rng(seed)
+    patches = rng.normal(size=(60, P * P * 3)) * rng.uniform(0, 2, P * P * 3)
+    embedding = Embedding.of(patches, int(rng.integers(1, P * P * 3 + 1)))
+    s, q = patches - embedding.mean, 3 * rng.normal(size=(60, P * P * 3))
+    difference = embedding(s).astype(np.float64) - embedding(q)
+    first = embedding.first
+    everything = difference
+    if embedding.m > first:
+        everything = np.delete(difference, first - 1, 1)  # the norm of what follows
+    for part in (difference[:, :first], everything):
+        near = np.linalg.norm(part, axis=1)
+        assert (near <= np.linalg.norm(s - q, axis=1) * (1 + 1e-5) + 1e-5).all()
+
+
+@pytest.mark.parametrize("boundary", ["broken", "circular"])
+def test_leaders_density_and_confidence_are_the_exact_ones(boundary):
+    images = random_images(3, 40, 3, 8, 8)[3:]
+    machine, exact = searching(images, 3, 1e-6, boundary)
+    y, _ = noised(sm.Corpus(images), 0.3, 0)
+    index, sigma = np.arange(len(images)), torch.full((len(y),), 0.3, dtype=torch.float64)
+    a, b = (
+        m.evidence(y.double(), sigma, index, m.windows(0.3, index), leaders=3).fold
+        for m in (machine, exact)
+    )
+    torch.testing.assert_close(a.log_partition, b.log_partition, atol=1e-6, rtol=0)
+    torch.testing.assert_close(a.effective_sources, b.effective_sources, atol=0, rtol=1e-5)
+    torch.testing.assert_close(a.logits, b.logits, atol=1e-8, rtol=0)
+    assert torch.equal(a.places, b.places)
+
+
+def test_a_class_is_searched_by_itself():
+    images, labels = random_images(0, 60, 1, 8, 8), np.arange(60) % 3
+    corpus = sm.Corpus(images, labels)
+    machine = sm.EquivariantLocalScore(corpus, patch_size=3, search="bounded")
+    y, level = noised(corpus, 0.2, 0)
+    alone = sm.EquivariantLocalScore(sm.Corpus(images[labels == 1]), patch_size=3, search="exact")
+    D = machine.denoise(y.double(), level, label=1)
+    assert (D - alone.denoise(y.double(), level)).abs().max() < 1e-3
+    index = corpus.indices(1)
+    fold = machine.evidence(
+        y.double(), torch.full((len(y),), 0.2, dtype=torch.float64), index,
+        machine.windows(0.2, index), leaders=2,
+    ).fold  # fmt: skip
+    assert set((fold.places // 64).unique().tolist()) <= set(index.tolist())
+
+
+def test_pictures_and_threads_change_no_bit(monkeypatch):
+    images = random_images(1, 100, 3, 12, 12)
+    machine, _ = searching(images, 5)
+    y, _ = noised(sm.Corpus(images), 0.2, 0)
+    level = torch.tensor([0.05, 0.2, 1.0])[: len(y)]
+    together = machine.denoise(y.double(), level)
+    alone = torch.cat(
+        [machine.denoise(y[b : b + 1].double(), level[b : b + 1]) for b in range(len(y))]
+    )
+    assert torch.equal(together, alone)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(machine.denoise(y.double(), level), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 2.0])
+def test_a_statistical_search_is_as_good_as_its_level(sigma):
+    """Patches of many numbers: most of what noise adds to a distance is known to be noise."""
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.integers(0, 256, (300, 3, 6, 6)).astype(np.float64))
+    smooth = torch.nn.functional.interpolate(coarse, size=(18, 18), mode="bilinear").numpy()
+    images = np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
+    corpus = sm.Corpus(images[4:])
+    machine = sm.EquivariantLocalScore(corpus, patch_size=11, search="bounded")
+    machine.__dict__["_bounded"] = Bounded(corpus, machine.kernel, patience=np.inf)
+    y = torch.from_numpy(images[:4] / 127.5 - 1) + sigma * torch.randn(
+        4, 3, 18, 18, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    answer = machine.denoise_bounded(y, sigma)
+    off = (answer.D - machine.remade(corpus, search="exact").denoise(y, sigma)).abs().amax(1)
+    assert answer.kind == "statistical"
+    assert (off > answer.error + 1e-9).double().mean() <= bounded_module.LEVEL
+    assert off.square().mean().sqrt() < 1e-3
+
+
+def test_flat_posteriors_are_compared_with_everything(capsys):
+    """A search that would cost more than the exact scan is given up, and says so."""
+    images = random_images(0, 300, 1, 12, 12)
+    corpus = sm.Corpus(images)
+    machine = sm.EquivariantLocalScore(corpus, patch_size=3, search="bounded")
+    machine.__dict__["_bounded"] = Bounded(corpus, machine.kernel, 1e-3, patience=1e-3)
+    y, level = noised(corpus, 3.0, 0)
+    answer = machine.denoise_bounded(y.double(), level)
+    assert torch.equal(answer.D, machine.remade(corpus, search="exact").denoise(y.double(), level))
+    assert (answer.mass_left_out == 0).all()
+    assert "all 144 pixels of a picture" in capsys.readouterr().err
+
+
+def test_derivatives_are_the_exact_ones():
+    images = random_images(2, 30, 1, 7, 7)
+    machine, exact = searching(images, 3, 1e-7)
+    y, level = noised(sm.Corpus(images), 0.4, 0)
+    u = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    slopes = []
+    for m in (machine, exact):
+        x = y.double().requires_grad_()
+        (u * m.denoise(x, level)).sum().backward()
+        slopes.append(x.grad)
+    torch.testing.assert_close(*slopes, atol=1e-5, rtol=1e-4)
+
+
+def test_what_kind_of_bound_it_is_is_told():
+    corpus = sm.Corpus(random_images(0, 3, 3, 16, 16))
+    y, level = noised(corpus, 0.2, 0)
+    kinds = [
+        sm.EquivariantLocalScore(corpus, patch_size=P, search=search, bound=bound)
+        .denoise_bounded(y, level)
+        .kind
+        for P, search, bound in [
+            (3, "exact", "auto"),
+            (3, "bounded", "auto"),
+            (11, "bounded", "auto"),
+            (11, "bounded", "deterministic"),
+            (3, "bounded", "statistical"),
+        ]
+    ]
+    assert [kind[0] for kind in kinds] == ["d", "d", "s", "d", "s"]
+
+
+def test_auto_searches_large_sources_alone():
+    small, large = (sm.Corpus(random_images(0, N, 1, 32, 32)) for N in (4, 6_000))
+    for corpus, bounded in ((small, False), (large, True)):
+        machine = sm.EquivariantLocalScore(corpus, patch_size=7)
+        index = corpus.indices()
+        kernel = machine.kernel_for(machine.windows(1.0, index), index)
+        assert isinstance(kernel, Bounded) is bounded
+
+
+@pytest.mark.parametrize(("H", "W", "P"), [(8, 8, 3), (8, 6, 5), (5, 9, 5), (7, 7, 7), (4, 9, 9)])
+@pytest.mark.parametrize("boundary", ["broken", "circular"])
+def test_classes_are_every_site_once(H, W, P, boundary):
+    if boundary == "circular" and min(H, W) < P:
+        pytest.skip("no such window fits")
+    machine = sm.EquivariantLocalScore(
+        sm.Corpus(random_images(0, 2, 1, H, W)), patch_size=P, boundary=boundary
+    )
+    sites = np.zeros((H, W), int)
+    for each in classes(machine.windows(1.0, np.arange(2))):
+        sites[each.rows, each.columns] += 1
+    assert (sites == 1).all()
+
+
+# indexes on disk
+
+
+def everything(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """Many small pieces, so that there is something to interrupt."""
+    monkeypatch.setattr(index_module, "BUCKET", 300)
+    monkeypatch.setattr(index_module, "ROOM", 2**17)
+
+
+PATCHES = Patches((3, 3), (0, 14), (0, 14))
+
+
+def a_source(seed=0):
+    corpus = sm.Corpus(random_images(seed, 60, 3, 16, 16))
+    return Source.of(corpus, corpus.indices())
+
+
+def test_an_index_numbers_every_patch_once(tmp_path, pieces):
+    source = a_source()
+    build(source, PATCHES, tmp_path / "index")
+    index = Index.open(tmp_path / "index", source.identity(PATCHES))
+    assert index.tree.times.sum() == index.total == 60 * 14 * 14
+    places = index.tree.ids[index.tree.times > 0]
+    assert len(np.unique(places)) == len(places)
+
+
+BUILD = """
+import sys, time
+import numpy as np
+import scoremachine as sm
+from scoremachine.search import index
+index.BUCKET, index.ROOM = 300, 2**17
+encoded = index._encoded
+def slowly(*arguments):
+    time.sleep(0.05)
+    return encoded(*arguments)
+index._encoded = slowly
+corpus = sm.Corpus(np.load(sys.argv[1]))
+source = index.Source.of(corpus, corpus.indices())
+from pathlib import Path
+index.build(source, index.Patches((3, 3), (0, 14), (0, 14)), Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_build_goes_on_where_it_was(tmp_path, pieces, monkeypatch):
+    source = a_source()
+    images = random_images(0, 60, 3, 16, 16)
+    np.save(tmp_path / "images.npy", images)
+    command = [sys.executable, "-c", BUILD, str(tmp_path / "images.npy"), str(tmp_path / "index")]
+    journal = tmp_path / "index.part" / "journal"
+    process = subprocess.Popen(command)
+    try:
+        deadline = time.monotonic() + 120
+        while not journal.exists() or journal.read_text().count("\n") < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = json.loads(journal.read_text().splitlines()[2])[0]
+    assert not (tmp_path / "index").exists()
+    encoded, begun = index_module._encoded, []
+
+    def watched(*arguments):
+        begun.append(arguments)
+        return encoded(*arguments)
+
+    monkeypatch.setattr(index_module, "_encoded", watched)
+    build(source, PATCHES, tmp_path / "index")
+    resumed = len(begun)
+    build(source, PATCHES, tmp_path / "whole")
+    assert done >= 3
+    assert 0 < resumed <= len(begun) - resumed - 3
+    assert everything(tmp_path / "index") == everything(tmp_path / "whole")
+    assert not (tmp_path / "index.part").exists()
+
+
+def test_what_was_cut_short_behind_the_journal_is_written_again(tmp_path, pieces, monkeypatch):
+    """A build that died while it wrote: half a piece, half a line."""
+    source = a_source()
+    build(source, PATCHES, tmp_path / "whole")
+    encoded, count = index_module._encoded, iter(range(100))
+
+    def failing(*arguments):
+        if next(count) == 4:
+            raise KeyboardInterrupt
+        return encoded(*arguments)
+
+    monkeypatch.setattr(index_module, "_encoded", failing)
+    with pytest.raises(KeyboardInterrupt):
+        build(source, PATCHES, tmp_path / "index")
+    monkeypatch.setattr(index_module, "_encoded", encoded)
+    for name in ("codes", "ids", "journal"):
+        with open(tmp_path / "index.part" / name, "ab") as file:
+            file.write(b"[9")
+    build(source, PATCHES, tmp_path / "index")
+    assert everything(tmp_path / "index") == everything(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("what", ["version", "images", "codes", "meta.json", "embedding.npz"])
+def test_another_or_a_damaged_index_is_refused_and_built_again(what):
+    corpus = sm.Corpus(random_images(7, 30, 1, 8, 8))
+    machine = sm.EquivariantLocalScore(corpus, patch_size=3, search="bounded")
+    y, level = noised(corpus, 0.2, 0)
+    D = machine.denoise(y, level)
+    source = Source.of(corpus, corpus.indices())
+    folder = next(source.folder.glob("3x3-*/"))
+    if what in ("version", "images"):
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps(meta | {what: "another"}))
+    else:
+        content = (folder / what).read_bytes()
+        (folder / what).write_bytes(content[: len(content) // 2])
+    patches = Patches((3, 3), (0, 6), (0, 6))
+    with pytest.raises(ValueError, match="the index in "):
+        Index.open(folder, source.identity(patches))
+    again = machine.remade(corpus)
+    with pytest.warns(UserWarning, match="it will be built again"):
+        assert torch.equal(again.denoise(y, level), D)
+    Index.open(folder, source.identity(patches))
+
+
+def test_the_command_builds_indexes_once(capsys, monkeypatch, tmp_path):
+    np.save(tmp_path / "images.npy", random_images(9, 40, 3, 10, 10))
+    command = ["scoremachine", "index", "--data", str(tmp_path / "images.npy"), "--patch-size"]
+    monkeypatch.setattr(sys, "argv", [*command, "3,5"])
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 0
+        out = capsys.readouterr().out.splitlines()
+        assert [line.split(":")[0] for line in out] == ["3 x 3", "5 x 5"]
+        assert all(" GB in " in line for line in out)
+    made = Path(out[0].split(" GB in ")[1])
+    assert len(list(made.glob("3x3-*/meta.json"))) == 1
+    assert len(list(made.glob("*/meta.json"))) == 1 + 4 + 1 + 8
+    monkeypatch.setattr(sys, "argv", [*command, "4"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "patch_size 4 is even" in capsys.readouterr().err
+
+
+def test_auto_compares_everything_where_there_is_no_room(monkeypatch, capsys):
+    corpus = sm.Corpus(random_images(8, 6_000, 1, 32, 32))
+    machine = sm.EquivariantLocalScore(corpus, patch_size=7)
+    usage = bounded_module.shutil.disk_usage("/")
+    monkeypatch.setattr(bounded_module.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    kernel = machine.kernel_for(machine.windows(1.0, corpus.indices()), corpus.indices())
+    assert kernel is machine.kernel
+    assert "every patch is compared" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, tmp_path):
+    corpus = sm.Corpus(random_images(8, 30, 1, 8, 8))
+    machine = sm.EquivariantLocalScore(corpus, patch_size=3, search="bounded")
+    usage = bounded_module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(bounded_module.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.raises(OSError, match=r"needs about .* GB, and .* has 0.0 GB left"):
+        machine.denoise(*noised(corpus, 0.2, 0))
+
+
+def test_more_patches_than_can_be_numbered_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(index_module, "LARGEST", 1000)
+    with pytest.raises(ValueError, match="an index holds at most 1,000 patches"):
+        build(a_source(), PATCHES, tmp_path / "index")
