@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench bench-search clean
 
 demo: $(READY)
 	$(BIN)/scoremachine generate --data digits --machine els --count 16 --steps 20 --seed 0 --out runs/digits
@@ -22,6 +22,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/table.py
+
+bench-search: $(READY)
+	$(BIN)/python benchmarks/search.py
 
 clean:
 	rm -rf .venv runs

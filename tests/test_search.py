@@ -20,6 +20,7 @@ from conftest import noised, random_images
 from scoremachine.cli import main
 from scoremachine.search import bounded as bounded_module
 from scoremachine.search import index as index_module
+from scoremachine.search import sampled as sampled_module
 from scoremachine.search.bounded import Bounded
 from scoremachine.search.embedding import Embedding
 from scoremachine.search.index import Index, Patches, Source, build, classes
@@ -223,6 +224,46 @@ def test_a_statistical_search_is_as_good_as_its_level(sigma):
     assert off.square().mean().sqrt() < 1e-3
 
 
+@pytest.mark.parametrize("boundary", ["broken", "circular"])
+def test_a_sample_stands_for_a_flat_posterior(boundary, monkeypatch):
+    """Its standard errors are told, and are not too small."""
+    monkeypatch.setattr(sampled_module, "SAMPLE", 1_000)
+    monkeypatch.setattr(sampled_module, "EFFECTIVE", 200.0)
+    used, sample = [], bounded_module.sampled
+
+    def watched(*arguments):
+        found = sample(*arguments)
+        used.append(found is not None)
+        return found
+
+    monkeypatch.setattr(bounded_module, "sampled", watched)
+    corpus = sm.Corpus(random_images(5, 400, 3, 18, 18))
+    machine = sm.EquivariantLocalScore(
+        corpus, patch_size=11, boundary=boundary, search="bounded", error=0.3
+    )
+    y, level = noised(corpus, 60.0, 0)
+    answer = machine.denoise_bounded(y.double(), level)
+    exact = machine.remade(corpus, search="exact").denoise(y.double(), level)
+    off = (answer.D - exact).abs().amax(1)
+    assert used
+    assert all(used)
+    assert answer.kind == "statistical"
+    assert (answer.error <= 0.3).all()
+    assert (off > answer.error + 1e-9).double().mean() <= bounded_module.LEVEL
+    assert off.max() > 0
+
+
+def test_no_sample_stands_for_a_few_patches(monkeypatch):
+    """One picture again and again among noise: nothing else matters near it."""
+    monkeypatch.setattr(sampled_module, "SAMPLE", 200)
+    monkeypatch.setattr(sampled_module, "EFFECTIVE", 20.0)
+    monkeypatch.setattr(bounded_module, "FLAT", 0.0)
+    images = random_images(5, 60, 3, 16, 16)
+    machine, exact = searching(images, 11)
+    y = torch.from_numpy(images[7:8] / 127.5 - 1)
+    assert (machine.denoise(y, 0.3) - exact.denoise(y, 0.3)).abs().max() < 1e-3
+
+
 def test_flat_posteriors_are_compared_with_everything(capsys):
     """A search that would cost more than the exact scan is given up, and says so."""
     images = random_images(0, 300, 1, 12, 12)
@@ -391,6 +432,28 @@ def test_what_was_cut_short_behind_the_journal_is_written_again(tmp_path, pieces
     for name in ("codes", "ids", "journal"):
         with open(tmp_path / "index.part" / name, "ab") as file:
             file.write(b"[9")
+    build(source, PATCHES, tmp_path / "index")
+    assert everything(tmp_path / "index") == everything(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("what", ["another plan", "plan.npz", "order", "codes"])
+def test_a_damaged_unfinished_index_is_begun_again(tmp_path, pieces, monkeypatch, what):
+    source = a_source()
+    build(source, PATCHES, tmp_path / "whole")
+    encoded, count = index_module._encoded, iter(range(100))
+
+    def failing(*arguments):
+        if next(count) == 4:
+            raise KeyboardInterrupt
+        return encoded(*arguments)
+
+    monkeypatch.setattr(index_module, "_encoded", failing)
+    with pytest.raises(KeyboardInterrupt):
+        build(source if what != "another plan" else a_source(1), PATCHES, tmp_path / "index")
+    monkeypatch.setattr(index_module, "_encoded", encoded)
+    if what != "another plan":
+        path = tmp_path / "index.part" / what
+        path.write_bytes(path.read_bytes()[:100])
     build(source, PATCHES, tmp_path / "index")
     assert everything(tmp_path / "index") == everything(tmp_path / "whole")
 

@@ -32,7 +32,8 @@ class Searched(NamedTuple):
     Attributes:
         D: As `denoise` gives it, shape (B, C, H, W).
         mass_left_out: For every pixel an upper bound of the share of its posterior that was not
-            looked at, float64 (B, H, W); 0 where everything was.
+            looked at, or what stands for it where a sample was; float64 (B, H, W); 0 where
+            everything was looked at.
         kind: What kind of bound: "deterministic", true of every picture; or "statistical", for
             noise independent of the images not true of at most one pixel in a hundred.
     """

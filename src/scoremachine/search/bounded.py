@@ -35,6 +35,7 @@ from scoremachine.search.index import (
     estimate,
     indexed,
 )
+from scoremachine.search.sampled import FLAT, sampled
 from scoremachine.search.seek import COSTS, Queries, guess, seek
 from scoremachine.windows import Box, Collection, Variant
 
@@ -87,7 +88,8 @@ class Bounded:
 
     - deterministic: true of every picture, whatever its noise.
     - statistical: for pictures with noise that is independent of the images, not true of at most
-      one pixel in 1 / `LEVEL` (measured: docs/search.md).
+      one pixel in 1 / `LEVEL` (measured: docs/search.md). Where very many patches matter, a sample
+      of them is looked at, and the bound is four standard errors of its mean.
 
     Where a search would cost more than the exact scan, the picture is compared with everything.
 
@@ -268,8 +270,11 @@ class Bounded:
         near, known = np.full((PARTS, Q), np.inf), np.zeros((PARTS, Q))
         fill(guess, (t, w, q), (near, known))
         best = near.min(0)
-        T = math.log(opened.total / share) + 0.1  # with which no more can be left out
         found = _empty(Q, C, leaders)
+        flat = known.max(0).min() > FLAT and self.kind(question.collection) == "statistical"
+        if flat and not leaders and self._sample(q, best, source, opened, of, found):
+            return found
+        T = math.log(opened.total / share) + 0.1  # with which no more can be left out
         pace = COSTS + np.array([0, 0, 0, DIFFERENCE * len(opened.embedding.mean)])
         left = 1e9 * budget  # nanoseconds
 
@@ -309,6 +314,28 @@ class Bounded:
             patches[again] *= 4
             search(again, patches, patches)
         return found if left > 0 and (found.left <= share * found.Z).all() else None
+
+    def _sample(
+        self,
+        q: Queries,
+        best: np.ndarray,
+        source: Source,
+        opened: Index,
+        of: Class,
+        found: Found,
+    ) -> bool:
+        """Fills `found` from a sample of the patches, if that is near enough."""
+        h, mean = of.patches.size[0], opened.embedding.mean
+        windows = q.y.reshape(len(best), h, -1)[:, :, q.mask > 0].reshape(len(best), -1) - mean
+        fields = sampled(windows, float(q.half[0]), best, source, opened, of)
+        if fields is None or fields[-1].max() > self.error:
+            return False
+        *totals, error = fields
+        for have, new in zip(found, totals, strict=False):
+            have[:] = new
+        # as much mass as would make that much of an error, were it left out
+        found.left[:] = found.Z * error / (2 - error)
+        return True
 
 
 def _blank(C: int, grid: tuple[int, int], leaders: int) -> Fold:

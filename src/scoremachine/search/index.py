@@ -27,7 +27,7 @@ from filelock import FileLock
 from scoremachine.corpus import Corpus
 from scoremachine.files import written
 from scoremachine.kernels.parts import fill
-from scoremachine.progress import Bar, bar
+from scoremachine.progress import Bar, bar, say
 from scoremachine.search import tree
 from scoremachine.search.embedding import ROUNDING, SAMPLE, Embedding
 from scoremachine.search.floats import LANES
@@ -228,11 +228,11 @@ class Index:
                 embedding = Embedding(saved["mean"], saved["V"], int(meta["kept"]))
             shapes = _shapes(meta["nodes"], embedding)
             arrays: dict[str, np.ndarray] = {}
-            for name, dtype in ARRAYS.items():
-                path, size = folder / name, math.prod(shapes[name]) * np.dtype(dtype).itemsize
-                if path.stat().st_size != size:
-                    raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {size}")
-                arrays[name] = np.memmap(path, dtype, "r", shape=shapes[name])
+            for name, size in _sizes(meta["nodes"], embedding).items():
+                found = (folder / name).stat().st_size
+                if found != size:
+                    raise ValueError(f"{name} has {found:,} bytes instead of {size:,}")
+                arrays[name] = np.memmap(folder / name, ARRAYS[name], "r", shape=shapes[name])
             upper = _upper(arrays, embedding.first)
             flat = {name: np.asarray(a).reshape(-1) for name, a in (arrays | upper).items()}
             t = Tree(embedding.m, embedding.first, **flat)
@@ -252,6 +252,12 @@ def _shapes(nodes: int, embedding: Embedding) -> dict[str, tuple[int, ...]]:
         "frames": (nodes, 2, m),
         "radii": (nodes,),
     }
+
+
+def _sizes(nodes: int, embedding: Embedding) -> dict[str, int]:
+    """The bytes of the arrays of so many nodes."""
+    shapes = _shapes(nodes, embedding)
+    return {name: math.prod(shapes[name]) * np.dtype(ARRAYS[name]).itemsize for name in ARRAYS}
 
 
 def _upper(arrays: dict[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
@@ -308,7 +314,7 @@ def build(source: Source, patches: Patches, folder: Path, progress: Bar | None =
         if (folder / "meta.json").exists():  # another process was faster
             return
         part = folder.with_name(folder.name + ".part")
-        if not (part / "plan.npz").exists():
+        if not _begun(part, source.identity(patches), n):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             _plan(source, patches, part)
@@ -328,6 +334,16 @@ def build(source: Source, patches: Patches, folder: Path, progress: Bar | None =
             (part / name).unlink()
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
+
+
+def _begun(part: Path, identity: dict[str, Any], n: int) -> bool:
+    """Whether a folder holds the whole plan of an index of n patches, and of this one."""
+    try:
+        with np.load(part / "plan.npz", allow_pickle=False) as plan:
+            same = json.loads(str(plan["identity"])) == identity
+        return same and (part / "order").stat().st_size == 4 * n
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return False
 
 
 def _plan(source: Source, patches: Patches, part: Path) -> None:
@@ -369,7 +385,14 @@ def _plan(source: Source, patches: Patches, part: Path) -> None:
     tree.grouped(bucket, starts[:-1].copy(), order)
     order.flush()
     with written(part / "plan.npz") as temporary:
-        np.savez(temporary, mean=embedding.mean, V=embedding.V, kept=embedding.kept, starts=starts)
+        np.savez(
+            temporary,
+            mean=embedding.mean,
+            V=embedding.V,
+            kept=embedding.kept,
+            starts=starts,
+            identity=json.dumps(source.identity(patches)),
+        )
 
 
 def _rows(n: int, D: int) -> Iterator[slice]:
@@ -422,11 +445,19 @@ def _resume(part: Path, embedding: Embedding) -> tuple[int, int, float]:
     whole = text[: text.rfind("\n") + 1]
     if whole:
         buckets, nodes, furthest = json.loads(whole.splitlines()[-1])
+    if any(
+        (part / n).stat().st_size < size for n, size in _sizes(nodes, embedding).items() if size
+    ):
+        whole, buckets, nodes, furthest = "", 0, 0, 0.0  # the disk lost what was written
     journal.write_text(whole)
-    for name, shape in _shapes(nodes, embedding).items():
+    for name, size in _sizes(nodes, embedding).items():
         with open(part / name, "ab") as file:
-            file.truncate(math.prod(shape) * np.dtype(ARRAYS[name]).itemsize)
+            file.truncate(size)
     return buckets, nodes, furthest
+
+
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _encoded(
@@ -477,5 +508,9 @@ def with_progress(source: Source, missing: list[Patches]) -> None:
     """Builds several indexes under one bar."""
     total = sum(len(source.pixels) * p.per_image for p in missing)
     with bar("Indexing patches", total=total) as progress:
-        for p in missing:
-            build(source, p, source.folder / p.name, progress)
+        try:
+            for p in missing:
+                build(source, p, source.folder / p.name, progress)
+        except KeyboardInterrupt:
+            say("what is indexed is kept: the same command goes on from there")
+            raise
