@@ -144,7 +144,7 @@ def test_an_embedding_never_makes_a_distance_longer(seed, P):
     patches = rng.normal(size=(60, P * P * 3)) * rng.uniform(0, 2, P * P * 3)
     embedding = Embedding.of(patches, int(rng.integers(1, P * P * 3 + 1)))
     s, q = patches - embedding.mean, 3 * rng.normal(size=(60, P * P * 3))
-    difference = embedding(s).astype(np.float64) - embedding(q)
+    difference = embedding(s)[0].astype(np.float64) - embedding(q)[0]
     first = embedding.first
     everything = difference
     if embedding.m > first:

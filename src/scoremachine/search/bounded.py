@@ -369,11 +369,10 @@ def _queries(question: Question, opened: Index, of: Class, kind: str) -> Queries
     filled[..., : w * C] = windows
     mask = (np.arange(row) < w * C).astype(np.float64)
     centred = np.ascontiguousarray(windows.reshape(len(windows), -1) - opened.embedding.mean)
-    reach = np.sqrt((centred**2).sum(1)) + opened.furthest
     half = np.full(len(windows), float(1 / (2 * question.sigma[0] ** 2)))
-    fuzz = (ROUNDING * reach + 1e-9).astype(np.float32)
     e = opened.embedding
-    E = e(centred)
+    E, squares = e(centred)
+    fuzz = (ROUNDING * (np.sqrt(squares) + opened.furthest) + 1e-9).astype(np.float32)
     tails = np.zeros((len(windows), 2), np.float32)
     if kind == "statistical":
         # What a patch may have in common with the query in a group of components that are not

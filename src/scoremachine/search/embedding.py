@@ -76,9 +76,9 @@ class Embedding:
         """How many numbers e has."""
         return self.first + self.kept - self.leading
 
-    def __call__(self, centred: np.ndarray) -> np.ndarray:
-        """e of patches less the mean, float64 (n, D), as float32 (n, m)."""
+    def __call__(self, centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """e of patches less the mean, float64 (n, D), as float32 (n, m); and their |s|^2, (n,)."""
         z = (torch.from_numpy(centred) @ torch.from_numpy(self.V)).numpy()
-        E = np.empty((len(centred), self.m), np.float32)
-        fill(tree.numbers, (centred, z, self.kept, self.leading, self.edges, E))
-        return E
+        E, squares = np.empty((len(centred), self.m), np.float32), np.empty(len(centred))
+        fill(tree.numbers, (centred, z, self.kept, self.leading, self.edges, E, squares))
+        return E, squares

@@ -493,8 +493,8 @@ def _encoded(
     for rows in _rows(len(place), D):  # one piece, unless a bucket is larger than the room
         s = np.empty((rows.stop - rows.start, D))
         fill(tree.cut_out, (images, place[rows], tops, lefts, size, embedding.mean, s))
-        E[rows] = embedding(s)
-        furthest = max(furthest, float(np.sqrt(np.einsum("nd,nd->n", s, s).max())))
+        E[rows], squares = embedding(s)
+        furthest = max(furthest, math.sqrt(squares.max()))
     rank = np.arange(len(E))
     piece = np.array(pieces, np.int64)
     fill(tree.arrange, (E, piece, embedding.first, rank))

@@ -49,10 +49,11 @@ def hashes(part, parts, images, places, tops, lefts, size, out):
         total = np.uint64(14695981039346656037)
         for a in range(h):
             for b in range(w):
+                pixel = np.uint64(0)
                 for c in range(C):
-                    total = (total ^ np.uint64(images[i, top + a, left + b, c])) * np.uint64(
-                        1099511628211
-                    )
+                    pixel = pixel << np.uint64(8) | np.uint64(images[i, top + a, left + b, c])
+                total = (total ^ pixel) * np.uint64(0x9E3779B97F4A7C15)
+                total ^= total >> np.uint64(29)
         out[k] = total
 
 
@@ -90,12 +91,16 @@ def count_equal(images, places, order, h, tops, lefts, size, unique, times):
 
 
 @njit(fastmath=FLAGS, cache=True, **BORROWED)
-def numbers(part, parts, s, z, kept, leading, edges, E):
-    """The numbers of e from the components z of patches s."""
+def numbers(part, parts, s, z, kept, leading, edges, E, squares):
+    """The numbers of e from the components z of patches s, and their |s|^2."""
     n, D = s.shape
     K = z.shape[1]
     for k in range(part * n // parts, (part + 1) * n // parts):
         at = leading
+        square = 0.0
+        for d in range(D):
+            square += s[k, d] ** 2
+        squares[k] = square
         for j in range(leading):
             E[k, j] = z[k, j]
         for g in range(len(edges) - 1):
@@ -104,8 +109,7 @@ def numbers(part, parts, s, z, kept, leading, edges, E):
                 for j in range(edges[g], edges[g + 1]):
                     total += z[k, j] ** 2
             else:  # what the others leave, by Pythagoras
-                for d in range(D):
-                    total += s[k, d] ** 2
+                total = square
                 for j in range(edges[g]):
                     total -= z[k, j] ** 2
             E[k, at] = np.sqrt(max(total, 0.0))
