@@ -227,8 +227,8 @@ def test_a_statistical_search_is_as_good_as_its_level(sigma):
 @pytest.mark.parametrize("boundary", ["broken", "circular"])
 def test_a_sample_stands_for_a_flat_posterior(boundary, monkeypatch):
     """Its standard errors are told, and are not too small."""
-    monkeypatch.setattr(sampled_module, "SAMPLE", 1_000)
-    monkeypatch.setattr(sampled_module, "EFFECTIVE", 200.0)
+    monkeypatch.setattr(sampled_module, "SAMPLES", (300, 1_000))
+    monkeypatch.setattr(sampled_module, "EFFECTIVE", 100.0)
     used, sample = [], bounded_module.sampled
 
     def watched(*arguments):
@@ -255,7 +255,7 @@ def test_a_sample_stands_for_a_flat_posterior(boundary, monkeypatch):
 
 def test_no_sample_stands_for_a_few_patches(monkeypatch):
     """One picture again and again among noise: nothing else matters near it."""
-    monkeypatch.setattr(sampled_module, "SAMPLE", 200)
+    monkeypatch.setattr(sampled_module, "SAMPLES", (200,))
     monkeypatch.setattr(sampled_module, "EFFECTIVE", 20.0)
     monkeypatch.setattr(bounded_module, "FLAT", 0.0)
     images = random_images(5, 60, 3, 16, 16)

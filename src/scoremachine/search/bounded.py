@@ -224,7 +224,7 @@ class Bounded:
         budget = self.patience * exact_cost(c, len(question.index))
         searched = indexed(c)
         found: list[tuple[Class, Found]] = []
-        for each in searched:
+        for each in sorted(searched, key=lambda c: -c.patches.per_image):  # the dearest first
             opened = self._opened(source, each.patches)
             assert opened is not None
             result = self._search(question, source, opened, each, leaders, budget)
@@ -327,8 +327,8 @@ class Bounded:
         """Fills `found` from a sample of the patches, if that is near enough."""
         h, mean = of.patches.size[0], opened.embedding.mean
         windows = q.y.reshape(len(best), h, -1)[:, :, q.mask > 0].reshape(len(best), -1) - mean
-        fields = sampled(windows, float(q.half[0]), best, source, opened, of)
-        if fields is None or fields[-1].max() > self.error:
+        fields = sampled(windows, float(q.half[0]), best, source, opened, of, self.error)
+        if fields is None:
             return False
         *totals, error = fields
         for have, new in zip(found, totals, strict=False):

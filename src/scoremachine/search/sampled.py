@@ -17,17 +17,47 @@ from scoremachine.kernels.parts import fill
 from scoremachine.search.index import Class, Index, Source
 from scoremachine.search.tree import cut_out
 
-SAMPLE = 200_000  # patches
+SAMPLES = (25_000, 100_000, 400_000)  # patches: as many as it takes
 TURNS = 16  # parts of the sample that are compared with each other
 STANDARD_ERRORS = 4.0  # in the bound of an error
 FLAT = 200.0  # patches as near as the nearest, from which on a posterior may be flat
-EFFECTIVE = 5_000.0  # patches of the sample that have to matter, at least
+EFFECTIVE = 2_000.0  # patches of the sample that have to matter, at least
 AT_ONCE = 10_000  # patches that are looked at together
 QUERIES = 256  # that are looked at together
 
 
 def sampled(
-    windows: np.ndarray, half: float, best: np.ndarray, source: Source, opened: Index, of: Class
+    windows: np.ndarray,
+    half: float,
+    best: np.ndarray,
+    source: Source,
+    opened: Index,
+    of: Class,
+    error: float,
+) -> tuple[np.ndarray, ...] | None:
+    """The fold of some queries over as large a sample of an index as it takes.
+
+    Arguments and result are those of `sample`, but None also where no sample has an error of at
+    most `error`.
+    """
+    largest = max(SAMPLES[0], min(SAMPLES[-1], len(opened.tree.ids) // 2))
+    for size in SAMPLES:
+        found = sample(windows, half, best, source, opened, of, size)
+        if found is None or found[-1].max() <= error:
+            return found
+        if found[-1].max() * math.sqrt(size / largest) > error:  # nor would the largest do
+            return None
+    return None
+
+
+def sample(
+    windows: np.ndarray,
+    half: float,
+    best: np.ndarray,
+    source: Source,
+    opened: Index,
+    of: Class,
+    size: int,
 ) -> tuple[np.ndarray, ...] | None:
     """The fold of some queries over a sample of an index, scaled to all of it.
 
@@ -35,14 +65,15 @@ def sampled(
         windows: The queries, less the mean of the patches, float64 (Q, D).
         half: 1 / (2 sigma^2).
         best: |q - s|^2 of the nearest patch known, float64 (Q,).
-        source, opened, of: The images, their index, and which of its class.
+        source, opened, of: The images, their index, and the class of windows.
+        size: About how many patches to look at.
 
     Returns:
         m, Z, Z2, S of a fold, and the error of a channel of S / Z that is exceeded with a
         probability of about 1 in 10,000 (`STANDARD_ERRORS`); None where a few patches matter so
         much that a sample says nothing.
     """
-    step = len(opened.tree.ids) // SAMPLE
+    step = len(opened.tree.ids) // size
     if step < 2:
         return None
     slots = np.arange(step // 2, len(opened.tree.ids), step)
