@@ -491,8 +491,8 @@ def test_the_command_builds_indexes_once(capsys, monkeypatch, tmp_path):
         assert end.value.code == 0
         out = capsys.readouterr().out.splitlines()
         assert [line.split(":")[0] for line in out] == ["3 x 3", "5 x 5"]
-        assert all(" GB in " in line for line in out)
-    made = Path(out[0].split(" GB in ")[1])
+        assert all(" MB in " in line for line in out)
+    made = Path(out[0].split(" MB in ")[1])
     assert len(list(made.glob("3x3-*/meta.json"))) == 1
     assert len(list(made.glob("*/meta.json"))) == 1 + 4 + 1 + 8
     monkeypatch.setattr(sys, "argv", [*command, "4"])

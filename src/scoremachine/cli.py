@@ -264,7 +264,7 @@ def index(
             for each in sorted({int(value) for value in machine.patch_size.values}):
                 folders = machine.index(each, images)
                 files = [file.stat().st_size for folder in folders for file in folder.iterdir()]
-                print(f"{each} x {each}: {sum(files) / 1e9:.2f} GB in {folders[0].parent}")
+                print(f"{each} x {each}: {sum(files) / 1e6:,.1f} MB in {folders[0].parent}")
 
 
 @app.command()
