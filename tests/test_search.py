@@ -274,7 +274,7 @@ def test_flat_posteriors_are_compared_with_everything(capsys):
     answer = machine.denoise_bounded(y.double(), level)
     assert torch.equal(answer.D, machine.remade(corpus, search="exact").denoise(y.double(), level))
     assert (answer.mass_left_out == 0).all()
-    assert "all 144 pixels of a picture" in capsys.readouterr().err
+    assert "all 144 pixels of a picture are compared with everything" in capsys.readouterr().err
 
 
 def test_derivatives_are_the_exact_ones():

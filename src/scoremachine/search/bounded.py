@@ -249,8 +249,8 @@ class Bounded:
             self._told.add(sigma)
             pixels = math.prod(question.collection.grid)
             say(
-                f"all {pixels:,} pixels of a picture at sigma {sigma:.3g} are compared with "
-                "everything: their posteriors are too flat for a search to be faster"
+                f"sigma {sigma:.3g}: all {pixels:,} pixels of a picture are compared with "
+                "everything, since a search would take longer"
             )
 
     def _search(
