@@ -309,7 +309,7 @@ def test_what_kind_of_bound_it_is_is_told():
 
 
 def test_auto_searches_large_sources_alone():
-    small, large = (sm.Corpus(random_images(0, N, 1, 32, 32)) for N in (4, 6_000))
+    small, large = (sm.Corpus(random_images(0, N, 1, 32, 32)) for N in (4, 26_000))
     for corpus, bounded in ((small, False), (large, True)):
         machine = sm.EquivariantLocalScore(corpus, patch_size=7)
         index = corpus.indices()
@@ -503,7 +503,7 @@ def test_the_command_builds_indexes_once(capsys, monkeypatch, tmp_path):
 
 
 def test_auto_compares_everything_where_there_is_no_room(monkeypatch, capsys):
-    corpus = sm.Corpus(random_images(8, 6_000, 1, 32, 32))
+    corpus = sm.Corpus(random_images(8, 26_000, 1, 32, 32))
     machine = sm.EquivariantLocalScore(corpus, patch_size=7)
     usage = bounded_module.shutil.disk_usage("/")
     monkeypatch.setattr(bounded_module.shutil, "disk_usage", lambda path: usage._replace(free=10))

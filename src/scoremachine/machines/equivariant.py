@@ -23,7 +23,7 @@ from scoremachine.search.bounded import KINDS, Bounded, exact_cost, searchable
 from scoremachine.windows import Augment, Boundary, Collection
 
 SEARCHES = ("auto", "exact", "bounded")
-WORTHWHILE = 5.0  # seconds of one core: a scan that takes longer is worth an index
+WORTHWHILE = 30.0  # seconds of one core: a scan that takes longer is worth an index
 
 
 class Searched(NamedTuple):
