@@ -8,7 +8,6 @@ See benchmarks/README.md for what the columns mean.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import resource
 import statistics
@@ -50,7 +49,6 @@ class Bench:
     def machine(self, P: int, N: int, **settings: object) -> sm.EquivariantLocalScore:
         return sm.EquivariantLocalScore(self.source(N), patch_size=P, **settings)
 
-    @functools.cache  # noqa: B019
     def source(self, N: int) -> sm.Corpus:
         return self.corpus.subset(np.arange(N))
 

@@ -353,6 +353,21 @@ def a_source(seed=0):
     return Source.of(corpus, corpus.indices())
 
 
+def break_off(source, folder, monkeypatch):
+    """Builds the first four pieces of an index."""
+    encoded, count = index_module._encoded, iter(range(100))
+
+    def failing(*arguments):
+        if next(count) == 4:
+            raise KeyboardInterrupt
+        return encoded(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module, "_encoded", failing)
+        with pytest.raises(KeyboardInterrupt):
+            build(source, PATCHES, folder)
+
+
 def test_an_index_numbers_every_patch_once(tmp_path, pieces):
     source = a_source()
     build(source, PATCHES, tmp_path / "index")
@@ -418,17 +433,7 @@ def test_what_was_cut_short_behind_the_journal_is_written_again(tmp_path, pieces
     """A build that died while it wrote: half a piece, half a line."""
     source = a_source()
     build(source, PATCHES, tmp_path / "whole")
-    encoded, count = index_module._encoded, iter(range(100))
-
-    def failing(*arguments):
-        if next(count) == 4:
-            raise KeyboardInterrupt
-        return encoded(*arguments)
-
-    monkeypatch.setattr(index_module, "_encoded", failing)
-    with pytest.raises(KeyboardInterrupt):
-        build(source, PATCHES, tmp_path / "index")
-    monkeypatch.setattr(index_module, "_encoded", encoded)
+    break_off(source, tmp_path / "index", monkeypatch)
     for name in ("codes", "ids", "journal"):
         with open(tmp_path / "index.part" / name, "ab") as file:
             file.write(b"[9")
@@ -436,22 +441,15 @@ def test_what_was_cut_short_behind_the_journal_is_written_again(tmp_path, pieces
     assert everything(tmp_path / "index") == everything(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("what", ["another plan", "plan.npz", "order", "codes"])
+@pytest.mark.parametrize("what", ["another plan", "plan.npz", "order", "codes", "no ids"])
 def test_a_damaged_unfinished_index_is_begun_again(tmp_path, pieces, monkeypatch, what):
     source = a_source()
     build(source, PATCHES, tmp_path / "whole")
-    encoded, count = index_module._encoded, iter(range(100))
-
-    def failing(*arguments):
-        if next(count) == 4:
-            raise KeyboardInterrupt
-        return encoded(*arguments)
-
-    monkeypatch.setattr(index_module, "_encoded", failing)
-    with pytest.raises(KeyboardInterrupt):
-        build(source if what != "another plan" else a_source(1), PATCHES, tmp_path / "index")
-    monkeypatch.setattr(index_module, "_encoded", encoded)
-    if what != "another plan":
+    begun = source if what != "another plan" else a_source(1)
+    break_off(begun, tmp_path / "index", monkeypatch)
+    if what == "no ids":
+        (tmp_path / "index.part" / "ids").unlink()
+    elif what != "another plan":
         path = tmp_path / "index.part" / what
         path.write_bytes(path.read_bytes()[:100])
     build(source, PATCHES, tmp_path / "index")

@@ -11,8 +11,9 @@ displacements and devices are all the same merge. One pass gives the mean S / Z,
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -61,6 +62,18 @@ class Fold:
         if self.left is None:
             self.left = torch.zeros_like(self.Z)
 
+    @classmethod
+    def batch(cls, folds: Iterable[Fold]) -> Fold:
+        """The folds of several batches of pictures, one after the other."""
+        fields = zip(*(vars(fold).values() for fold in folds), strict=True)
+        return cls(*map(torch.cat, fields))
+
+    @classmethod
+    def of_parts(cls, *fields: np.ndarray) -> Fold:
+        """The fold of all sources, from fields whose first axis is parts of the sources."""
+        folds = (cls(*map(torch.from_numpy, part)) for part in zip(*fields, strict=True))
+        return functools.reduce(cls.merge, folds)
+
     def merge(self, other: Fold) -> Fold:
         """The fold of both sets of sources."""
         m = torch.maximum(self.m, other.m)
@@ -78,6 +91,10 @@ class Fold:
             places.gather(1, order),
             a * self.left + b * other.left,
         )
+
+    def cpu(self) -> Fold:
+        """The fold in the CPU's memory."""
+        return Fold(*(field.cpu() for field in vars(self).values()))
 
     @property
     def mean(self) -> Tensor:
@@ -185,8 +202,7 @@ def posterior(
             posterior(kernel, images, index, *part, collection, leaders)
             for part in zip(y.split(BATCH), sigma.split(BATCH), strict=True)
         ]
-        fields = zip(*(vars(fold).values() for fold, _ in parts), strict=True)
-        return Fold(*map(torch.cat, fields)), torch.cat([D for _, D in parts])
+        return Fold.batch(fold for fold, _ in parts), torch.cat([D for _, D in parts])
     if collection.passes == 2:  # which have to agree on logits of up to D / sigma^2
         sigma = sigma.clamp(min=LEAST)
     T = torch.full_like(sigma, math.log(2 * len(index) * collection.sources_per_image / SKIPPED))

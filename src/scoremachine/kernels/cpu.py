@@ -661,7 +661,7 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
         return rolled.fold(question, leaders, torch.device("cpu"), ROLLED)
     y, u, scale, T = _arrays(question)
     if c.whole and question.u is None:
-        return _merged(fold_whole(images, index, y, scale, T, leaders))
+        return Fold.of_parts(*fold_whole(images, index, y, scale, T, leaders))
     B, C, _, _ = y.shape
     values = 1 if question.u is not None else C if c.response == "pixel" else 0
     plan, variants = plan_of(c), _variants(c)
@@ -677,7 +677,7 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
         fill(_fold, asked, (m, totals, logits, places))
         totals = totals.reshape(*m.shape, LANES)
         Z, Z2, S = totals[..., 0], totals[..., 1], np.moveaxis(totals, -1, 2)[:, :, 2 : 2 + values]
-        part = _merged((m, Z, Z2, S, logits, places))
+        part = Fold.of_parts(m, Z, Z2, S, logits, places)
         found.append(part)
         best = part if best is None else best.merge(part)
     return functools.reduce(Fold.merge, found)
@@ -725,9 +725,3 @@ def _pieces(n: int, collection: Collection) -> Iterator[np.ndarray]:
     step = max(1, TILE // (blocks * LANES * math.prod(collection.grid)))
     for start in range(0, len(collection.shifts), step):
         yield collection.shifts[start : start + step]
-
-
-def _merged(parts: tuple[np.ndarray, ...]) -> Fold:
-    """Merges what the parts of a call found, in order."""
-    folds = (Fold(*map(torch.from_numpy, part)) for part in zip(*parts, strict=True))
-    return functools.reduce(Fold.merge, folds)

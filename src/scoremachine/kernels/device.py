@@ -37,8 +37,7 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
         )
         for p in range(len(question.y))
     ]
-    fields = zip(*(vars(f).values() for f in folds), strict=True)
-    return Fold(*(torch.cat(field).cpu() for field in fields))
+    return Fold.batch(folds).cpu()
 
 
 def spread(question: Question, known: Fold) -> Tensor:

@@ -41,8 +41,7 @@ def fold(question: Question, leaders: int, device: torch.device, room: int) -> F
         m = [f.m.item() for f in folds] or [-math.inf] * len(question.y)
         parts = [_summary(question, p, piece, leaders, m[p]) for p in range(len(question.y))]
         folds = [*map(Fold.merge, folds, parts)] if folds else parts
-    fields = zip(*(vars(f).values() for f in folds), strict=True)
-    return Fold(*(torch.cat(field).cpu() for field in fields))
+    return Fold.batch(folds).cpu()
 
 
 def spread(question: Question, known: Fold, device: torch.device, room: int) -> Tensor:

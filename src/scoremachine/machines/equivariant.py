@@ -13,7 +13,7 @@ from azula.noise import Schedule
 from torch import Tensor
 
 from scoremachine.corpus import Corpus
-from scoremachine.machines.machine import Label
+from scoremachine.machines.machine import Label, widened
 from scoremachine.machines.windowed import BoxMachine
 from scoremachine.names import check_name
 from scoremachine.posterior import Kernel
@@ -146,11 +146,10 @@ class EquivariantLocalScore(BoxMachine):
         mass = torch.zeros(len(y), *self.corpus.shape[1:], dtype=torch.float64)
         kinds: set[str] = set()
         for members, index in self.by_label(label, len(pictures)):
-            h = self.bandwidths(levels[members])
-            total = torch.sqrt(levels[members] ** 2 + h**2)
-            for some, evidence in self.by_row(pictures[members], total, index, levels[members]):
-                a = ((levels[members] / total) ** 2)[some][:, None, None, None]
-                D[members[some]] = a * evidence.mean + (1 - a) * pictures[members[some]]
+            y_m, sigma_m = pictures[members], levels[members]
+            h = self.bandwidths(sigma_m)
+            for some, evidence in self.by_row(y_m, torch.sqrt(sigma_m**2 + h**2), index, sigma_m):
+                D[members[some]] = widened(evidence.mean, y_m[some], sigma_m[some], h[some])
                 mass[members[some]] = evidence.fold.mass_left_out
                 kernel = self.kernel_for(evidence.collection, index)
                 if isinstance(kernel, Bounded):
@@ -179,10 +178,13 @@ class EquivariantLocalScore(BoxMachine):
         kernel = self.kernel_for(collection, images)
         return kernel.prepare(images, collection) if isinstance(kernel, Bounded) else []
 
+    @property
+    def _ways(self) -> dict[str, Any]:
+        """How it sees borders and looks at its source."""
+        return {name: getattr(self, name) for name in ("boundary", "search", "error", "bound")}
+
     def arguments(self) -> dict[str, Any]:
-        how = {"search": self.search, "error": self.error, "bound": self.bound}
-        return {**super().arguments(), "boundary": self.boundary, **how}
+        return {**super().arguments(), **self._ways}
 
     def settings(self) -> dict[str, object]:
-        how = {"search": self.search, "error": self.error, "bound": self.bound}
-        return {**super().settings(), "boundary": self.boundary, **how}
+        return {**super().settings(), **self._ways}

@@ -103,9 +103,7 @@ class Machine(Denoiser):
     def denoise_from(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
         """D of valid float64 pictures, the images at `index` being the source."""
         h = self.bandwidths(sigma)
-        D = self.mean(y, torch.sqrt(sigma**2 + h**2), index, sigma)
-        a = (sigma**2 / (sigma**2 + h**2))[:, None, None, None]
-        return torch.where(a == 1, D, a * D + (1 - a) * y)
+        return widened(self.mean(y, torch.sqrt(sigma**2 + h**2), index, sigma), y, sigma, h)
 
     def score(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
         """The score (D - y) / sigma^2 of the noisy density, with y's shape."""
@@ -298,6 +296,12 @@ class LocalMachine(Machine):
 
     def settings(self) -> dict[str, object]:
         return {**super().settings(), self.locality: plain(self.local)}
+
+
+def widened(D: Tensor, y: Tensor, sigma: Tensor, h: Tensor) -> Tensor:
+    """D of sources that are Gaussians of bandwidth h, from D_0(y, sqrt(sigma^2 + h^2))."""
+    a = (sigma**2 / (sigma**2 + h**2))[:, None, None, None]
+    return torch.where(a == 1, D, a * D + (1 - a) * y)
 
 
 def plain(value: object) -> object:

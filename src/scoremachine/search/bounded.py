@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +20,6 @@ from scoremachine.kernels.parts import PARTS, fill
 from scoremachine.kernels.whole import NOTHING
 from scoremachine.posterior import Fold, Kernel, Question, folded, spread
 from scoremachine.progress import Bar, say
-from scoremachine.search import index as indexes
 from scoremachine.search.embedding import ROUNDING
 from scoremachine.search.floats import LANES
 from scoremachine.search.index import (
@@ -31,11 +28,12 @@ from scoremachine.search.index import (
     Index,
     Patches,
     Source,
+    build_all,
     classes,
     estimate,
     indexed,
 )
-from scoremachine.search.sampled import FLAT, sampled
+from scoremachine.search.sampled import FLAT, Asked, sampled
 from scoremachine.search.seek import COSTS, Queries, guess, seek
 from scoremachine.windows import Box, Collection, Variant
 
@@ -47,18 +45,6 @@ DEVIATIONS = 0.5  # of the noise, that a statistical bound allows for in a group
 SURVEYED = 2  # parts of a search that are done first, to see what all will cost
 LOGIT = 1.3  # ns of one core that the exact scan needs for a source under a pixel of an overlap
 DIFFERENCE = 0.35  # ns of one core for a number of a patch that is compared
-
-
-class Found(NamedTuple):
-    """What a search found for its queries: a `Fold`'s fields, shape (Q, ...)."""
-
-    m: np.ndarray
-    Z: np.ndarray
-    Z2: np.ndarray
-    S: np.ndarray
-    logits: np.ndarray
-    places: np.ndarray
-    left: np.ndarray
 
 
 def exact_cost(collection: Collection, n: int) -> float:
@@ -149,8 +135,7 @@ class Bounded:
         for p in missing:
             p.check(len(index))
         room = sum(estimate(p, len(index), C)[0] for p in missing)
-        free = shutil.disk_usage(source.folder).free
-        if missing and room + 2**28 > free:
+        if missing and room + 2**28 > (free := shutil.disk_usage(source.folder).free):
             P, Q = collection.window.shape
             raise OSError(
                 f"an index of the {P} x {Q} patches of {len(index):,} images needs about "
@@ -173,7 +158,7 @@ class Bounded:
                 f"building an index of the {P} x {Q} patches of {len(index):,} images, once: "
                 f"about {_duration(seconds)} and {room / 1e9:.1f} GB in {source.folder}"
             )
-        indexes.with_progress(source, missing)
+        build_all(source, missing)
         return [source.folder / each.patches.name for each in indexed(collection)]
 
     def _opened(self, source: Source, patches: Patches) -> Index | None:
@@ -207,9 +192,7 @@ class Bounded:
             )
             for b in range(B)
         ]
-        folds = [self._picture(picture, leaders) for picture in pictures]
-        fields = zip(*(vars(fold).values() for fold in folds), strict=True)
-        return Fold(*map(torch.cat, fields))
+        return Fold.batch(self._picture(picture, leaders) for picture in pictures)
 
     def spread(self, question: Question, known: Fold) -> Tensor:
         """sum_is q_i a_is s, by the exact kernel; see `scoremachine.posterior.Kernel`."""
@@ -223,7 +206,7 @@ class Bounded:
         c, source = question.collection, self.source(question.index)
         budget = self.patience * exact_cost(c, len(question.index))
         searched = indexed(c)
-        found: list[tuple[Class, Found]] = []
+        found: list[tuple[Class, Fold]] = []
         for each in sorted(searched, key=lambda c: -c.patches.per_image):  # the dearest first
             opened = self._opened(source, each.patches)
             assert opened is not None
@@ -233,10 +216,9 @@ class Bounded:
                 return self._all(question, leaders)
             found.append((each, result))
         if len(searched) < len(classes(c)):
-            alone = replace(c, source="same")
-            fold = folded(self.exact, replace(question, collection=alone), leaders, Bar("", None))
+            fold = self._all(replace(question, collection=replace(c, source="same")), leaders)
         else:
-            fold = _blank(question.y.shape[1], c.grid, leaders)
+            fold = _blank(1, question.y.shape[1], leaders, c.grid)
         half = float(1 / (2 * question.sigma[0] ** 2))
         energy = c.look((question.y**2).sum(1)) * half  # which the logits of a fold lack
         for each, result in found:
@@ -261,19 +243,22 @@ class Bounded:
         of: Class,
         leaders: int,
         budget: float,
-    ) -> Found | None:
+    ) -> Fold | None:
         """Searches for the sites of a class; None if that costs more than `budget` seconds."""
-        q = _queries(question, opened, of, self.kind(question.collection))
+        kind = self.kind(question.collection)
+        q, centred = _queries(question, opened, of, kind)
         Q, C = len(q.half), question.y.shape[1]
         t, w = opened.tree, source.windows(of)
         share = self.error / 2  # of the mass, that may be left out
         near, known = np.full((PARTS, Q), np.inf), np.zeros((PARTS, Q))
         fill(guess, (t, w, q), (near, known))
         best = near.min(0)
-        found = _empty(Q, C, leaders)
-        flat = known.max(0).min() > FLAT and self.kind(question.collection) == "statistical"
-        if flat and not leaders and self._sample(q, best, source, opened, of, found):
-            return found
+        found = _blank(Q, C, leaders, ())
+        if kind == "statistical" and not leaders and known.max(0).min() > FLAT:
+            asked = Asked(centred, float(q.half[0]), best, source, opened, of)
+            if _sample(asked, self.error, found):
+                return found
+        Z, left_out = found.Z.numpy(), found.left.numpy()
         T = math.log(opened.total / share) + 0.1  # with which no more can be left out
         pace = COSTS + np.array([0, 0, 0, DIFFERENCE * len(opened.embedding.mean)])
         left = 1e9 * budget  # nanoseconds
@@ -299,61 +284,52 @@ class Bounded:
         least = np.log(known.max(0))  # that log Z may be
         patches = min(T, PATCHES) - least
         search(np.arange(Q), min(T, BOXES) - least, patches)
-        again = np.flatnonzero(~(found.left <= share * found.Z) & (found.Z > 0))
+        again = np.flatnonzero(~(left_out <= share * Z) & (Z > 0))
         if len(again) and left > 0:
-            patches[again] = T - np.log(found.Z[again])
+            patches[again] = T - np.log(Z[again])
             search(again, patches, patches)
         across = (q.fuzz / ROUNDING) ** 2 * q.half  # nats: more than any patch is away
         while left > 0:  # what may be missing yet is looked for further away
-            sure = found.m >= -best * q.half * (1 + 1e-12)  # the nearest known is in
+            m = found.m.numpy()
+            sure = m >= -best * q.half * (1 + 1e-12)  # the nearest known is in
             if leaders:
-                sure &= found.logits[:, -1] >= found.m - patches
+                sure &= found.logits.numpy()[:, -1] >= m - patches
             again = np.flatnonzero(~sure & (patches <= across))
             if not len(again):
                 break
             patches[again] *= 4
             search(again, patches, patches)
-        return found if left > 0 and (found.left <= share * found.Z).all() else None
-
-    def _sample(
-        self,
-        q: Queries,
-        best: np.ndarray,
-        source: Source,
-        opened: Index,
-        of: Class,
-        found: Found,
-    ) -> bool:
-        """Fills `found` from a sample of the patches, if that is near enough."""
-        h, mean = of.patches.size[0], opened.embedding.mean
-        windows = q.y.reshape(len(best), h, -1)[:, :, q.mask > 0].reshape(len(best), -1) - mean
-        fields = sampled(windows, float(q.half[0]), best, source, opened, of, self.error)
-        if fields is None:
-            return False
-        *totals, error = fields
-        for have, new in zip(found, totals, strict=False):
-            have[:] = new
-        # as much mass as would make that much of an error, were it left out
-        found.left[:] = found.Z * error / (2 - error)
-        return True
+        return found if left > 0 and (left_out <= share * Z).all() else None
 
 
-def _blank(C: int, grid: tuple[int, int], leaders: int) -> Fold:
-    """The fold of a picture, to be filled in."""
+def _sample(asked: Asked, error: float, found: Fold) -> bool:
+    """Fills `found` from a sample of the patches, if that is near enough."""
+    fields = sampled(asked, error)
+    if fields is None:
+        return False
+    *totals, errors = map(torch.from_numpy, fields)
+    for have, new in zip(vars(found).values(), totals, strict=False):
+        have[:] = new
+    # as much mass as would make that much of an error, were it left out
+    found.left[:] = found.Z * errors / (2 - errors)
+    return True
+
+
+def _blank(B: int, C: int, leaders: int, sites: tuple[int, ...]) -> Fold:
+    """A fold to be filled in."""
 
     def zeros(*k: int) -> Tensor:
-        return torch.zeros(1, *k, *grid, dtype=torch.float64)
+        return torch.zeros(B, *k, *sites, dtype=torch.float64)
 
-    places = torch.zeros(1, leaders, *grid, dtype=torch.int64)
-    return Fold(zeros(), zeros(), zeros(), zeros(C), zeros(leaders), places, zeros())
+    return Fold(zeros(), zeros(), zeros(), zeros(C), zeros(leaders), zeros(leaders).long(), zeros())
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def _queries(question: Question, opened: Index, of: Class, kind: str) -> Queries:
-    """The windows of a picture at the sites of a class."""
+def _queries(question: Question, opened: Index, of: Class, kind: str) -> tuple[Queries, np.ndarray]:
+    """The windows of a picture at the sites of a class; and less the mean, float64 (Q, D)."""
     c, (h, w) = question.collection, of.patches.size
     y = question.y[0].numpy()
     (a, b), C = of.middle, len(y)
@@ -386,7 +362,7 @@ def _queries(question: Question, opened: Index, of: Class, kind: str) -> Queries
         E[:, e.leading : e.first] = common
         rest = (own**2 - common**2) * (1 - ROUNDING)
         tails[:, 0], tails[:, 1] = rest.sum(1), rest[:, : len(e.edges) - 1].sum(1)
-    return Queries(E.reshape(-1), filled.reshape(-1), mask, half, fuzz, tails)
+    return Queries(E.reshape(-1), filled.reshape(-1), mask, half, fuzz, tails), centred
 
 
 def _parts(count: int, best: np.ndarray, Q: int, C: int, leaders: int) -> tuple[np.ndarray, ...]:
@@ -394,57 +370,50 @@ def _parts(count: int, best: np.ndarray, Q: int, C: int, leaders: int) -> tuple[
     return (
         np.repeat(best[None], count, 0),
         np.repeat(best[None], count, 0),
-        np.zeros((count, Q * 16), np.float32),
+        np.zeros((count, Q * LANES), np.float32),
         np.full((count, Q), NOTHING),
         np.zeros((count, Q)),
         np.zeros((count, Q)),
         np.zeros((count, Q, C)),
-        np.full((count, Q, leaders), NOTHING),
-        np.full((count, Q, leaders), -1),
+        np.full((count, leaders, Q, 1), NOTHING),
+        np.full((count, leaders, Q, 1), -1),
         np.zeros((count, 4), np.int64),
         np.zeros((count, 1), np.int64),
     )
-
-
-def _empty(Q: int, C: int, leaders: int) -> Found:
-    a = np.zeros(Q)
-    return Found(
-        a, a.copy(), a.copy(), np.zeros((Q, C)), np.zeros((Q, leaders)),
-        np.zeros((Q, leaders), np.int64), a.copy(),
-    )  # fmt: skip
 
 
 def _merge(
     parts: tuple[np.ndarray, ...],
     half: np.ndarray,
     asked: np.ndarray,
-    found: Found,
+    found: Fold,
     best: np.ndarray,
 ) -> None:
     """Merges what the parts of a search found for the queries `asked`."""
     count = len(parts[0])
-    sixteen = parts[2].reshape(count, -1, LANES)
-    near, ref, left, *fields = (a[:, asked] for a in (*parts[:2], sixteen, *parts[3:9]))
+    near, ref, left, *totals = (
+        a[:, asked] for a in (*parts[:2], parts[2].reshape(count, -1, LANES), *parts[3:7])
+    )
+    logits, places = (np.moveaxis(a[..., 0], 1, 2)[:, asked] for a in parts[7:9])
     best[asked] = near.min(0)
-    folds = [Fold(*(torch.from_numpy(f[k]) for f in fields)) for k in range(count)]
-    fold = functools.reduce(Fold.merge, folds)
-    for have, new in zip(found, vars(fold).values(), strict=False):
-        have[asked] = new.numpy()
+    fold = Fold.of_parts(*totals, logits, places)
+    for have, new in zip(vars(found).values(), vars(fold).values(), strict=True):
+        have[asked] = new
     with np.errstate(over="ignore"):
         scale = np.exp(-ref * half[asked] - fold.m.numpy())
     # a thousandth more than the weights of what is skipped: they are sums in float32
-    found.left[asked] = 1.001 * (left.astype(np.float64).sum(2) * scale).sum(0)
+    found.left[asked] = torch.from_numpy(1.001 * (left.astype(np.float64).sum(2) * scale).sum(0))
 
 
 def _enter(
-    fold: Fold, of: Class, found: Found, energy: Tensor, question: Question, source: Source
+    fold: Fold, of: Class, found: Fold, energy: Tensor, question: Question, source: Source
 ) -> None:
     """Writes what was found for a class where its sites are in the fold of a picture."""
     at = ..., of.rows, of.columns
     shape = of.rows.stop - of.rows.start, of.columns.stop - of.columns.start
     more = energy[at]
-    for name, value in found._asdict().items():
-        v = torch.from_numpy(value).reshape(*shape, -1).movedim(-1, 0)[None]
+    for name, value in vars(found).items():
+        v = value.reshape(*shape, -1).movedim(-1, 0)[None]
         if name in ("m", "Z", "Z2", "left"):
             v = v[:, 0]
         if name == "m":

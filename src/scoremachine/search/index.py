@@ -318,8 +318,8 @@ def build(source: Source, patches: Patches, folder: Path, progress: Bar | None =
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             _plan(source, patches, part)
-        nodes, furthest = _write(source, patches, part, progress)
-        embedding = _planned(part)[0]
+        embedding, starts = _planned(part)
+        nodes, furthest = _write(source, patches, part, embedding, starts, progress)
         with written(part / "embedding.npz") as temporary:
             np.savez(temporary, mean=embedding.mean, V=embedding.V)
         meta = source.identity(patches) | {
@@ -407,9 +407,15 @@ def _planned(part: Path) -> tuple[Embedding, np.ndarray]:
         return Embedding(plan["mean"], plan["V"], int(plan["kept"])), plan["starts"]
 
 
-def _write(source: Source, patches: Patches, part: Path, progress: Bar | None) -> tuple[int, float]:
+def _write(
+    source: Source,
+    patches: Patches,
+    part: Path,
+    embedding: Embedding,
+    starts: np.ndarray,
+    progress: Bar | None,
+) -> tuple[int, float]:
     """Writes the arrays, bucket after bucket, from where the journal ends."""
-    embedding, starts = _planned(part)
     order = np.memmap(part / "order", np.uint32, "r")
     buckets, nodes, furthest = _resume(part, embedding)
     if progress is not None:
@@ -445,9 +451,7 @@ def _resume(part: Path, embedding: Embedding) -> tuple[int, int, float]:
     whole = text[: text.rfind("\n") + 1]
     if whole:
         buckets, nodes, furthest = json.loads(whole.splitlines()[-1])
-    if any(
-        (part / n).stat().st_size < size for n, size in _sizes(nodes, embedding).items() if size
-    ):
+    if any(_length(part / name) < size for name, size in _sizes(nodes, embedding).items()):
         whole, buckets, nodes, furthest = "", 0, 0, 0.0  # the disk lost what was written
     journal.write_text(whole)
     for name, size in _sizes(nodes, embedding).items():
@@ -504,7 +508,7 @@ def _encoded(
     return arrays, furthest
 
 
-def with_progress(source: Source, missing: list[Patches]) -> None:
+def build_all(source: Source, missing: list[Patches]) -> None:
     """Builds several indexes under one bar."""
     total = sum(len(source.pixels) * p.per_image for p in missing)
     with bar("Indexing patches", total=total) as progress:

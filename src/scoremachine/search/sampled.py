@@ -9,6 +9,7 @@ large that is.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,23 +27,29 @@ AT_ONCE = 10_000  # patches that are looked at together
 QUERIES = 256  # that are looked at together
 
 
-def sampled(
-    windows: np.ndarray,
-    half: float,
-    best: np.ndarray,
-    source: Source,
-    opened: Index,
-    of: Class,
-    error: float,
-) -> tuple[np.ndarray, ...] | None:
-    """The fold of some queries over as large a sample of an index as it takes.
+class Asked(NamedTuple):
+    """What a sample is to answer.
 
-    Arguments and result are those of `sample`, but None also where no sample has an error of at
-    most `error`.
+    Attributes:
+        windows: The queries, less the mean of the patches, float64 (Q, D).
+        half: 1 / (2 sigma^2).
+        best: |q - s|^2 of the nearest patch known, float64 (Q,).
+        source, opened, of: The images, their index, and the class of windows.
     """
-    largest = max(SAMPLES[0], min(SAMPLES[-1], len(opened.tree.ids) // 2))
+
+    windows: np.ndarray
+    half: float
+    best: np.ndarray
+    source: Source
+    opened: Index
+    of: Class
+
+
+def sampled(asked: Asked, error: float) -> tuple[np.ndarray, ...] | None:
+    """`sample` of as many patches as it takes; None also where no error is at most `error`."""
+    largest = max(SAMPLES[0], min(SAMPLES[-1], len(asked.opened.tree.ids) // 2))
     for size in SAMPLES:
-        found = sample(windows, half, best, source, opened, of, size)
+        found = sample(asked, size)
         if found is None or found[-1].max() <= error:
             return found
         if found[-1].max() * math.sqrt(size / largest) > error:  # nor would the largest do
@@ -50,29 +57,15 @@ def sampled(
     return None
 
 
-def sample(
-    windows: np.ndarray,
-    half: float,
-    best: np.ndarray,
-    source: Source,
-    opened: Index,
-    of: Class,
-    size: int,
-) -> tuple[np.ndarray, ...] | None:
-    """The fold of some queries over a sample of an index, scaled to all of it.
-
-    Arguments:
-        windows: The queries, less the mean of the patches, float64 (Q, D).
-        half: 1 / (2 sigma^2).
-        best: |q - s|^2 of the nearest patch known, float64 (Q,).
-        source, opened, of: The images, their index, and the class of windows.
-        size: About how many patches to look at.
+def sample(asked: Asked, size: int) -> tuple[np.ndarray, ...] | None:
+    """The fold of some queries over a sample of about `size` patches, scaled to the whole index.
 
     Returns:
         m, Z, Z2, S of a fold, and the error of a channel of S / Z that is exceeded with a
         probability of about 1 in 10,000 (`STANDARD_ERRORS`); None where a few patches matter so
         much that a sample says nothing.
     """
+    windows, half, best, source, opened, of = asked
     step = len(opened.tree.ids) // size
     if step < 2:
         return None

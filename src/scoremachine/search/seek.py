@@ -14,7 +14,7 @@ import numpy as np
 from numba import float32, int64, njit
 
 from scoremachine.kernels import simd
-from scoremachine.kernels.whole import FLAGS, NOTHING
+from scoremachine.kernels.whole import FLAGS, NOTHING, keep
 from scoremachine.search.floats import (
     LANES,
     broadcast,
@@ -28,7 +28,7 @@ from scoremachine.search.floats import (
     store,
     weights,
 )
-from scoremachine.search.tree import BORROWED, LEAF, NODE
+from scoremachine.search.tree import BORROWED, LEAF, NODE, window_at
 
 FAR = np.float32(1e15)  # where boxes of nothing lie
 COMPARED, NEAR = 2_000, 2.0  # patches compared for it at most, and within how many nats
@@ -116,9 +116,7 @@ class Queries(NamedTuple):
 def _origin(w, place):
     """Where in `flat` a patch begins, and the place (n H + row) W + column of its middle."""
     H, W, C = w.shape
-    left = place % w.lefts[1] + w.lefts[0]
-    rest = place // w.lefts[1]
-    top, n = rest % w.tops[1] + w.tops[0], rest // w.tops[1]
+    n, top, left = window_at(place, w.tops, w.lefts)
     return ((n * H + top) * W + left) * C, (n * H + top + w.middle[0]) * W + left + w.middle[1]
 
 
@@ -243,15 +241,8 @@ def _absorb(w, q, query, place, times, best, ref, left, m, Z, Z2, S, logits, pla
     o = start + (w.middle[0] * w.shape[1] + w.middle[1]) * C
     for c in range(S.shape[1]):
         S[query, c] += times * x * (w.flat[o + c] * (1.0 / 127.5) - 1.0)
-    k = logits.shape[1]
-    if k > 0 and l > logits[query, k - 1]:
-        k -= 1
-        while k > 0 and logits[query, k - 1] < l:
-            logits[query, k] = logits[query, k - 1]
-            places[query, k] = places[query, k - 1]
-            k -= 1
-        logits[query, k] = l
-        places[query, k] = middle
+    if len(logits) > 0 and l > logits[-1, query, 0]:
+        keep(l, middle, logits, places, query, 0)
 
 
 @njit(fastmath=FLAGS, **BORROWED)

@@ -18,16 +18,20 @@ BORROWED: dict[str, Any] = {
 }  # counts no references to arrays
 
 
+@njit(inline="always", **BORROWED)
+def window_at(place, tops, lefts):
+    """The image of the window at a place, and its first row and column there."""
+    rest = place // lefts[1]
+    return rest // tops[1], rest % tops[1] + tops[0], place % lefts[1] + lefts[0]
+
+
 @njit(cache=True, **BORROWED)
 def cut_out(part, parts, images, places, tops, lefts, size, mean, out):
     """Writes the windows at `places`, less the mean, to out (n, D), of images (N, H, W, C)."""
     n, C = len(places), images.shape[3]
     h, w = size
     for k in range(part * n // parts, (part + 1) * n // parts):
-        place = np.int64(places[k])
-        left = place % lefts[1] + lefts[0]
-        place //= lefts[1]
-        top, i = place % tops[1] + tops[0], place // tops[1]
+        i, top, left = window_at(np.int64(places[k]), tops, lefts)
         d = 0
         for a in range(h):
             for b in range(w):
@@ -42,10 +46,7 @@ def hashes(part, parts, images, places, tops, lefts, size, out):
     n, C = len(places), images.shape[3]
     h, w = size
     for k in range(part * n // parts, (part + 1) * n // parts):
-        place = np.int64(places[k])
-        left = place % lefts[1] + lefts[0]
-        place //= lefts[1]
-        top, i = place % tops[1] + tops[0], place // tops[1]
+        i, top, left = window_at(np.int64(places[k]), tops, lefts)
         total = np.uint64(14695981039346656037)
         for a in range(h):
             for b in range(w):
@@ -60,16 +61,12 @@ def hashes(part, parts, images, places, tops, lefts, size, out):
 @njit(**BORROWED)
 def _equal(images, p, q, tops, lefts, size):
     """Whether two windows are the same."""
-    i, j = p % lefts[1] + lefts[0], q % lefts[1] + lefts[0]
-    p //= lefts[1]
-    q //= lefts[1]
-    a, b = p % tops[1] + tops[0], q % tops[1] + tops[0]
-    p //= tops[1]
-    q //= tops[1]
-    for r in range(size[0]):
-        for c in range(size[1]):
-            for d in range(images.shape[3]):
-                if images[p, a + r, i + c, d] != images[q, b + r, j + c, d]:
+    i, top_p, left_p = window_at(p, tops, lefts)
+    j, top_q, left_q = window_at(q, tops, lefts)
+    for a in range(size[0]):
+        for b in range(size[1]):
+            for c in range(images.shape[3]):
+                if images[i, top_p + a, left_p + b, c] != images[j, top_q + a, left_q + b, c]:
                     return False
     return True
 
