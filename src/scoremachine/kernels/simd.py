@@ -19,54 +19,38 @@ lowers a vector of eight doubles to what the machine has (AVX-512, AVX2, NEON).
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model
+from numba.extending import intrinsic
+
+from scoremachine.kernels.vectors import (
+    Vector,
+    broadcasts,
+    loads,
+    pointer,
+    splats,
+    splatted,
+    stores,
+)
 
 LANES = 8
 
-FLAGS = ("contract", "reassoc", "nsz", "arcp")
 DOUBLE = ir.DoubleType()
 VECTOR = ir.VectorType(DOUBLE, LANES)
 INTEGERS = ir.VectorType(ir.IntType(64), LANES)
 
 
-class Lanes(types.Type):
-    """The numba type of a vector of `LANES` doubles."""
-
-    def __init__(self) -> None:
-        super().__init__(name="Lanes")
-
-
-lanes = Lanes()
-
-
-@register_model(Lanes)
-class _LanesModel(models.PrimitiveModel):
-    def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, VECTOR)
-
-
-def _pointer(context: Any, builder: Any, array_type: Any, array: Any, i: Any) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [i]), VECTOR.as_pointer())
-
-
-@intrinsic
-def load(typing: Any, array: Any, i: Any) -> Any:
-    """array[i : i + LANES] as a vector."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = builder.load(_pointer(context, builder, signature.args[0], *args))
-        vector.align = 8
-        return vector
-
-    return lanes(array, types.intp), generate
+lanes = Vector(types.float64, LANES)
+load = loads(lanes, 8)
+load_bytes = loads(
+    lanes, 1, ir.VectorType(ir.IntType(8), LANES), lambda builder, v: builder.uitofp(v, VECTOR)
+)
+store = stores(lanes, 8)
+splat = splats(lanes)
+broadcast = broadcasts(lanes)
 
 
 @intrinsic
@@ -76,91 +60,11 @@ def load_at(typing: Any, array: Any, places: Any, i: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[1])(context, builder, args[1]).data
         place = builder.zext(builder.load(builder.gep(data, [args[2]])), ir.IntType(64))
-        vector = builder.load(_pointer(context, builder, signature.args[0], args[0], place))
+        vector = builder.load(pointer(context, builder, signature.args[0], args[0], place, VECTOR))
         vector.align = 8
         return vector
 
     return lanes(array, places, types.intp), generate
-
-
-@intrinsic
-def load_bytes(typing: Any, array: Any, i: Any) -> Any:
-    """array[i : i + LANES] of a uint8 array as a vector."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        bytes_ = ir.VectorType(ir.IntType(8), LANES)
-        pointer = builder.bitcast(builder.gep(data, [args[1]]), bytes_.as_pointer())
-        vector = builder.load(pointer)
-        vector.align = 1
-        return builder.uitofp(vector, VECTOR)
-
-    return lanes(array, types.intp), generate
-
-
-@intrinsic
-def store(typing: Any, array: Any, i: Any, vector: Any) -> Any:
-    """array[i : i + LANES] = vector."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, signature.args[0], args[0], args[1])
-        builder.store(args[2], pointer).align = 8
-        return context.get_dummy_value()
-
-    return types.none(array, types.intp, lanes), generate
-
-
-def _splat(builder: Any, x: Any) -> Any:
-    undefined = ir.Constant(VECTOR, ir.Undefined)
-    first = builder.insert_element(undefined, x, ir.Constant(ir.IntType(32), 0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-    return builder.shuffle_vector(first, undefined, zeros)
-
-
-@intrinsic
-def splat(typing: Any, x: Any) -> Any:
-    """The vector whose lanes all hold x."""
-
-    return lanes(types.float64), lambda context, builder, _, args: _splat(builder, args[0])
-
-
-@intrinsic
-def broadcast(typing: Any, array: Any, i: Any) -> Any:
-    """The vector whose lanes all hold array[i]."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return _splat(builder, builder.load(builder.gep(data, [args[1]])))
-
-    return lanes(array, types.intp), generate
-
-
-def _arithmetic(name: str) -> Any:
-    @intrinsic
-    def operation(typing: Any, u: Any, v: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return getattr(builder, name)(*args, flags=FLAGS)
-
-        return lanes(lanes, lanes), generate
-
-    return operation
-
-
-def _overload(op: Callable[..., Any], operation: Any) -> None:
-    @overload(op, inline="always")
-    def choose(u, v):
-        if isinstance(u, Lanes) and isinstance(v, Lanes):
-            return lambda u, v: operation(u, v)
-        if isinstance(u, Lanes):
-            return lambda u, v: operation(u, splat(v))
-        if isinstance(v, Lanes):
-            return lambda u, v: operation(splat(u), v)
-        return None
-
-
-_overload(operator.add, _arithmetic("fadd"))
-_overload(operator.sub, _arithmetic("fsub"))
-_overload(operator.mul, _arithmetic("fmul"))
 
 
 def _llvm(name: str, result: Any, *arguments: Any, start: tuple[Any, ...] = ()) -> Any:
@@ -241,7 +145,7 @@ def above(typing: Any, v: Any, x: Any) -> Any:
     """v where it is larger than x, and 0 elsewhere."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kept = builder.fcmp_ordered(">", args[0], _splat(builder, args[1]))
+        kept = builder.fcmp_ordered(">", args[0], splatted(builder, lanes, args[1]))
         return builder.select(kept, args[0], ir.Constant(VECTOR, [0.0] * LANES))
 
     return lanes(lanes, types.float64), generate

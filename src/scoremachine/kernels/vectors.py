@@ -1,0 +1,154 @@
+"""Vectors for compiled code: a numba type of several numbers side by side, and plain arithmetic.
+
+LLVM lowers a vector to what the machine has (AVX-512, AVX2, NEON). `simd` makes eight doubles of
+this, `search.floats` sixteen floats:
+
+    u + v, u - v, u * v    with vectors of the same type, or numbers
+    loads(...)             makes a function load(a, i): a[i : i + lanes], from a flat array
+    stores(...)            makes store(a, i, v)
+    splats(...)            makes splat(x): the vector whose lanes all hold x
+    broadcasts(...)        makes broadcast(a, i): the vector of a[i]
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, models, overload, register_model
+
+FLAGS = ("contract", "reassoc", "nsz", "arcp")
+
+
+class Vector(types.Type):
+    """The numba type of `lanes` numbers of type `scalar`, float32 or float64."""
+
+    def __init__(self, scalar: Any, lanes: int) -> None:
+        self.scalar, self.lanes = scalar, lanes
+        super().__init__(name=f"Vector({scalar}, {lanes})")
+
+    @property
+    def llvm(self) -> ir.VectorType:
+        """The type in LLVM."""
+        number = ir.DoubleType() if self.scalar == types.float64 else ir.FloatType()
+        return ir.VectorType(number, self.lanes)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Vector) -> None:
+        super().__init__(dmm, fe_type, fe_type.llvm)
+
+
+def pointer(context: Any, builder: Any, array_type: Any, array: Any, i: Any, vector: Any) -> Any:
+    """Where array[i] is, as a pointer to an LLVM vector."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [i]), vector.as_pointer())
+
+
+def loads(
+    vector: Vector,
+    align: int,
+    stored: Any = None,
+    convert: Callable[[Any, Any], Any] | None = None,
+) -> Any:
+    """Makes a function that loads a vector, of another LLVM type in memory where one is given."""
+
+    @intrinsic
+    def load(typing: Any, array: Any, i: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = vector.llvm if stored is None else stored
+            v = builder.load(pointer(context, builder, signature.args[0], *args, kind))
+            v.align = align
+            return v if convert is None else convert(builder, v)
+
+        return vector(array, types.intp), generate
+
+    return load
+
+
+def stores(vector: Vector, align: int) -> Any:
+    """Makes a function that stores a vector."""
+
+    @intrinsic
+    def store(typing: Any, array: Any, i: Any, v: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            place = pointer(context, builder, signature.args[0], args[0], args[1], vector.llvm)
+            builder.store(args[2], place).align = align
+            return context.get_dummy_value()
+
+        return types.none(array, types.intp, vector), generate
+
+    return store
+
+
+def splatted(builder: Any, vector: Vector, x: Any) -> Any:
+    """The LLVM vector whose lanes all hold x."""
+    undefined = ir.Constant(vector.llvm, ir.Undefined)
+    first = builder.insert_element(undefined, x, ir.Constant(ir.IntType(32), 0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), vector.lanes), [0] * vector.lanes)
+    return builder.shuffle_vector(first, undefined, zeros)
+
+
+def splats(vector: Vector) -> Any:
+    """Makes a function that fills the lanes with a number."""
+
+    @intrinsic
+    def splat(typing: Any, x: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return splatted(builder, vector, args[0])
+
+        return vector(vector.scalar), generate
+
+    return splat
+
+
+def broadcasts(vector: Vector) -> Any:
+    """Makes a function that fills the lanes with a number of an array."""
+
+    @intrinsic
+    def broadcast(typing: Any, array: Any, i: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            data = context.make_array(signature.args[0])(context, builder, args[0]).data
+            return splatted(builder, vector, builder.load(builder.gep(data, [args[1]])))
+
+        return vector(array, types.intp), generate
+
+    return broadcast
+
+
+@intrinsic
+def _like(typing: Any, u: Any, x: Any) -> Any:
+    """The vector of u's type whose lanes all hold x."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return splatted(builder, signature.args[0], args[1])
+
+    return u(u, u.scalar), generate
+
+
+def _overload(op: Callable[..., Any], name: str) -> None:
+    @intrinsic
+    def operation(typing: Any, u: Any, v: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return getattr(builder, name)(*args, flags=FLAGS)
+
+        return u(u, u), generate
+
+    @overload(op, inline="always")
+    def choose(u, v):
+        if isinstance(u, Vector) and isinstance(v, Vector):
+            return lambda u, v: operation(u, v)
+        if isinstance(u, Vector):
+            return lambda u, v: operation(u, _like(u, v))
+        if isinstance(v, Vector):
+            return lambda u, v: operation(_like(v, u), v)
+        return None
+
+
+_overload(operator.add, "fadd")
+_overload(operator.sub, "fsub")
+_overload(operator.mul, "fmul")
