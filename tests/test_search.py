@@ -19,8 +19,8 @@ import scoremachine as sm
 from conftest import noised, random_images
 from scoremachine.cli import main
 from scoremachine.search import bounded as bounded_module
+from scoremachine.search import drawn as drawn_module
 from scoremachine.search import index as index_module
-from scoremachine.search import sampled as sampled_module
 from scoremachine.search.bounded import Bounded
 from scoremachine.search.embedding import Embedding
 from scoremachine.search.index import Index, Patches, Source, build, classes
@@ -31,13 +31,13 @@ errors = st.sampled_from([0.3, 1e-3, 1e-7])
 boundaries = st.sampled_from(["broken", "circular"])
 
 
-def searching(images, P, error=1e-3, boundary="broken", **settings):
+def searching(images, P, error=1e-3, boundary="broken", bound="deterministic"):
     """A machine that never falls back to the exact scan, and one that always does."""
     corpus = sm.Corpus(images)
     machine = sm.EquivariantLocalScore(
-        corpus, patch_size=P, boundary=boundary, search="bounded", error=error, **settings
+        corpus, patch_size=P, boundary=boundary, search="bounded", error=error, bound=bound
     )
-    machine.__dict__["_bounded"] = Bounded(corpus, machine.kernel, error, patience=np.inf)
+    machine.__dict__["_bounded"] = Bounded(corpus, machine.kernel, error, bound, patience=np.inf)
     return machine, machine.remade(corpus, search="exact")
 
 
@@ -117,12 +117,7 @@ def test_pictures_far_from_every_image_are_within_the_bound(seed, scale, sigma):
 @pytest.mark.parametrize("sigma", [1e-3, 0.03, 0.2, 1.0, 30.0])
 def test_a_search_over_many_nodes_is_within_its_bound(sigma):
     """Smooth pictures, as many patches as make a tree of several levels."""
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (400, 3, 4, 4)).astype(np.float64)
-    fine = np.asarray(
-        torch.nn.functional.interpolate(torch.from_numpy(coarse), size=(16, 16), mode="bilinear")
-    )
-    images = np.clip(fine + rng.normal(0, 8, fine.shape), 0, 255).astype(np.uint8)
+    images = smooth_images(0, 400, 16, coarse=4)
     y = torch.from_numpy(images[:1] / 127.5 - 1) + sigma * torch.randn(
         1, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
@@ -207,61 +202,140 @@ def test_pictures_and_threads_change_no_bit(monkeypatch):
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 2.0])
 def test_a_statistical_search_is_as_good_as_its_level(sigma):
     """Patches of many numbers: most of what noise adds to a distance is known to be noise."""
-    rng = np.random.default_rng(0)
-    coarse = torch.from_numpy(rng.integers(0, 256, (300, 3, 6, 6)).astype(np.float64))
-    smooth = torch.nn.functional.interpolate(coarse, size=(18, 18), mode="bilinear").numpy()
-    images = np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
-    corpus = sm.Corpus(images[4:])
-    machine = sm.EquivariantLocalScore(corpus, patch_size=11, search="bounded")
-    machine.__dict__["_bounded"] = Bounded(corpus, machine.kernel, patience=np.inf)
+    images = smooth_images(0, 300, 18)
+    machine, exact = searching(images[4:], 11, bound="statistical")
     y = torch.from_numpy(images[:4] / 127.5 - 1) + sigma * torch.randn(
         4, 3, 18, 18, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     answer = machine.denoise_bounded(y, sigma)
-    off = (answer.D - machine.remade(corpus, search="exact").denoise(y, sigma)).abs().amax(1)
+    off = (answer.D - exact.denoise(y, sigma)).abs().amax(1)
     assert answer.kind == "statistical"
     assert (off > answer.error + 1e-9).double().mean() <= bounded_module.LEVEL
     assert off.square().mean().sqrt() < 1e-3
 
 
+def smooth_images(seed, N, side, coarse=6, noise=8):
+    """Pictures whose patches lie near few dimensions, as those of photographs do."""
+    rng = np.random.default_rng(seed)
+    colours = torch.from_numpy(rng.integers(0, 256, (N, 3, coarse, coarse)).astype(np.float64))
+    smooth = torch.nn.functional.interpolate(colours, size=(side, side), mode="bilinear").numpy()
+    return np.clip(smooth + rng.normal(0, noise, smooth.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def few_lots(monkeypatch):
+    """So few lots that small corpora leave most to chance; says for how many pixels they were."""
+    monkeypatch.setattr(drawn_module, "FIRST", np.array([30.0, 60.0, 60.0]))
+    monkeypatch.setattr(drawn_module, "FEWEST", 20.0)
+    pixels, lots = [], drawn_module._lots
+
+    def watched(asked, g, p):
+        pixels.append(len(p.top))
+        return lots(asked, g, p)
+
+    monkeypatch.setattr(drawn_module, "_lots", watched)
+    return pixels
+
+
 @pytest.mark.parametrize("boundary", ["broken", "circular"])
-def test_a_sample_stands_for_a_flat_posterior(boundary, monkeypatch):
-    """Its standard errors are told, and are not too small."""
-    monkeypatch.setattr(sampled_module, "SAMPLES", (300, 1_000))
-    monkeypatch.setattr(sampled_module, "EFFECTIVE", 100.0)
-    used, sample = [], bounded_module.sampled
-
-    def watched(*arguments):
-        found = sample(*arguments)
-        used.append(found is not None)
-        return found
-
-    monkeypatch.setattr(bounded_module, "sampled", watched)
-    corpus = sm.Corpus(random_images(5, 400, 3, 18, 18))
-    machine = sm.EquivariantLocalScore(
-        corpus, patch_size=11, boundary=boundary, search="bounded", error=0.3
-    )
-    y, level = noised(corpus, 60.0, 0)
-    answer = machine.denoise_bounded(y.double(), level)
-    exact = machine.remade(corpus, search="exact").denoise(y.double(), level)
-    off = (answer.D - exact).abs().amax(1)
-    assert used
-    assert all(used)
+@pytest.mark.parametrize(("P", "sigma", "error"), [(5, 1.0, 0.05), (5, 30.0, 0.02), (11, 5.0, 0.1)])
+def test_lots_stand_for_a_flat_posterior(few_lots, boundary, P, sigma, error):
+    """Errors are within what is told, which is within what was asked for."""
+    images = smooth_images(0, 600, 18)
+    machine, exact = searching(images[4:], P, error, boundary, bound="auto")
+    y = torch.from_numpy(images[:4] / 127.5 - 1)
+    y = y + sigma * torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
+    answer = machine.denoise_bounded(y, sigma)
+    off = (answer.D - exact.denoise(y, sigma)).abs().amax(1)
+    assert sum(few_lots) > 0.9 * off.numel()
     assert answer.kind == "statistical"
-    assert (answer.error <= 0.3).all()
-    assert (off > answer.error + 1e-9).double().mean() <= bounded_module.LEVEL
-    assert off.max() > 0
+    assert (answer.error <= error).all()
+    assert (off > answer.error + 1e-6).double().mean() <= bounded_module.LEVEL
+    assert off.max() > 1e-4
 
 
-def test_no_sample_stands_for_a_few_patches(monkeypatch):
-    """One picture again and again among noise: nothing else matters near it."""
-    monkeypatch.setattr(sampled_module, "SAMPLES", (200,))
-    monkeypatch.setattr(sampled_module, "EFFECTIVE", 20.0)
+def test_lots_for_everything_are_exact(monkeypatch):
+    """Where every node, leaf and patch is drawn, nothing is left to chance."""
+    monkeypatch.setattr(drawn_module, "FIRST", np.full(3, 1e20))
     monkeypatch.setattr(bounded_module, "FLAT", 0.0)
+    images = smooth_images(1, 80, 12)
+    images[40:] = images[:40]  # copies count
+    machine, exact = searching(images, 5, 1e-3, bound="auto")
+    y, level = noised(sm.Corpus(images), 1.0, 0)
+    answer = machine.denoise_bounded(y.double(), level)
+    assert answer.kind == "statistical"
+    assert (answer.D - exact.denoise(y.double(), level)).abs().max() < 1e-5
+    assert answer.error.max() < 1e-6
+
+
+@given(seeds, st.sampled_from([1, 3]), st.floats(-1, 3).map(lambda e: 10.0**e))
+def test_lots_are_right_on_average(seed, C, sigma):
+    """The mean over many beginnings is the exact answer, within its own standard error."""
+    images = smooth_images(seed, 40, 12)[:, :C]
+    corpus = sm.Corpus(images)
+    machine, exact = searching(images, 3, 1e-3, bound="auto")
+    y, _ = noised(corpus, sigma, seed)
+    index = np.arange(len(images))
+    collection = machine.windows(sigma, index)
+    kernel = machine._bounded
+    kernel.prepare(index, collection)
+    found = []
+    lots = drawn_module._pixels
+
+    def begun(asked, g):
+        p = lots(asked, g)
+        return p._replace(
+            start=np.random.default_rng(len(found)).random(len(p.start)),
+            amounts=np.full((len(p.start), 3), 12.0),
+        )
+
+    source = kernel.source(index)
+    of = max(classes(collection), key=lambda c: c.patches.per_image)
+    opened = kernel._opened(source, of.patches)
+    inner = y[0, :, 1:-1, 1:-1].double()
+    windows = torch.nn.functional.unfold(y[:1].double(), 3)[0].T.reshape(-1, C, 3, 3)
+    windows = windows.permute(0, 2, 3, 1).reshape(len(windows), -1).numpy()
+    asked = drawn_module.Asked(
+        windows - opened.embedding.mean, 1 / (2 * sigma**2), np.zeros(len(windows)),
+        source, opened, of, drawn_module.Answers.of(source, opened, of),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(drawn_module, "_pixels", begun)
+        patched.setattr(drawn_module, "ROUNDS", 0)
+        for _ in range(60):
+            fold = drawn_module.drawn(asked, 1e-9, np.inf, 0.0)
+            found.append(np.concatenate([fold.Z[:, None], fold.S], 1) * np.exp(fold.m)[:, None])
+    found = np.stack(found)
+    log = exact.evidence(
+        y[:1].double(), torch.full((1,), sigma, dtype=torch.float64), index, collection
+    ).fold
+    D = exact.denoise(y[:1].double(), sigma)[0, :, 1:-1, 1:-1].reshape(C, -1).T.numpy()
+    Z = np.exp(log.log_partition[0, 1:-1, 1:-1].reshape(-1).numpy())
+    truth = np.concatenate([Z[:, None], Z[:, None] * D], 1)
+    off = (found.mean(0) - truth) / Z[:, None]
+    spread = found.std(0) / Z[:, None] / np.sqrt(len(found))
+    assert inner.shape[1] * inner.shape[2] == len(windows)
+    assert (np.abs(off) <= 6 * spread + 1e-3).mean() > 0.97
+
+
+def test_lots_are_not_drawn_where_few_patches_matter(few_lots):
+    """One picture again and again among noise: nothing else matters near it."""
     images = random_images(5, 60, 3, 16, 16)
-    machine, exact = searching(images, 11)
+    machine, exact = searching(images, 11, bound="auto")
     y = torch.from_numpy(images[7:8] / 127.5 - 1)
     assert (machine.denoise(y, 0.3) - exact.denoise(y, 0.3)).abs().max() < 1e-3
+    assert not few_lots
+
+
+def test_a_guaranteed_bound_leaves_nothing_to_chance(few_lots):
+    images = smooth_images(0, 60, 12)
+    machine, exact = searching(images, 3, 0.1, bound="deterministic")
+    y, level = noised(sm.Corpus(images), 3.0, 0)
+    answer = machine.denoise_bounded(y.double(), level)
+    assert answer.kind == "deterministic"
+    assert not few_lots
+    off = (answer.D - exact.denoise(y.double(), level)).abs().amax(1)
+    assert (off <= answer.error + 1e-9).all()
 
 
 def test_flat_posteriors_are_compared_with_everything(capsys):
@@ -292,7 +366,7 @@ def test_derivatives_are_the_exact_ones():
 
 def test_what_kind_of_bound_it_is_is_told():
     corpus = sm.Corpus(random_images(0, 3, 3, 16, 16))
-    y, level = noised(corpus, 0.2, 0)
+    y, level = noised(corpus, 0.02, 0)
     kinds = [
         sm.EquivariantLocalScore(corpus, patch_size=P, search=search, bound=bound)
         .denoise_bounded(y, level)

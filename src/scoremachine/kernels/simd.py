@@ -23,17 +23,18 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from scoremachine.kernels.vectors import (
     Vector,
     broadcasts,
+    llvm,
     loads,
     pointer,
     splats,
     splatted,
     stores,
+    totals,
 )
 
 LANES = 8
@@ -51,6 +52,7 @@ load_bytes = loads(
 store = stores(lanes, 8)
 splat = splats(lanes)
 broadcast = broadcasts(lanes)
+hsum = totals(lanes)
 
 
 @intrinsic
@@ -67,28 +69,9 @@ def load_at(typing: Any, array: Any, places: Any, i: Any) -> Any:
     return lanes(array, places, types.intp), generate
 
 
-def _llvm(name: str, result: Any, *arguments: Any, start: tuple[Any, ...] = ()) -> Any:
-    """The LLVM intrinsic llvm.NAME on vectors, as (builder, args) -> value."""
-
-    def call(builder: Any, args: Any, fastmath: tuple[str, ...]) -> Any:
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(result, arguments), f"llvm.{name}.v{LANES}f64"
-        )
-        return builder.call(function, [*start, *args], fastmath=fastmath)
-
-    return call
-
-
-_SUM = _llvm("vector.reduce.fadd", DOUBLE, DOUBLE, VECTOR, start=(ir.Constant(DOUBLE, 0.0),))
-_MAX = _llvm("vector.reduce.fmax", DOUBLE, VECTOR)
-_LARGER = _llvm("maxnum", VECTOR, VECTOR, VECTOR)
-_FLOOR = _llvm("floor", VECTOR, VECTOR)
-
-
-@intrinsic
-def hsum(typing: Any, v: Any) -> Any:
-    """The sum of the lanes."""
-    return types.float64(lanes), lambda context, builder, _, args: _SUM(builder, args, ("reassoc",))
+_MAX = llvm(lanes, "vector.reduce.fmax", DOUBLE, VECTOR)
+_LARGER = llvm(lanes, "maxnum", VECTOR, VECTOR, VECTOR)
+_FLOOR = llvm(lanes, "floor", VECTOR, VECTOR)
 
 
 @intrinsic

@@ -8,6 +8,7 @@ this, `search.floats` sixteen floats:
     stores(...)            makes store(a, i, v)
     splats(...)            makes splat(x): the vector whose lanes all hold x
     broadcasts(...)        makes broadcast(a, i): the vector of a[i]
+    totals(...)            makes hsum(v): the sum of the lanes
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
 FLAGS = ("contract", "reassoc", "nsz", "arcp")
@@ -152,3 +154,35 @@ def _overload(op: Callable[..., Any], name: str) -> None:
 _overload(operator.add, "fadd")
 _overload(operator.sub, "fsub")
 _overload(operator.mul, "fmul")
+
+
+def llvm(
+    vector: Vector, name: str, result: Any, *arguments: Any, start: tuple[Any, ...] = ()
+) -> Any:
+    """The LLVM intrinsic llvm.NAME on vectors, as (builder, args, fastmath) -> value."""
+    number = "f64" if vector.scalar == types.float64 else "f32"
+
+    def call(builder: Any, args: Any, fastmath: tuple[str, ...]) -> Any:
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(result, arguments),
+            f"llvm.{name}.v{vector.lanes}{number}",
+        )
+        return builder.call(function, [*start, *args], fastmath=fastmath)
+
+    return call
+
+
+def totals(vector: Vector) -> Any:
+    """Makes a function that adds the lanes up."""
+    number = vector.llvm.element
+    start = (ir.Constant(number, 0.0),)
+    add = llvm(vector, "vector.reduce.fadd", number, number, vector.llvm, start=start)
+
+    @intrinsic
+    def hsum(typing: Any, v: Any) -> Any:
+        return vector.scalar(vector), lambda context, builder, _, args: add(
+            builder, args, ("reassoc",)
+        )
+
+    return hsum

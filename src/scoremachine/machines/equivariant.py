@@ -32,7 +32,7 @@ class Searched(NamedTuple):
     Attributes:
         D: As `denoise` gives it, shape (B, C, H, W).
         mass_left_out: For every pixel an upper bound of the share of its posterior that was not
-            looked at, or what stands for it where a sample was; float64 (B, H, W); 0 where
+            looked at, or what stands for it where lots were drawn; float64 (B, H, W); 0 where
             everything was looked at.
         kind: What kind of bound: "deterministic", true of every picture; or "statistical", for
             noise independent of the images not true of at most one pixel in a hundred.
@@ -63,8 +63,8 @@ class EquivariantLocalScore(BoxMachine):
             `error` of the exact one; "auto" (default): bounded where that is faster.
         error: The largest error of a pixel that a bounded search may make, in (0, 1].
         bound: What kind of bound that is (see `Searched`): "deterministic", "statistical", or
-            "auto" (default): deterministic for patches of up to 300 numbers, where it is
-            affordable, statistical for larger ones.
+            "auto" (default): deterministic where few patches matter to a pixel and have up to 300
+            numbers, statistical elsewhere, which is faster.
         corpus, patch_size, bandwidth, kernel, schedule, window, augment: See `BoxMachine`;
             shifts add nothing to a source of all positions.
     """
@@ -144,17 +144,14 @@ class EquivariantLocalScore(BoxMachine):
         pictures, levels = self.check(y, sigma)
         D = torch.empty_like(pictures)
         mass = torch.zeros(len(y), *self.corpus.shape[1:], dtype=torch.float64)
-        kinds: set[str] = set()
+        before = self._bounded.statistical
         for members, index in self.by_label(label, len(pictures)):
             y_m, sigma_m = pictures[members], levels[members]
             h = self.bandwidths(sigma_m)
             for some, evidence in self.by_row(y_m, torch.sqrt(sigma_m**2 + h**2), index, sigma_m):
                 D[members[some]] = widened(evidence.mean, y_m[some], sigma_m[some], h[some])
                 mass[members[some]] = evidence.fold.mass_left_out
-                kernel = self.kernel_for(evidence.collection, index)
-                if isinstance(kernel, Bounded):
-                    kinds.add(kernel.kind(evidence.collection))
-        kind = "statistical" if "statistical" in kinds else "deterministic"
+        kind = "statistical" if self._bounded.statistical > before else "deterministic"
         return Searched(D.to(dtype=y.dtype, device=y.device), mass, kind)
 
     def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> None:

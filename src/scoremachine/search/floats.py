@@ -9,6 +9,8 @@ The searching twin of `kernels.simd`, in float32 and over bytes:
     splat(x), broadcast(a, i)
     u + v, u - v, u * v    with vectors or floats
     larger(u, v), smaller(u, v)    lane by lane
+    hsum(v)                the sum of the lanes
+    prefetch(a, i)         has a[i] brought near
     reaching(u, v)         a bit for every lane of u that is at most v's, as an integer
     weights(x, bits)       2^x or a little more in the lanes whose bit is 0, and 0 in the others
 """
@@ -19,9 +21,18 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-from scoremachine.kernels.vectors import Vector, broadcasts, loads, splats, stores
+from scoremachine.kernels.vectors import (
+    Vector,
+    broadcasts,
+    loads,
+    pointer,
+    splats,
+    stores,
+    totals,
+)
 
 LANES = 16
 
@@ -41,6 +52,7 @@ load_counts = loads(floats, 4, INTEGERS, lambda builder, v: builder.uitofp(v, VE
 store = stores(floats, 4)
 splat = splats(floats)
 broadcast = broadcasts(floats)
+hsum = totals(floats)
 
 
 @intrinsic
@@ -105,3 +117,21 @@ def lowest(typing: Any, bits: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
 
     return types.int64(types.int64), generate
+
+
+@intrinsic
+def prefetch(typing: Any, array: Any, i: Any) -> Any:
+    """Has an element of a flat array brought into the cache, for it will be read."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        where, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [where, number, number, number]),
+            "llvm.prefetch.p0i8",
+        )
+        place = pointer(context, builder, signature.args[0], *args, ir.IntType(8))
+        builder.call(function, [place, *(ir.Constant(number, n) for n in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate

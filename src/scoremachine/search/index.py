@@ -39,6 +39,7 @@ VERSION = 1  # of the format; another number is another index
 BUCKET = 12_000  # patches that are arranged together
 ROOM = 2**28  # bytes of patches in memory at once
 DETERMINISTIC = 300  # numbers of a patch up to which a deterministic bound is affordable
+SPARE = 16  # bytes behind the images, since rows are read sixteen numbers at a time
 LARGEST = 2**32 - 1  # patches that an index can number
 ARRAYS: dict[str, Any] = {
     "codes": np.uint8,
@@ -147,7 +148,7 @@ class Source:
     """Images as an index sees them.
 
     Attributes:
-        pixels: uint8, shape (N, H, W, C), followed by 8 bytes of nothing.
+        pixels: uint8, shape (N, H, W, C), followed by `SPARE` bytes of nothing.
         key: What identifies them.
         folder: Where their indexes are.
     """
@@ -168,11 +169,11 @@ class Source:
         folder = corpus.cache_path / "search" / ("all" if whole else key)
         path = folder / "pixels.u8"
         size = N * H * W * C
-        if not path.exists() or path.stat().st_size != size + 8:
+        if not path.exists() or path.stat().st_size != size + SPARE:
             with written(path) as temporary, open(temporary, "wb") as file:
                 for rows in np.array_split(index, max(1, size // ROOM)):
                     file.write(corpus.images[rows].transpose(0, 2, 3, 1).tobytes())
-                file.write(bytes(8))
+                file.write(bytes(SPARE))
         flat = np.memmap(path, np.uint8, mode="r")
         return cls(flat[:size].reshape(N, H, W, C), flat, key, folder)
 

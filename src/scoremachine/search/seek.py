@@ -76,7 +76,7 @@ class Windows(NamedTuple):
     """Where the patches of an index are.
 
     Attributes:
-        flat: The images' bytes, uint8 (N H W C + 8).
+        flat: The images' bytes, uint8 (N H W C + 16).
         shape: (H, W, C).
         tops, lefts: First and number of their rows, and columns.
         size: (h, w).
@@ -113,7 +113,7 @@ class Queries(NamedTuple):
 
 
 @njit(fastmath=FLAGS, inline="always")
-def _origin(w, place):
+def origin(w, place):
     """Where in `flat` a patch begins, and the place (n H + row) W + column of its middle."""
     H, W, C = w.shape
     n, top, left = window_at(place, w.tops, w.lefts)
@@ -217,7 +217,7 @@ def _bound(x, a, b):
 @njit(fastmath=FLAGS, inline="always")
 def _absorb(w, q, query, place, times, best, ref, left, m, Z, Z2, S, logits, places):
     """The patch at `place` enters the fold of a query, with the logit -|q - s|^2 / 2 sigma^2."""
-    start, middle = _origin(w, np.int64(place))
+    start, middle = origin(w, np.int64(place))
     d2 = _distance(w, q, query, start)
     half = q.half[query]
     if d2 < best[query]:
@@ -316,7 +316,7 @@ def _guess(t, w, q, query, lines, row, values, near, found):
                 bits &= bits - 1
                 o = node * NODE + leaf * LEAF + lane
                 if t.times[o] > 0 and values[lane] <= bound:
-                    start, _ = _origin(w, np.int64(t.ids[o]))
+                    start, _ = origin(w, np.int64(t.ids[o]))
                     d2 = _distance(w, q, query, start)
                     compared += 1
                     if d2 < best:

@@ -1,0 +1,462 @@
+"""Drawing lots, compiled: which patches stand for all where too many matter to compare every one.
+
+The weights of patches are known at four levels, each nearer to the truth and dearer than the last:
+
+    0   all patches of a node by a Gaussian in their leading components
+    1   a patch by the codes of its leading components
+    2   a patch by the codes of all its kept components
+    3   a patch by its bytes: the weight itself
+
+Level 0 is summed up over all nodes. Then some nodes are drawn and looked at on level 1, some of
+their leaves on level 2, some patches of these on level 3. What is drawn with a probability p, in
+proportion to what it weighs on the level before and 1 for the heaviest, counts 1 / p times, and
+
+    sum w_0  +  sum (w_1 - w_0) / p  +  sum (w_2 - w_1) / p  +  sum (w_3 - w_2) / p
+    all nodes   nodes drawn             leaves drawn            patches drawn
+
+is the sum of all w_3, on average (Horvitz & Thompson 1952). Only what two neighbouring levels make
+different is left to chance (Giles 2008). Lots are drawn in the order of the tree at even distances
+(Madow 1949), so that like patches are drawn evenly.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numba import float32, int64, njit
+
+from scoremachine.kernels.whole import FLAGS
+from scoremachine.search.floats import (
+    LANES,
+    broadcast,
+    hsum,
+    larger,
+    load,
+    load_bytes,
+    load_counts,
+    prefetch,
+    splat,
+    store,
+    weights,
+)
+from scoremachine.search.seek import FAR, LOG2E, origin
+from scoremachine.search.tree import BORROWED, LEAF, NODE
+
+TURNS = 32  # parts of what is drawn that are compared with each other
+LEVELS = 6  # sums that are kept: 0 and 1 of nodes, 1 and 2 of leaves, 2 and 3 of patches
+STAND_IN, NODES, LEAVES, AGAIN, PATCHES, TRULY = range(LEVELS)
+SPREAD = 3.5  # the range of sixteen patches of a normal distribution, in standard deviations
+
+
+class Gaussians(NamedTuple):
+    """What stands in for nodes at a noise level sigma, in sixteens.
+
+    Attributes:
+        mean: Of the leading components, float32 (supers, leading, 16).
+        precision: 1 / (2 (sigma^2 + variance)), float32 (supers, leading, 16).
+        less: What is missing in the logarithm of a node's weight, float32 (supers, 16).
+        middles: The mean of the pixels that its patches answer with, float32 (supers, C, 16).
+    """
+
+    mean: np.ndarray
+    precision: np.ndarray
+    less: np.ndarray
+    middles: np.ndarray
+
+
+class Pixels(NamedTuple):
+    """What lots are drawn for.
+
+    Attributes:
+        E: Components of the windows, leading ones first, float32 (Q, K) flat.
+        leading: How many lead.
+        others: The |.|^2 of the components that follow, float64 (Q).
+        rest: The |.|^2 of everything beyond the leading components, float64 (Q).
+        y: The windows, float32 (Q, h, row) flat, rows filled up to whole vectors.
+        mask: Ones, and zeros where filled up, float32 (row).
+        half: 1 / (2 sigma^2).
+        top: log2 of the largest weight of a node, float32 (Q).
+        total: Sum of the weights of the nodes in units of 2^top, and of weights times middles,
+            float64 (Q, 1 + C).
+        amounts: How many nodes, leaves and patches to draw, float64 (Q, 3).
+        start: Where to begin, in [0, 1), float64 (Q).
+    """
+
+    E: np.ndarray
+    leading: int
+    others: np.ndarray
+    rest: np.ndarray
+    y: np.ndarray
+    mask: np.ndarray
+    half: float
+    top: np.ndarray
+    total: np.ndarray
+    amounts: np.ndarray
+    start: np.ndarray
+
+
+class Room(NamedTuple):
+    """What a thread writes on."""
+
+    first: np.ndarray  # the codes of a node's leading components, as floats (leaves, leading, 16)
+    more: np.ndarray  # those of the other components
+    norms: np.ndarray  # |.|^2 / (2 sigma^2) log2 e of the codes: leading, others (2, leaves, 16)
+    held: np.ndarray  # copies (leaves, 16)
+    values: np.ndarray  # middles (leaves, C, 16)
+    scaled: np.ndarray  # a query in the units of codes (K)
+    lots: np.ndarray  # how far it is to the next lot: of nodes, leaves, patches (3, Q)
+    turn: np.ndarray  # whose turn it is (Q)
+    who: np.ndarray  # the queries that drew each node of sixteen (16, Q)
+    times: np.ndarray  # for how many it stands (16, Q)
+    stand_in: np.ndarray  # its weight on level 0 (16, Q)
+    counts: np.ndarray  # how many queries that are (16)
+    chosen: np.ndarray  # patches to compare: place in the tree, beginning in the images (2, 256)
+    shares: np.ndarray  # for how many they stand, and what they weigh on level 2 (2, 256)
+    groups: np.ndarray  # whose turn they are (256)
+    lanes: np.ndarray  # sixteen numbers
+
+
+@njit(fastmath=FLAGS, nogil=True, cache=True)
+def middles(part, parts, t, w, values, means):
+    """The pixels that patches answer with, uint8 (nodes, leaves, C, 16); and of nodes the means."""
+    nodes, C = len(t.radii), w.shape[2]
+    for node in range(part * nodes // parts, (part + 1) * nodes // parts):
+        n = 0.0
+        means[node] = 0
+        for k in range(NODE):
+            times = t.times[node * NODE + k]
+            if times > 0:
+                start, _ = origin(w, np.int64(t.ids[node * NODE + k]))
+                start += (w.middle[0] * w.shape[1] + w.middle[1]) * C
+                o = (node * LEAF + k // LANES) * C * LANES + k % LANES
+                for c in range(C):
+                    values[o + c * LANES] = w.flat[start + c]
+                    means[node, c] += times * np.float32(w.flat[start + c])
+                n += times
+        for c in range(C):
+            means[node, c] = means[node, c] / (n * 127.5) - 1
+
+
+@njit(fastmath=FLAGS, nogil=True, cache=True)
+def gaussians(part, parts, t, variance, mean, precision, less):
+    """Fills the arrays of `Gaussians` from the boxes of the leaves, for sigma^2 = `variance`."""
+    nodes = len(t.radii)
+    for node in range(part * nodes // parts, (part + 1) * nodes // parts):
+        s, lane = node // LANES, node % LANES
+        total = -math.log(t.node_counts[node])
+        for j in range(mean.shape[1]):
+            low = (node * 2 * t.first + j) * LEAF
+            high = low + t.first * LEAF
+            step = t.frames[(node * 2 + 1) * t.m + j]
+            n, sum_, squares, ranges = 0, 0.0, 0.0, 0.0
+            for leaf in range(LEAF):
+                if t.leaf_counts[node * LEAF + leaf] > 0:
+                    a, b = np.float64(t.boxes[low + leaf]), np.float64(t.boxes[high + leaf])
+                    sum_ += (a + b) / 2
+                    squares += (a + b) ** 2 / 4
+                    ranges += ((b - a) / SPREAD) ** 2
+                    n += 1
+            v = max(0.0, squares / n - (sum_ / n) ** 2 + ranges / n) * step**2
+            mean[s, j, lane] = t.frames[node * 2 * t.m + j] + step * sum_ / n
+            precision[s, j, lane] = 1 / (2 * (variance + v))
+            total += math.log(1 + v / variance) / 2
+        less[s, lane] = total
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _logs(g, E, e, s, leading):
+    """log2 of what sixteen nodes weigh on level 0."""
+    even, odd = load(g.less, s * LANES), splat(float32(0))
+    for j in range(0, leading - 1, 2):
+        o = (s * leading + j) * LANES
+        d = broadcast(E, e + j) - load(g.mean, o)
+        u = broadcast(E, e + j + 1) - load(g.mean, o + LANES)
+        even = even + d * d * load(g.precision, o)
+        odd = odd + u * u * load(g.precision, o + LANES)
+    if leading % 2 == 1:
+        o = (s * leading + leading - 1) * LANES
+        d = broadcast(E, e + leading - 1) - load(g.mean, o)
+        even = even + d * d * load(g.precision, o)
+    return (even + odd) * float32(-LOG2E)
+
+
+@njit(fastmath=FLAGS, nogil=True, cache=True)
+def weigh(part, parts, g, E, leading, top, total):
+    """What all nodes weigh on level 0: see `Pixels`."""
+    Q, C = len(top), total.shape[1] - 1
+    K, supers = len(E) // Q, len(g.less) // LANES
+    logs, lanes = np.empty(supers * LANES, np.float32), np.empty(LANES, np.float32)
+    for query in range(part * Q // parts, (part + 1) * Q // parts):
+        most = splat(float32(-FAR))
+        for s in range(supers):
+            x = _logs(g, E, query * K, s, leading)
+            most = larger(most, x)
+            store(logs, s * LANES, x)
+        store(lanes, 0, most)
+        top[query] = lanes.max()
+        for c in range(C + 1):
+            sum_ = splat(float32(0))
+            for s in range(supers):
+                x = weights(load(logs, s * LANES) - splat(top[query]), int64(0))
+                if c > 0:
+                    x = x * load(g.middles, (s * C + c - 1) * LANES)
+                sum_ = sum_ + x
+            total[query, c] = hsum(sum_)
+
+
+@njit(fastmath=FLAGS, **BORROWED)
+def _nodes(g, p, s, room):
+    """Which nodes of a super the queries draw."""
+    Q, K = len(p.top), len(p.E) // len(p.top)
+    for lane in range(LANES):
+        room.counts[lane] = 0
+    for query in range(Q):
+        w = weights(_logs(g, p.E, query * K, s, p.leading) - splat(p.top[query]), int64(0))
+        amount = float32(p.amounts[query, 0] / p.total[query, 0])
+        lots = room.lots[0, query] + hsum(w) * amount
+        if lots < 1:
+            room.lots[0, query] = lots
+            continue
+        store(room.lanes, 0, w)
+        lots = room.lots[0, query]
+        for lane in range(LANES):
+            share = min(room.lanes[lane] * amount, float32(1))
+            lots += share
+            if share == 1 or lots >= 1:
+                lots -= 1
+                n = room.counts[lane]
+                room.who[lane, n] = query
+                room.times[lane, n] = 1 / share
+                room.stand_in[lane, n] = room.lanes[lane]
+                room.counts[lane] = n + 1
+        room.lots[0, query] = lots
+
+
+@njit(fastmath=FLAGS, **BORROWED)
+def _open(t, values, node, C, half, leading, room):
+    """Decodes the leading components of a node's patches, and what they answer with."""
+    scale = float32(half * LOG2E)
+    for leaf in range(LEAF):
+        o = (node * LEAF + leaf) * t.m * LANES
+        norm = splat(float32(0))
+        for j in range(leading):
+            code = load_bytes(t.codes, o + j * LANES)
+            store(room.first, (leaf * leading + j) * LANES, code)
+            code = code * broadcast(t.frames, (node * 2 + 1) * t.m + j)
+            norm = norm + code * code
+        store(room.norms, leaf * LANES, norm * scale)
+        store(room.held, leaf * LANES, load_counts(t.times, node * NODE + leaf * LANES))
+        for c in range(C):
+            v = load_bytes(values, ((node * LEAF + leaf) * C + c) * LANES)
+            v = v * float32(1 / 127.5) - float32(1)
+            store(room.values, (leaf * C + c) * LANES, v)
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _open_more(t, node, leaf, K, half, leading, room):
+    """Decodes the other components of a leaf's patches."""
+    o = (node * LEAF + leaf) * t.m * LANES
+    norm = splat(float32(0))
+    for j in range(leading, K):
+        code = load_bytes(t.codes, o + (t.first + j - leading) * LANES)
+        store(room.more, (leaf * (K - leading) + j - leading) * LANES, code)
+        code = code * broadcast(t.frames, (node * 2 + 1) * t.m + t.first + j - leading)
+        norm = norm + code * code
+    store(room.norms, NODE + leaf * LANES, norm * float32(half * LOG2E))
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _scaled(p, t, node, e, lo, hi, shift, room):
+    """Components lo to hi of a query in the units of a node's codes; its |.|^2 from code 0."""
+    total = float32(0)
+    for j in range(lo, hi):
+        x = p.E[e + j] - t.frames[node * 2 * t.m + j + shift]
+        total += x * x
+        room.scaled[j] = (
+            x * t.frames[(node * 2 + 1) * t.m + j + shift] * float32(2 * p.half * LOG2E)
+        )
+    return total
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _products(room, lo, hi, codes, o):
+    """sum_j scaled[j] codes[o + j - lo] over lo <= j < hi, of sixteen patches."""
+    even, odd = splat(float32(0)), splat(float32(0))
+    for j in range(lo, hi - 1, 2):
+        even = even + broadcast(room.scaled, j) * load(codes, o + (j - lo) * LANES)
+        odd = odd + broadcast(room.scaled, j + 1) * load(codes, o + (j - lo + 1) * LANES)
+    if (hi - lo) % 2 == 1:
+        even = even + broadcast(room.scaled, hi - 1) * load(codes, o + (hi - 1 - lo) * LANES)
+    return even + odd
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _distance(w, p, query, start):
+    """|q - s|^2 in float32."""
+    h, row, stride = w.size[0], len(p.mask), w.shape[1] * w.shape[2]
+    total = splat(float32(0))
+    o = query * h * row
+    for a in range(h):
+        for b in range(0, row, LANES):
+            s = load_bytes(w.flat, start + a * stride + b) * float32(1 / 127.5) - float32(1)
+            d = (s - load(p.y, o + a * row + b)) * load(p.mask, b)
+            total = total + d * d
+    return hsum(total)
+
+
+@njit(fastmath=FLAGS, **BORROWED)
+def _visit(t, w, p, values, node, query, times, stand_in, middle, room, decoded, sums, sure, spent):
+    """A query looks at a node that it has drawn; returns which leaves are decoded."""
+    C, K = w.shape[2], len(p.E) // len(p.top)
+    e, scale = query * K, float32(p.half * LOG2E)
+    room.turn[query] += 1
+    group = room.turn[query] % TURNS
+    far = _scaled(p, t, node, e, 0, p.leading, 0, room) * scale + p.top[query]
+    others = float32(-1)
+    of_leaves = float32(p.amounts[query, 1] / p.total[query, 0])
+    of_patches = float32(p.amounts[query, 2] / p.total[query, 0])
+    lots_leaves, lots_patches = room.lots[1, query], room.lots[2, query]
+    n_leaves, n = 0, 0
+    for c in range(C):
+        store(room.values, (LEAF * C + c) * LANES, splat(float32(0)))
+    seen = splat(float32(0))
+    for leaf in range(LEAF):
+        products = _products(room, 0, p.leading, room.first, leaf * p.leading * LANES)
+        log = products - load(room.norms, leaf * LANES) - far
+        held = load(room.held, leaf * LANES)
+        u = weights(log, int64(0)) * held
+        seen = seen + u
+        for c in range(C):
+            o = (LEAF * C + c) * LANES
+            store(
+                room.values, o, load(room.values, o) + u * load(room.values, (leaf * C + c) * LANES)
+            )
+        total = hsum(u)
+        share = min(total * of_leaves * times, float32(1))
+        lots_leaves += share
+        if share < 1 and lots_leaves < 1:
+            continue
+        lots_leaves -= 1
+        leaf_times, leaf_group = times / share, group
+        n_leaves += 1
+        if times == 1:
+            room.turn[query] += 1
+            leaf_group = room.turn[query] % TURNS
+        v = u
+        if p.leading < K:
+            if others < 0:
+                others = _scaled(p, t, node, e, p.leading, K, t.first - p.leading, room)
+            if not decoded >> leaf & 1:
+                _open_more(t, node, leaf, K, p.half, p.leading, room)
+                decoded |= int64(1) << leaf
+            o = leaf * (K - p.leading) * LANES
+            log = log + _products(room, p.leading, K, room.more, o)
+            log = log - load(room.norms, NODE + leaf * LANES)
+            log = log - splat((others - float32(p.others[query])) * scale)
+            v = weights(log, int64(0)) * held
+            into = sure[query] if leaf_times == 1 else sums[leaf_group, query]
+            into[LEAVES, 0] += leaf_times * total
+            into[AGAIN, 0] += leaf_times * hsum(v)
+            for c in range(C):
+                middles_ = load(room.values, (leaf * C + c) * LANES)
+                into[LEAVES, c + 1] += leaf_times * hsum(u * middles_)
+                into[AGAIN, c + 1] += leaf_times * hsum(v * middles_)
+        amount = of_patches * leaf_times
+        lots = lots_patches + hsum(v) * amount
+        if lots < 1:
+            lots_patches = lots
+            continue
+        store(room.lanes, 0, v)
+        for lane in range(LANES):
+            share = min(room.lanes[lane] * amount, float32(1))
+            lots_patches += share
+            if share > 0 and (share == 1 or lots_patches >= 1):
+                lots_patches -= 1
+                place = node * NODE + leaf * LANES + lane
+                start, _ = origin(w, np.int64(t.ids[place]))
+                for a in range(w.size[0]):
+                    prefetch(w.flat, start + a * w.shape[1] * C)
+                room.chosen[0, n], room.chosen[1, n] = place, start
+                room.shares[0, n] = leaf_times / share
+                room.shares[1, n] = leaf_times / share * room.lanes[lane]
+                room.groups[n] = leaf_group
+                if leaf_times == 1:
+                    room.turn[query] += 1
+                    room.groups[n] = room.turn[query] % TURNS
+                n += 1
+    room.lots[1, query], room.lots[2, query] = lots_leaves, lots_patches
+    into = sure[query] if times == 1 else sums[group, query]
+    into[STAND_IN, 0] += times * stand_in
+    into[NODES, 0] += times * hsum(seen)
+    for c in range(C):
+        into[STAND_IN, c + 1] += times * stand_in * middle[c]
+        into[NODES, c + 1] += times * hsum(load(room.values, (LEAF * C + c) * LANES))
+    for k in range(n):
+        place, start = room.chosen[0, k], room.chosen[1, k]
+        log = (p.rest[query] - _distance(w, p, query, start)) * p.half - p.top[query] / LOG2E
+        x = room.shares[0, k] * t.times[place] * math.exp(log)
+        into = sure[query] if room.shares[0, k] == 1 else sums[room.groups[k], query]
+        into[PATCHES, 0] += room.shares[1, k]
+        into[TRULY, 0] += x
+        sure[query, LEVELS, 0] += x * math.exp(log)
+        o = start + (w.middle[0] * w.shape[1] + w.middle[1]) * C
+        for c in range(C):
+            value = w.flat[o + c] * (1 / 127.5) - 1
+            into[PATCHES, c + 1] += room.shares[1, k] * value
+            into[TRULY, c + 1] += x * value
+    spent[query, 0] += 1
+    spent[query, 1] += n_leaves
+    spent[query, 2] += n
+    return decoded
+
+
+@njit(fastmath=FLAGS, nogil=True, cache=True)
+def draw(part, parts, t, w, g, p, values, sums, sure, spent):
+    """What the queries draw of a part of the nodes.
+
+    Fills `sums`, (TURNS, Q, LEVELS, 1 + C): of weights and of weights times values; what was not
+    left to chance is in `sure` instead, (Q, LEVELS + 1, 1 + C), and the last of its levels has the
+    sum of squared weights. `spent` counts nodes, leaves and patches, (Q, 3).
+    """
+    Q, K, C = len(p.top), len(p.E) // len(p.top), w.shape[2]
+    supers, nodes = len(t.widest), len(t.radii)
+    room = Room(
+        np.empty(LEAF * p.leading * LANES, np.float32),
+        np.empty(max(LEAF * (K - p.leading) * LANES, 1), np.float32),
+        np.empty(2 * NODE, np.float32),
+        np.empty(NODE, np.float32),
+        np.empty((LEAF + 1) * C * LANES, np.float32),
+        np.empty(K, np.float32),
+        np.empty((3, Q)),
+        np.empty(Q, np.int64),
+        np.empty((LANES, Q), np.int64),
+        np.empty((LANES, Q), np.float32),
+        np.empty((LANES, Q), np.float32),
+        np.empty(LANES, np.int64),
+        np.empty((2, NODE), np.int64),
+        np.empty((2, NODE)),
+        np.empty(NODE, np.int64),
+        np.empty(LANES, np.float32),
+    )
+    middle = np.empty(C, np.float32)
+    for query in range(Q):
+        room.turn[query] = part
+        for k in range(3):
+            room.lots[k, query] = (p.start[query] * (k + 1) + part * 0.7548776662) % 1.0
+    for s in range(part * supers // parts, (part + 1) * supers // parts):
+        _nodes(g, p, s, room)
+        for lane in range(LANES):
+            node = s * LANES + lane
+            if room.counts[lane] == 0 or node >= nodes:
+                continue
+            _open(t, values, node, C, p.half, p.leading, room)
+            for c in range(C):
+                middle[c] = g.middles[(s * C + c) * LANES + lane]
+            decoded = int64(0)
+            for k in range(room.counts[lane]):
+                decoded = _visit(
+                    t, w, p, values, node, room.who[lane, k], room.times[lane, k],
+                    room.stand_in[lane, k], middle, room, decoded, sums, sure, spent,
+                )  # fmt: skip

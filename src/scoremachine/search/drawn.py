@@ -1,0 +1,295 @@
+"""Flat posteriors: where a multitude of patches matters, some that are drawn stand for all.
+
+`draw` says how lots are drawn, and how much each of its levels leaves to chance: parts of the lots,
+taken in turns, tell. A small first round shows how many nodes, leaves and patches a pixel
+needs, and a second one draws that many.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from scoremachine.kernels.parts import PARTS, fill
+from scoremachine.search.draw import (
+    AGAIN,
+    LEAVES,
+    LEVELS,
+    NODES,
+    PATCHES,
+    STAND_IN,
+    TRULY,
+    TURNS,
+    Gaussians,
+    Pixels,
+    draw,
+    gaussians,
+    middles,
+    weigh,
+)
+from scoremachine.search.floats import LANES
+from scoremachine.search.index import Class, Index, Source
+from scoremachine.search.seek import FAR, LOG2E
+
+FIRST = np.array([1_000.0, 2_000.0, 1_000.0])  # nodes, leaves and patches of the first round
+FEWEST = 200.0  # of each in the others
+ROUNDS = 6  # after the first
+GROWTH = 64.0  # at most, of a number from one round to the next
+CAUTION = 1.15  # how much smaller an error is aimed at than asked for
+COSTS = np.array([400.0, 100.0, 100.0])  # ns of a node, a leaf, a patch
+DIFFERENCE = 0.25  # ns for a number of a patch
+UNSURE = 1.0  # nats by which a sum may be wrong whose error is large
+STANDARD_ERRORS = 3.5  # in the bound of an error
+FLAT = 20.0  # patches as heavy as the nearest known one, from which on a posterior may be flat
+
+
+class Answers(NamedTuple):
+    """What patches answer with, in the order of a tree: see `draw.middles`."""
+
+    values: np.ndarray
+    means: np.ndarray
+
+    @classmethod
+    def of(cls, source: Source, opened: Index, of: Class) -> Answers:
+        """The middle pixels of the patches of an index."""
+        t, C = opened.tree, source.pixels.shape[3]
+        values = np.zeros(len(t.ids) * C, np.uint8)
+        means = np.zeros((len(t.widest) * LANES, C), np.float32)
+        fill(middles, (t, source.windows(of), values, means))
+        in_sixteens = means.reshape(-1, LANES, C).transpose(0, 2, 1)
+        return cls(values, np.ascontiguousarray(in_sixteens).reshape(-1))
+
+
+class Asked(NamedTuple):
+    """What is asked of those who draw.
+
+    Attributes:
+        windows: The queries, less the mean of the patches, float64 (Q, D).
+        half: 1 / (2 sigma^2).
+        best: |q - s|^2 of the nearest patch known, float64 (Q).
+        source, opened, of: The images, their index, and the class of windows.
+        answers: What the patches answer with.
+    """
+
+    windows: np.ndarray
+    half: float
+    best: np.ndarray
+    source: Source
+    opened: Index
+    of: Class
+    answers: Answers
+
+
+class Drawn(NamedTuple):
+    """The fold of some queries, from what was drawn.
+
+    Attributes:
+        m, Z, Z2, S: As in a fold, (Q), (Q), (Q) and (Q, C).
+        error: A bound of the error of every channel of S / Z, of `STANDARD_ERRORS`; infinite
+            where too little was drawn to tell.
+    """
+
+    m: np.ndarray
+    Z: np.ndarray
+    Z2: np.ndarray
+    S: np.ndarray
+    error: np.ndarray
+
+    def least(self, half: float, best: np.ndarray) -> np.ndarray:
+        """What log Z may be, in units of the weight of a patch `best` away; -inf: nobody knows."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log = self.m + np.log(self.Z) + best * half - UNSURE
+        return np.where(self.error < 1, log, -np.inf)
+
+
+def drawn(asked: Asked, error: float, budget: float, least: float) -> Drawn:
+    """Draws until errors are at most `error`.
+
+    Arguments:
+        asked: Queries and patches.
+        error: The largest error of a pixel.
+        budget: Seconds of one core that it may take: dearer pixels are given up.
+        least: Draws for pixels alone for which about as many patches as heavy as the nearest
+            known one seem to matter.
+    """
+    t = asked.opened.tree
+    lead, supers = asked.opened.embedding.leading, len(t.widest)
+    shape = (supers, lead, LANES)
+    mean, precision = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+    less = np.full((supers, LANES), FAR, np.float32)
+    fill(gaussians, (t, 1 / (2 * asked.half), mean, precision, less))
+    g = Gaussians(*(a.reshape(-1) for a in (mean, precision, less, asked.answers.means)))
+    pixels = _pixels(asked, g)
+    prices = COSTS + np.array([0, 0, DIFFERENCE * asked.windows.shape[1]])
+    # how many patches as heavy as the nearest known one make up the sum: by all stand-ins
+    unit = pixels.top / LOG2E - pixels.rest * asked.half + asked.best * asked.half
+    many = unit + np.log(pixels.total[:, 0])
+    flat = np.isfinite(many)
+    if least > 0:
+        flat &= (many > math.log(least)) & (many < math.log(asked.opened.total))
+    rounds = [_round(asked, g, pixels, np.flatnonzero(flat))]
+    wanted = (error / STANDARD_ERRORS / CAUTION) ** 2
+    for _ in range(ROUNDS):
+        answer, variance = _together(rounds)
+        last = rounds[-1]
+        again = np.flatnonzero(flat & ~(answer.error <= error))
+        root = np.sqrt(last.variances[again] * last.amounts[again])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            missing = 1 / (1 / wanted - 1 / variance[again])
+            amounts = root / np.sqrt(prices) * (root @ np.sqrt(prices) / missing)[:, None]
+            growth = np.clip(amounts / last.amounts[again], None, GROWTH)
+        cost = np.maximum(growth, 1) * last.spent[again] @ prices * 1e-9
+        cost = np.where(np.isfinite(growth).all(1), cost, np.inf)
+        cheapest = np.argsort(cost, kind="stable")
+        near = np.zeros(len(again), bool)
+        near[cheapest] = np.cumsum(cost[cheapest]) <= budget
+        again = again[near]
+        if not len(again):
+            break
+        pixels.amounts[again] = np.maximum(growth[near] * last.amounts[again], FEWEST)
+        pixels.start[again] = (pixels.start[again] + math.sqrt(0.5)) % 1
+        rounds.append(_round(asked, g, pixels, again, last))
+        budget -= float((rounds[-1].spent[again] @ prices).sum()) * 1e-9
+    answer, _ = _together(rounds)
+    with np.errstate(divide="ignore"):  # and by what was drawn: or else something has been missed
+        seen = unit + np.log(answer.Z) > math.log(max(least, 1 - error))
+    return answer._replace(error=np.where(seen, answer.error, np.inf))
+
+
+class Round(NamedTuple):
+    """What was drawn at once.
+
+    Attributes:
+        Z, Z2, S: Of a fold, (Q), (Q) and (Q, C); not a number where nothing was drawn.
+        variance: Of S / Z, the largest of its channels, (Q).
+        variances: By nodes, leaves and patches, in the last round of a pixel, (Q, 3).
+        amounts, spent: How many should be drawn in that round and how many were, (Q, 3).
+        m: The unit of Z, as in a fold, (Q).
+    """
+
+    Z: np.ndarray
+    Z2: np.ndarray
+    S: np.ndarray
+    variance: np.ndarray
+    variances: np.ndarray
+    amounts: np.ndarray
+    spent: np.ndarray
+    m: np.ndarray
+
+
+def _together(rounds: list[Round]) -> tuple[Drawn, np.ndarray]:
+    """The mean of several rounds, and the variance of its S / Z.
+
+    A round weighs what it was meant to weigh, not what it seems to: estimates are best where they
+    are too small.
+    """
+    last = rounds[-1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = np.stack(
+            [1 / (last.variances * last.amounts / r.amounts).sum(1) * np.isfinite(r.variance)
+             for r in rounds]
+        )  # fmt: skip
+        shares = np.nan_to_num(shares)
+        shares /= shares.sum(0)
+
+        def mean(name: str) -> np.ndarray:
+            fields = np.stack([getattr(r, name) for r in rounds])
+            by = shares if fields.ndim == 2 else shares[..., None]
+            return np.where(by > 0, by * fields, 0).sum(0)
+
+        Z, S = mean("Z"), mean("S")
+        variances = np.stack([r.variance for r in rounds])
+        variance = np.where(shares > 0, shares**2 * variances, 0).sum(0)
+        told = np.isfinite(shares).all(0) & (Z > 0)
+        S = np.clip(S, -Z[:, None], Z[:, None])  # values are in [-1, 1]
+    variance = np.where(told, variance, np.inf)
+    return Drawn(last.m, Z, mean("Z2"), S, STANDARD_ERRORS * np.sqrt(variance)), variance
+
+
+def _pixels(asked: Asked, g: Gaussians) -> Pixels:
+    """What lots are drawn for, at first."""
+    e, (Q, D) = asked.opened.embedding, asked.windows.shape
+    E, squares = e(asked.windows)
+    E = np.concatenate([E[:, : e.leading], E[:, e.first :]], 1)
+    lead, others = ((E[:, some].astype(np.float64) ** 2).sum(1) for some in (
+        slice(e.leading), slice(e.leading, None)
+    ))  # fmt: skip
+    h = asked.of.patches.size[0]
+    filled = -(-(D // h) // LANES) * LANES
+    y = np.zeros((Q, h, filled), np.float32)
+    y[..., : D // h] = (asked.windows + e.mean).reshape(Q, h, D // h)
+    mask = (np.arange(filled) < D // h).astype(np.float32)
+    top, total = np.zeros(Q, np.float32), np.zeros((Q, 1 + asked.source.pixels.shape[3]))
+    fill(weigh, (g, E.reshape(-1), e.leading, top, total))
+    start = np.arange(1, Q + 1) * (math.sqrt(5) - 1) / 2 % 1
+    amounts = np.tile(FIRST, (Q, 1))
+    rest = squares - lead
+    return Pixels(
+        E.reshape(-1), e.leading, others, rest, y.reshape(-1), mask, asked.half, top, total,
+        amounts, start,
+    )  # fmt: skip
+
+
+def _some(p: Pixels, at: np.ndarray) -> Pixels:
+    """The pixels `at`."""
+    Q = len(p.top)
+    flat = {name: getattr(p, name).reshape(Q, -1)[at].reshape(-1) for name in ("E", "y")}
+    rows = ("others", "rest", "top", "total", "amounts", "start")
+    return p._replace(**flat, **{name: getattr(p, name)[at] for name in rows})
+
+
+def _round(
+    asked: Asked, g: Gaussians, pixels: Pixels, at: np.ndarray, before: Round | None = None
+) -> Round:
+    """What is drawn for the pixels `at`; others keep the variances of the round before."""
+    Q, K = pixels.total.shape
+    if before is None:
+        unknown = np.full((Q, 3), np.nan)
+        before = Round(*(unknown[:, 0],) * 4, unknown, unknown, unknown, unknown[:, 0])
+    Z, Z2, variance, S = *(np.full(Q, np.nan) for _ in range(3)), np.full((Q, K - 1), np.nan)
+    variances, amounts, spent = before.variances.copy(), before.amounts.copy(), before.spent.copy()
+    if len(at):
+        p = _some(pixels, at)
+        Z[at], Z2[at], S[at], variance[at], variances[at], spent[at] = _lots(asked, g, p)
+        amounts[at] = p.amounts
+    m = pixels.top / LOG2E - pixels.rest * pixels.half
+    return Round(Z, Z2, S, variance, variances, amounts, spent, m)
+
+
+def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
+    """Z, Z2, S, the variance of S / Z, those by levels, and how many lots that took."""
+    t, w = asked.opened.tree, asked.source.windows(asked.of)
+    Q, K = p.total.shape
+    parts = min(PARTS // 2, len(t.widest))
+    sums = np.zeros((parts, TURNS, Q, LEVELS, K))
+    sure = np.zeros((parts, Q, LEVELS + 1, K))
+    spent = np.zeros((parts, Q, 3))
+    fill(draw, (t, w, g, p, asked.answers.values), (sums, sure, spent))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # then nothing is told
+        by_turns, certain = sums.sum(0), sure.sum(0)
+        everything = by_turns.sum(0) + certain[:, :LEVELS]
+        # each level in the units of the last
+        b2 = everything[:, TRULY, :1] / everything[:, PATCHES, :1]
+        b1 = b2
+        if len(p.E) > Q * p.leading:  # there is a second look
+            b1 = b2 * everything[:, AGAIN, :1] / everything[:, LEAVES, :1]
+        b0 = b1 * everything[:, NODES, :1] / everything[:, STAND_IN, :1]
+
+        def differences(a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            """By which each level changes the one before."""
+            return (
+                b1 * a[..., NODES, :] - b0 * a[..., STAND_IN, :],
+                b2 * a[..., AGAIN, :] - b1 * a[..., LEAVES, :],
+                a[..., TRULY, :] - b2 * a[..., PATCHES, :],
+            )
+
+        T = b0 * p.total + sum(differences(everything))
+        Z, S = T[:, 0], T[:, 1:]
+        D = S / Z[:, None]
+        moved = [(d[..., 1:] - d[..., :1] * D) / Z[:, None] for d in differences(by_turns)]
+        moved.append(sum(moved[1:], start=moved[0]))
+    squares = [np.square(o - o.mean(0)).sum(0).max(1) for o in moved]
+    variance = np.stack(squares, 1) * TURNS / (TURNS - 1)
+    return Z, certain[:, LEVELS, 0], S, variance[:, 3], variance[:, :3], spent.sum(0)

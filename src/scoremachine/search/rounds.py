@@ -1,0 +1,178 @@
+"""A search of one class of windows: rounds of seeking, until nothing more can be missing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoremachine.kernels import simd
+from scoremachine.kernels.parts import PARTS, fill
+from scoremachine.kernels.whole import NOTHING
+from scoremachine.posterior import Fold, Question
+from scoremachine.search.embedding import ROUNDING
+from scoremachine.search.floats import LANES
+from scoremachine.search.index import Class, Index
+from scoremachine.search.seek import COSTS, Queries, Windows, seek
+
+BOXES, PATCHES = 22.0, 18.0  # nats below the nearest known patch at which the first round skips
+DEVIATIONS = 0.5  # of the noise, that a statistical bound allows for in a group of components
+SURVEYED = 2  # parts of a search that are done first, to see what all will cost
+DIFFERENCE = 0.35  # ns of one core for a number of a patch that is compared
+
+
+def sought(
+    q: Queries,
+    opened: Index,
+    w: Windows,
+    at: np.ndarray,
+    found: Fold,
+    best: np.ndarray,
+    least: np.ndarray,
+    error: float,
+    budget: float,
+) -> bool:
+    """Searches for the queries `at`.
+
+    Arguments:
+        found: Their fold, filled in here.
+        best: |q - s|^2 of the nearest patch known, improved here, float64 (Q,).
+        least: A guess at log Z, better too small, in units of the weight of that patch, (Q,).
+        error: The largest error of a pixel.
+        budget: Seconds of one core.
+
+    Returns:
+        Whether all bounds hold now: not if that would have cost more.
+    """
+    t, leaders = opened.tree, found.logits.shape[1]
+    Q, C = found.S.shape
+    Z, left_out = found.Z.numpy(), found.left.numpy()
+    share = error / 2  # of the mass, that may be left out
+    T = math.log(opened.total / share) + 0.1  # with which no more can be left out
+    pace = COSTS + np.array([0, 0, 0, DIFFERENCE * len(opened.embedding.mean)])
+    left = 1e9 * budget  # nanoseconds
+
+    def search(asked: np.ndarray, boxes: np.ndarray, patches: np.ndarray) -> None:
+        """Fills `found` at `asked`, unless `left` is too little."""
+        nonlocal left
+        reach = boxes / q.half, patches / q.half  # squared distances
+        groups = -(-len(t.widest) // LANES)
+        count = min(PARTS, groups)
+        parts = _parts(count, best, Q, C, leaders)
+        for begun, end in ((0, min(SURVEYED, count)), (SURVEYED, count)):
+            if left > 0 and begun < end:
+                some = tuple(a[begun:end] for a in parts)
+                fill(seek, (begun, count, t, w, q, asked, *reach, pace, 3 * left / count), some)
+                spent = float((parts[-2] * pace).sum())
+                if not parts[-1][:end].all() or spent * count / end > left:
+                    left = 0.0
+        if left > 0:
+            left -= spent
+            _merge(parts, q.half, asked, found, best)
+
+    patches = min(T, PATCHES) - least
+    search(at, min(T, BOXES) - least, patches)
+    again = at[(~(left_out <= share * Z) & (Z > 0))[at]]
+    if len(again) and left > 0:
+        patches[again] = T - np.log(Z[again])
+        search(again, patches, patches)
+    across = (q.fuzz / ROUNDING) ** 2 * q.half  # nats: more than any patch is away
+    while left > 0:  # what may be missing yet is looked for further away
+        m = found.m.numpy()
+        sure = m >= -best * q.half * (1 + 1e-12)  # the nearest known is in
+        if leaders:
+            sure &= found.logits.numpy()[:, -1] >= m - patches
+        again = at[(~sure & (patches <= across))[at]]
+        if not len(again):
+            break
+        patches[again] *= 4
+        search(again, patches, patches)
+    return left > 0 and bool((left_out <= share * Z)[at].all())
+
+
+def blank(B: int, C: int, leaders: int, sites: tuple[int, ...]) -> Fold:
+    """A fold to be filled in."""
+
+    def zeros(*k: int) -> Tensor:
+        return torch.zeros(B, *k, *sites, dtype=torch.float64)
+
+    return Fold(zeros(), zeros(), zeros(), zeros(C), zeros(leaders), zeros(leaders).long(), zeros())
+
+
+def queries(question: Question, opened: Index, of: Class, kind: str) -> tuple[Queries, np.ndarray]:
+    """The windows of a picture at the sites of a class; and less the mean, float64 (Q, D)."""
+    c, (h, w) = question.collection, of.patches.size
+    y = question.y[0].numpy()
+    (a, b), C = of.middle, len(y)
+    rows, columns = of.rows, of.columns
+    top = rows.start + (c.window.shape[0] // 2 if c.wraps else 0) - a
+    left = columns.start + (c.window.shape[1] // 2 if c.wraps else 0) - b
+    n = (rows.stop - rows.start, columns.stop - columns.start)
+    y = y[:, top : top + n[0] + h - 1, left : left + n[1] + w - 1].transpose(1, 2, 0)
+    windows = np.lib.stride_tricks.sliding_window_view(y, (h, w), (0, 1)).transpose(0, 1, 3, 4, 2)
+    windows = windows.reshape(-1, h, w * C)
+    row = -(-w * C // simd.LANES) * simd.LANES
+    filled = np.zeros((len(windows), h, row))
+    filled[..., : w * C] = windows
+    mask = (np.arange(row) < w * C).astype(np.float64)
+    centred = np.ascontiguousarray(windows.reshape(len(windows), -1) - opened.embedding.mean)
+    half = np.full(len(windows), float(1 / (2 * question.sigma[0] ** 2)))
+    e = opened.embedding
+    E, squares = e(centred)
+    fuzz = (ROUNDING * (np.sqrt(squares) + opened.furthest) + 1e-9).astype(np.float32)
+    tails = np.zeros((len(windows), 2), np.float32)
+    if kind == "statistical":
+        # What a patch may have in common with the query in a group of components that are not
+        # looked at: not all of |q_g|, but the content that q_g seems to have besides noise, and
+        # c standard deviations of the noise.
+        sizes = [*np.diff(e.edges), *[e.kept - e.leading] * (e.kept > e.leading)]
+        own = E[:, e.leading : e.first].astype(np.float64)
+        sigma = float(question.sigma[0])
+        content = np.sqrt(np.maximum(own**2 - sigma**2 * np.array(sizes), 0))
+        common = np.minimum(own, content + DEVIATIONS * sigma)
+        E[:, e.leading : e.first] = common
+        rest = (own**2 - common**2) * (1 - ROUNDING)
+        tails[:, 0], tails[:, 1] = rest.sum(1), rest[:, : len(e.edges) - 1].sum(1)
+    return Queries(E.reshape(-1), filled.reshape(-1), mask, half, fuzz, tails), centred
+
+
+def _parts(count: int, best: np.ndarray, Q: int, C: int, leaders: int) -> tuple[np.ndarray, ...]:
+    """What the parts of a search fill; see `seek`."""
+    return (
+        np.repeat(best[None], count, 0),
+        np.repeat(best[None], count, 0),
+        np.zeros((count, Q * LANES), np.float32),
+        np.full((count, Q), NOTHING),
+        np.zeros((count, Q)),
+        np.zeros((count, Q)),
+        np.zeros((count, Q, C)),
+        np.full((count, leaders, Q, 1), NOTHING),
+        np.full((count, leaders, Q, 1), -1),
+        np.zeros((count, 4), np.int64),
+        np.zeros((count, 1), np.int64),
+    )
+
+
+def _merge(
+    parts: tuple[np.ndarray, ...],
+    half: np.ndarray,
+    asked: np.ndarray,
+    found: Fold,
+    best: np.ndarray,
+) -> None:
+    """Merges what the parts of a search found for the queries `asked`."""
+    count = len(parts[0])
+    near, ref, left, *totals = (
+        a[:, asked] for a in (*parts[:2], parts[2].reshape(count, -1, LANES), *parts[3:7])
+    )
+    logits, places = (np.moveaxis(a[..., 0], 1, 2)[:, asked] for a in parts[7:9])
+    best[asked] = near.min(0)
+    fold = Fold.of_parts(*totals, logits, places)
+    for have, new in zip(vars(found).values(), vars(fold).values(), strict=True):
+        have[asked] = new
+    with np.errstate(over="ignore"):
+        scale = np.exp(-ref * half[asked] - fold.m.numpy())
+    # a thousandth more than the weights of what is skipped: they are sums in float32
+    found.left[asked] = torch.from_numpy(1.001 * (left.astype(np.float64).sum(2) * scale).sum(0))
