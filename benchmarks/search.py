@@ -1,6 +1,6 @@
 """Measures the search of els against its own exact scan, what was asked of it, and growth with N.
 
-    python benchmarks/search.py [--quick] [--data ZIP] [--only indexes,steps,growth,level]
+    python benchmarks/search.py [--quick] [--data ZIP] [--only indexes,steps,flat,growth,level]
 
 See benchmarks/README.md for what the columns mean.
 """
@@ -32,9 +32,13 @@ from scoremachine.search.bounded import Bounded
 
 HELD_OUT = 100  # images that are denoised and are no source
 STEPS = [(3, 0.05), (3, 0.1), (7, 0.2), (11, 0.4), (15, 0.7), (23, 1.5)]
-GROWTH = [(3, 0.05), (7, 0.2), (11, 0.4), (15, 0.7)]
+FLAT = [(3, 0.2), (7, 0.92), (11, 2.35), (15, 4.6), (15, 100.0)]
+ERROR = 0.01  # of these, where posteriors are flat: about the sizes published for CIFAR-10
+GROWTH = [(3, 0.05, 1e-3), (7, 0.2, 1e-3), (11, 0.4, 1e-3), (15, 0.7, 1e-3), (7, 0.92, ERROR)]
+SIZES = [1_000, 3_000, 10_000, 25_000]  # images; then all, and all with their mirror images
 ASKED = 2.0  # seconds of a step
 PICTURES = 5  # noised pictures that a step is timed on
+LEVEL_PICTURES = 12  # that the level is measured on, for every step
 
 
 class Bench:
@@ -44,13 +48,17 @@ class Bench:
         self.corpus = sm.Corpus.open(setting.corpus_file(archive))
         self.largest = 3_000 if quick else len(self.corpus) - HELD_OUT
         self.quick = quick
+        self.sizes = [N for N in SIZES if self.largest > N] + [self.largest, 2 * self.largest]
         self.held_out = torch.from_numpy(self.corpus.images[-HELD_OUT:] / 127.5 - 1)
 
     def machine(self, P: int, N: int, **settings: object) -> sm.EquivariantLocalScore:
         return sm.EquivariantLocalScore(self.source(N), patch_size=P, **settings)
 
     def source(self, N: int) -> sm.Corpus:
-        return self.corpus.subset(np.arange(N))
+        if self.largest >= N:
+            return self.corpus.subset(np.arange(N))
+        images = self.corpus.images[: self.largest]
+        return sm.Corpus(np.concatenate([images, images[..., ::-1]])[:N])
 
     def noised(self, sigma: float, count: int, first: int = 0) -> Tensor:
         noise = torch.Generator().manual_seed(first)
@@ -106,10 +114,10 @@ def indexes(bench: Bench, archive: Path) -> Iterator[list[str]]:
         ]
 
 
-def steps(bench: Bench) -> Iterator[list[str]]:
+def steps(bench: Bench, pairs: list[tuple[int, float]], error: float) -> Iterator[list[str]]:
     """Rows of a step: on noised pictures that are no source, and on a reverse trajectory."""
-    for P, sigma in STEPS:
-        machine = bench.machine(P, bench.largest, search="bounded")
+    for P, sigma in pairs:
+        machine = bench.machine(P, bench.largest, search="bounded", error=error)
         exact = machine.remade(machine.corpus, search="exact")
         machine.denoise(bench.noised(sigma, 1, HELD_OUT - 1), sigma)  # opens the indexes
         pictures = [bench.noised(sigma, 1, k) for k in range(PICTURES)]
@@ -133,44 +141,45 @@ def steps(bench: Bench) -> Iterator[list[str]]:
 
 
 def growth(bench: Bench, archive: Path) -> Iterator[list[str]]:
-    """Seconds of a step against N, and the exponent of the growth between first and last."""
-    sizes = [N for N in (1_000, 3_000, 10_000, 25_000) if bench.largest > N] + [bench.largest]
-    for P, sigma in GROWTH:
+    """Seconds of a step against N, and the exponent of the growth over the last three sizes."""
+    for P, sigma, error in GROWTH:
         seconds = []
-        for N in sizes:
+        for N in bench.sizes:
             built(archive, P, N)
-            machine = bench.machine(P, N, search="bounded")
-            machine.__dict__["_bounded"] = Bounded(machine.corpus, machine.kernel, patience=100)
+            machine = bench.machine(P, N, search="bounded", error=error)
+            machine.__dict__["_bounded"] = Bounded(
+                machine.corpus, machine.kernel, error, patience=100
+            )
             machine.denoise(bench.noised(sigma, 1, HELD_OUT - 1), sigma)
             some = [timed(machine, bench.noised(sigma, 1, k), sigma)[0] for k in range(PICTURES)]
             seconds.append(statistics.median(some))
-        slope = np.polyfit(np.log(sizes[-3:]), np.log(seconds[-3:]), 1)[0]
-        yield [f"{P}", f"{sigma:g}", *(f"{s:.2f}" for s in seconds), f"{slope:.2f}"]
+        slope = np.polyfit(np.log(bench.sizes[-3:]), np.log(seconds[-3:]), 1)[0]
+        times = (f"{s:.2f}" for s in seconds)
+        yield [f"{P}", f"{sigma:g}", f"{error:g}", *times, f"{slope:.2f}"]
 
 
 def level(bench: Bench) -> Iterator[list[str]]:
     """How often an error is larger than the bound: over many pixels, with few images."""
-    N, count = (300, 4) if bench.quick else (1_000, HELD_OUT)
-    for P, sigma in STEPS:
-        for bound in ("deterministic", "statistical"):
-            if bound == "deterministic" and P > 7:
-                continue
-            machine = bench.machine(P, N, search="bounded", bound=bound)
-            machine.__dict__["_bounded"] = Bounded(
-                machine.corpus, machine.kernel, bound=bound, patience=100
-            )
-            y = bench.noised(sigma, count)
-            answer = machine.denoise_bounded(y, sigma)
-            off = (
-                answer.D - machine.remade(machine.corpus, search="exact").denoise(y, sigma)
-            ).abs()
-            off = off.amax(1)
-            above = int((off > answer.error + 1e-9).sum())
-            yield [
-                f"{P}", f"{sigma:g}", bound, f"{off.numel():,}", f"{above}",
-                f"{above / off.numel():.2%}", f"{off.max():.1e}",
-                f"{off.square().mean().sqrt():.1e}",
-            ]  # fmt: skip
+    count = 4 if bench.quick else LEVEL_PICTURES
+    few, more = (300, 300) if bench.quick else (1_000, 5_000)
+    asked = [(few, 1e-3, P, sigma, "deterministic") for P, sigma in STEPS if P <= 7]
+    asked += [(few, 1e-3, P, sigma, "statistical") for P, sigma in STEPS]
+    asked += [(more, ERROR, P, sigma, "auto") for P, sigma in FLAT]
+    for N, error, P, sigma, bound in asked:
+        machine = bench.machine(P, N, search="bounded", bound=bound, error=error)
+        machine.__dict__["_bounded"] = Bounded(
+            machine.corpus, machine.kernel, error, bound, patience=100
+        )
+        y = bench.noised(sigma, count)
+        answer = machine.denoise_bounded(y, sigma)
+        exact = machine.remade(machine.corpus, search="exact")
+        off = (answer.D - exact.denoise(y, sigma)).abs().amax(1)
+        above = int((off > answer.error + 1e-6).sum())
+        yield [
+            f"{P}", f"{sigma:g}", f"{N:,}", f"{error:g}", answer.kind, f"{off.numel():,}",
+            f"{above}", f"{above / off.numel():.2%}", f"{off.max():.1e}",
+            f"{off.square().mean().sqrt():.1e}",
+        ]  # fmt: skip
 
 
 def show(title: str, columns: str, rows: Iterator[list[str]]) -> None:
@@ -187,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few images: takes a minute")
     parser.add_argument("--data", type=Path, default=setting.CIFAR10)
-    parser.add_argument("--only", default="indexes,steps,growth,level")
+    parser.add_argument("--only", default="indexes,steps,flat,growth,level")
     parser.add_argument("--build", nargs=2, type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     cache = Path(tempfile.gettempdir()) / "scoremachine-benchmark-cache"
@@ -209,20 +218,26 @@ def main() -> None:
                 f"One picture, one step, {bench.largest:,} images",
                 "P | sigma | picture | seconds | most | as asked | exact | ratio | largest error"
                 " | RMS | largest bound | kind | above it",
-                steps(bench),
+                steps(bench, STEPS, 1e-3),
+            )
+        if "flat" in parts:
+            show(
+                f"One picture, one step at high noise, {bench.largest:,} images, error {ERROR:g}",
+                "P | sigma | picture | seconds | most | as asked | exact | ratio | largest error"
+                " | RMS | largest bound | kind | above it",
+                steps(bench, FLAT, ERROR),
             )
         if "growth" in parts:
-            sizes = [N for N in (1_000, 3_000, 10_000, 25_000) if bench.largest > N]
-            names = " | ".join(f"{N:,}" for N in [*sizes, bench.largest])
+            names = " | ".join(f"{N:,}" for N in bench.sizes)
             show(
                 "Seconds of a step against the number of images",
-                f"P | sigma | {names} | exponent",
+                f"P | sigma | error | {names} | exponent",
                 growth(bench, given.data),
             )
         if "level" in parts:
             show(
                 "How often a pixel's error is above its bound",
-                "P | sigma | bound | pixels | above | share | largest error | RMS",
+                "P | sigma | images | asked | bound | pixels | above | share | largest error | RMS",
                 level(bench),
             )
 

@@ -327,6 +327,18 @@ def test_lots_are_not_drawn_where_few_patches_matter(few_lots):
     assert not few_lots
 
 
+@pytest.mark.parametrize("sigma", [0.1, 0.2, 0.4])
+def test_lots_that_would_miss_something_are_not_trusted(few_lots, sigma):
+    """Where posteriors are narrow, levels are unlike, and what is drawn may lack the heaviest."""
+    images = smooth_images(2, 600, 18)
+    machine, exact = searching(images[3:], 7, bound="auto")
+    y = torch.from_numpy(images[:3] / 127.5 - 1)
+    y = y + sigma * torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
+    answer = machine.denoise_bounded(y, sigma)
+    off = (answer.D - exact.denoise(y, sigma)).abs().amax(1)
+    assert (off > answer.error + 1e-6).double().mean() <= bounded_module.LEVEL
+
+
 def test_a_guaranteed_bound_leaves_nothing_to_chance(few_lots):
     images = smooth_images(0, 60, 12)
     machine, exact = searching(images, 3, 0.1, bound="deterministic")

@@ -250,8 +250,8 @@ class Bounded:
         best, least = near.min(0), np.log(known.max(0))
         found = blank(Q, question.y.shape[1], leaders, ())
         at = np.arange(Q)
-        lots = self.bound != "deterministic" and not leaders
-        if lots:
+        chance = self.bound != "deterministic" and not leaders
+        if chance:
             key = source.key, of.patches.name, of.middle
             answers = self._answers.get(key, lambda: Answers.of(source, opened, of))
             asked = Asked(centred, float(q.half[0]), best, source, opened, of, answers)
@@ -260,12 +260,12 @@ class Bounded:
             if kind != kinds[0]:
                 q, _ = queries(question, opened, of, kind)
             patience = budget
-            if lots:  # which are cheaper than the exact scan
+            if chance:  # then lots are cheaper than the exact scan
                 patience *= len(at) / Q * (FIRST_KIND if kind == "deterministic" else 1)
             if not len(at) or sought(q, opened, w, at, found, best, least, self.error, patience):
                 self.statistical += len(at) * (kind == "statistical")
                 return found
-        if lots and not len(self._draw(asked, at, found, least, budget / 4, 0.0)):
+        if chance and not len(self._draw(asked, at, found, least, budget, 0.0)):
             return found
         return None
 

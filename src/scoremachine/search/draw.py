@@ -105,6 +105,7 @@ class Room(NamedTuple):
     norms: np.ndarray  # |.|^2 / (2 sigma^2) log2 e of the codes: leading, others (2, leaves, 16)
     held: np.ndarray  # copies (leaves, 16)
     values: np.ndarray  # middles (leaves, C, 16)
+    seen: np.ndarray  # sums over leaves drawn for sure: levels 1 of all, 1, 2 (3, 1 + C, 16)
     scaled: np.ndarray  # a query in the units of codes (K)
     lots: np.ndarray  # how far it is to the next lot: of nodes, leaves, patches (3, Q)
     turn: np.ndarray  # whose turn it is (Q)
@@ -122,19 +123,22 @@ class Room(NamedTuple):
 def middles(part, parts, t, w, values, means):
     """The pixels that patches answer with, uint8 (nodes, leaves, C, 16); and of nodes the means."""
     nodes, C = len(t.radii), w.shape[2]
+    starts = np.empty(NODE, np.int64)
     for node in range(part * nodes // parts, (part + 1) * nodes // parts):
+        for k in range(NODE):
+            start, _ = origin(w, np.int64(t.ids[node * NODE + k]))
+            starts[k] = start + (w.middle[0] * w.shape[1] + w.middle[1]) * C
+            prefetch(w.flat, starts[k])
         n = 0.0
         means[node] = 0
         for k in range(NODE):
             times = t.times[node * NODE + k]
-            if times > 0:
-                start, _ = origin(w, np.int64(t.ids[node * NODE + k]))
-                start += (w.middle[0] * w.shape[1] + w.middle[1]) * C
-                o = (node * LEAF + k // LANES) * C * LANES + k % LANES
-                for c in range(C):
-                    values[o + c * LANES] = w.flat[start + c]
-                    means[node, c] += times * np.float32(w.flat[start + c])
-                n += times
+            o = (node * LEAF + k // LANES) * C * LANES + k % LANES
+            for c in range(C):
+                value = w.flat[starts[k] + c]
+                values[o + c * LANES] = value
+                means[node, c] += times * np.float32(value)
+            n += times
         for c in range(C):
             means[node, c] = means[node, c] / (n * 127.5) - 1
 
@@ -196,14 +200,17 @@ def weigh(part, parts, g, E, leading, top, total):
             store(logs, s * LANES, x)
         store(lanes, 0, most)
         top[query] = lanes.max()
-        for c in range(C + 1):
+        sum_ = splat(float32(0))
+        for s in range(supers):
+            x = weights(load(logs, s * LANES) - splat(top[query]), int64(0))
+            store(logs, s * LANES, x)
+            sum_ = sum_ + x
+        total[query, 0] = hsum(sum_)
+        for c in range(C):
             sum_ = splat(float32(0))
             for s in range(supers):
-                x = weights(load(logs, s * LANES) - splat(top[query]), int64(0))
-                if c > 0:
-                    x = x * load(g.middles, (s * C + c - 1) * LANES)
-                sum_ = sum_ + x
-            total[query, c] = hsum(sum_)
+                sum_ = sum_ + load(logs, s * LANES) * load(g.middles, (s * C + c) * LANES)
+            total[query, c + 1] = hsum(sum_)
 
 
 @njit(fastmath=FLAGS, **BORROWED)
@@ -306,8 +313,20 @@ def _distance(w, p, query, start):
     return hsum(total)
 
 
+@njit(fastmath=FLAGS, inline="always")
+def _add(room, sum_, C, leaf, w):
+    """Adds weights, and weights times what a leaf's patches answer with, to a sum."""
+    o = sum_ * (1 + C) * LANES
+    store(room.seen, o, load(room.seen, o) + w)
+    for c in range(C):
+        o += LANES
+        store(room.seen, o, load(room.seen, o) + w * load(room.values, (leaf * C + c) * LANES))
+
+
 @njit(fastmath=FLAGS, **BORROWED)
-def _visit(t, w, p, values, node, query, times, stand_in, middle, room, decoded, sums, sure, spent):
+def _visit(
+    t, w, p, values, node, query, times, stand_in, middle, room, decoded, sums, sure, spread, spent
+):
     """A query looks at a node that it has drawn; returns which leaves are decoded."""
     C, K = w.shape[2], len(p.E) // len(p.top)
     e, scale = query * K, float32(p.half * LOG2E)
@@ -319,20 +338,14 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, decoded,
     of_patches = float32(p.amounts[query, 2] / p.total[query, 0])
     lots_leaves, lots_patches = room.lots[1, query], room.lots[2, query]
     n_leaves, n = 0, 0
-    for c in range(C):
-        store(room.values, (LEAF * C + c) * LANES, splat(float32(0)))
-    seen = splat(float32(0))
+    for k in range(3 * (1 + C)):
+        store(room.seen, k * LANES, splat(float32(0)))
     for leaf in range(LEAF):
         products = _products(room, 0, p.leading, room.first, leaf * p.leading * LANES)
         log = products - load(room.norms, leaf * LANES) - far
         held = load(room.held, leaf * LANES)
         u = weights(log, int64(0)) * held
-        seen = seen + u
-        for c in range(C):
-            o = (LEAF * C + c) * LANES
-            store(
-                room.values, o, load(room.values, o) + u * load(room.values, (leaf * C + c) * LANES)
-            )
+        _add(room, 0, C, leaf, u)
         total = hsum(u)
         share = min(total * of_leaves * times, float32(1))
         lots_leaves += share
@@ -344,7 +357,7 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, decoded,
         if times == 1:
             room.turn[query] += 1
             leaf_group = room.turn[query] % TURNS
-        v = u
+        v, again = u, total
         if p.leading < K:
             if others < 0:
                 others = _scaled(p, t, node, e, p.leading, K, t.first - p.leading, room)
@@ -356,15 +369,21 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, decoded,
             log = log - load(room.norms, NODE + leaf * LANES)
             log = log - splat((others - float32(p.others[query])) * scale)
             v = weights(log, int64(0)) * held
-            into = sure[query] if leaf_times == 1 else sums[leaf_group, query]
-            into[LEAVES, 0] += leaf_times * total
-            into[AGAIN, 0] += leaf_times * hsum(v)
-            for c in range(C):
-                middles_ = load(room.values, (leaf * C + c) * LANES)
-                into[LEAVES, c + 1] += leaf_times * hsum(u * middles_)
-                into[AGAIN, c + 1] += leaf_times * hsum(v * middles_)
+            again = hsum(v)
+            spread[query, 1] += leaf_times * again * again / total if total > 0 else 0.0
+            if share == 1:
+                _add(room, 1, C, leaf, u)
+                _add(room, 2, C, leaf, v)
+            else:
+                into = sums[leaf_group, query]
+                into[LEAVES, 0] += leaf_times * total
+                into[AGAIN, 0] += leaf_times * again
+                for c in range(C):
+                    answer = load(room.values, (leaf * C + c) * LANES)
+                    into[LEAVES, c + 1] += leaf_times * hsum(u * answer)
+                    into[AGAIN, c + 1] += leaf_times * hsum(v * answer)
         amount = of_patches * leaf_times
-        lots = lots_patches + hsum(v) * amount
+        lots = lots_patches + again * amount
         if lots < 1:
             lots_patches = lots
             continue
@@ -389,10 +408,15 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, decoded,
     room.lots[1, query], room.lots[2, query] = lots_leaves, lots_patches
     into = sure[query] if times == 1 else sums[group, query]
     into[STAND_IN, 0] += times * stand_in
-    into[NODES, 0] += times * hsum(seen)
     for c in range(C):
         into[STAND_IN, c + 1] += times * stand_in * middle[c]
-        into[NODES, c + 1] += times * hsum(load(room.values, (LEAF * C + c) * LANES))
+    for c in range(C + 1):
+        into[NODES, c] += times * hsum(load(room.seen, c * LANES))
+        if p.leading < K:
+            into[LEAVES, c] += times * hsum(load(room.seen, (C + 1 + c) * LANES))
+            into[AGAIN, c] += times * hsum(load(room.seen, (2 * C + 2 + c) * LANES))
+    total = hsum(load(room.seen, 0))
+    spread[query, 0] += times * total * total / stand_in if stand_in > 0 else 0.0
     for k in range(n):
         place, start = room.chosen[0, k], room.chosen[1, k]
         log = (p.rest[query] - _distance(w, p, query, start)) * p.half - p.top[query] / LOG2E
@@ -400,6 +424,7 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, decoded,
         into = sure[query] if room.shares[0, k] == 1 else sums[room.groups[k], query]
         into[PATCHES, 0] += room.shares[1, k]
         into[TRULY, 0] += x
+        spread[query, 2] += x * x / room.shares[1, k]
         sure[query, LEVELS, 0] += x * math.exp(log)
         o = start + (w.middle[0] * w.shape[1] + w.middle[1]) * C
         for c in range(C):
@@ -413,12 +438,13 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, decoded,
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def draw(part, parts, t, w, g, p, values, sums, sure, spent):
+def draw(part, parts, t, w, g, p, values, sums, sure, spread, spent):
     """What the queries draw of a part of the nodes.
 
     Fills `sums`, (TURNS, Q, LEVELS, 1 + C): of weights and of weights times values; what was not
     left to chance is in `sure` instead, (Q, LEVELS + 1, 1 + C), and the last of its levels has the
-    sum of squared weights. `spent` counts nodes, leaves and patches, (Q, 3).
+    sum of squared weights. `spread`, (Q, 3), has the sums of v^2 / u, where u is what nodes, leaves
+    and patches weigh by one level and v what they weigh by the next. `spent` counts them, (Q, 3).
     """
     Q, K, C = len(p.top), len(p.E) // len(p.top), w.shape[2]
     supers, nodes = len(t.widest), len(t.radii)
@@ -427,7 +453,8 @@ def draw(part, parts, t, w, g, p, values, sums, sure, spent):
         np.empty(max(LEAF * (K - p.leading) * LANES, 1), np.float32),
         np.empty(2 * NODE, np.float32),
         np.empty(NODE, np.float32),
-        np.empty((LEAF + 1) * C * LANES, np.float32),
+        np.empty(LEAF * C * LANES, np.float32),
+        np.empty(3 * (1 + C) * LANES, np.float32),
         np.empty(K, np.float32),
         np.empty((3, Q)),
         np.empty(Q, np.int64),
@@ -458,5 +485,5 @@ def draw(part, parts, t, w, g, p, values, sums, sure, spent):
             for k in range(room.counts[lane]):
                 decoded = _visit(
                     t, w, p, values, node, room.who[lane, k], room.times[lane, k],
-                    room.stand_in[lane, k], middle, room, decoded, sums, sure, spent,
+                    room.stand_in[lane, k], middle, room, decoded, sums, sure, spread, spent,
                 )  # fmt: skip

@@ -33,14 +33,17 @@ from scoremachine.search.floats import LANES
 from scoremachine.search.index import Class, Index, Source
 from scoremachine.search.seek import FAR, LOG2E
 
-FIRST = np.array([1_000.0, 2_000.0, 1_000.0])  # nodes, leaves and patches of the first round
+FIRST = np.array([600.0, 1_200.0, 600.0])  # nodes, leaves and patches of the first round
+MANY = 16.0  # times as many where there is no other way
 FEWEST = 200.0  # of each in the others
 ROUNDS = 6  # after the first
 GROWTH = 64.0  # at most, of a number from one round to the next
+FEWER = 4.0  # times fewer lots than asked for are drawn, at most, since heavy ones are drawn once
 CAUTION = 1.15  # how much smaller an error is aimed at than asked for
-COSTS = np.array([400.0, 100.0, 100.0])  # ns of a node, a leaf, a patch
-DIFFERENCE = 0.25  # ns for a number of a patch
+COSTS = np.array([550.0, 100.0, 200.0])  # ns of a node, a leaf, a patch
+DIFFERENCE = 0.4  # ns for a number of a patch
 UNSURE = 1.0  # nats by which a sum may be wrong whose error is large
+UNLIKE = np.array([4.0, 30.0, 6.0])  # levels (see `Round`) at most, for lots not to miss anything
 STANDARD_ERRORS = 3.5  # in the bound of an error
 FLAT = 20.0  # patches as heavy as the nearest known one, from which on a posterior may be flat
 
@@ -110,9 +113,9 @@ def drawn(asked: Asked, error: float, budget: float, least: float) -> Drawn:
     Arguments:
         asked: Queries and patches.
         error: The largest error of a pixel.
-        budget: Seconds of one core that it may take: dearer pixels are given up.
+        budget: Seconds of one core that it may take: it is given up when it would take longer.
         least: Draws for pixels alone for which about as many patches as heavy as the nearest
-            known one seem to matter.
+            known one seem to matter; 0: for all, with so many lots that little can be missed.
     """
     t = asked.opened.tree
     lead, supers = asked.opened.embedding.leading, len(t.widest)
@@ -126,35 +129,39 @@ def drawn(asked: Asked, error: float, budget: float, least: float) -> Drawn:
     # how many patches as heavy as the nearest known one make up the sum: by all stand-ins
     unit = pixels.top / LOG2E - pixels.rest * asked.half + asked.best * asked.half
     many = unit + np.log(pixels.total[:, 0])
-    flat = np.isfinite(many)
-    if least > 0:
+    flat, unlike = np.isfinite(many), UNLIKE
+    if least == 0:
+        pixels.amounts[:] *= MANY
+        unlike = np.full(3, np.inf)
+    else:
         flat &= (many > math.log(least)) & (many < math.log(asked.opened.total))
     rounds = [_round(asked, g, pixels, np.flatnonzero(flat))]
     wanted = (error / STANDARD_ERRORS / CAUTION) ** 2
     for _ in range(ROUNDS):
         answer, variance = _together(rounds)
         last = rounds[-1]
+        flat &= (last.unlike <= unlike).all(1)
         again = np.flatnonzero(flat & ~(answer.error <= error))
         root = np.sqrt(last.variances[again] * last.amounts[again])
         with np.errstate(divide="ignore", invalid="ignore"):
             missing = 1 / (1 / wanted - 1 / variance[again])
             amounts = root / np.sqrt(prices) * (root @ np.sqrt(prices) / missing)[:, None]
-            growth = np.clip(amounts / last.amounts[again], None, GROWTH)
-        cost = np.maximum(growth, 1) * last.spent[again] @ prices * 1e-9
-        cost = np.where(np.isfinite(growth).all(1), cost, np.inf)
-        cheapest = np.argsort(cost, kind="stable")
-        near = np.zeros(len(again), bool)
-        near[cheapest] = np.cumsum(cost[cheapest]) <= budget
-        again = again[near]
-        if not len(again):
+            growth = amounts / last.amounts[again]
+        known = np.isfinite(growth).all(1)
+        again, growth = again[known], growth[known]
+        cost = float((np.maximum(growth, 1) * last.spent[again] @ prices).sum()) * 1e-9
+        if not len(again) or cost > FEWER * budget:
             break
-        pixels.amounts[again] = np.maximum(growth[near] * last.amounts[again], FEWEST)
+        growth = np.minimum(growth, GROWTH)
+        pixels.amounts[again] = np.maximum(growth * last.amounts[again], FEWEST)
         pixels.start[again] = (pixels.start[again] + math.sqrt(0.5)) % 1
         rounds.append(_round(asked, g, pixels, again, last))
         budget -= float((rounds[-1].spent[again] @ prices).sum()) * 1e-9
     answer, _ = _together(rounds)
-    with np.errstate(divide="ignore"):  # and by what was drawn: or else something has been missed
+    # and by what was drawn: or else something has been missed
+    with np.errstate(divide="ignore", invalid="ignore"):
         seen = unit + np.log(answer.Z) > math.log(max(least, 1 - error))
+    seen &= (rounds[-1].unlike <= unlike).all(1)
     return answer._replace(error=np.where(seen, answer.error, np.inf))
 
 
@@ -165,6 +172,8 @@ class Round(NamedTuple):
         Z, Z2, S: Of a fold, (Q), (Q) and (Q, C); not a number where nothing was drawn.
         variance: Of S / Z, the largest of its channels, (Q).
         variances: By nodes, leaves and patches, in the last round of a pixel, (Q, 3).
+        unlike: How unlike neighbouring levels are there: 1 and the squared coefficient of variation
+            of the ratio of weights, in the worst round of a pixel, (Q, 3).
         amounts, spent: How many should be drawn in that round and how many were, (Q, 3).
         m: The unit of Z, as in a fold, (Q).
     """
@@ -174,6 +183,7 @@ class Round(NamedTuple):
     S: np.ndarray
     variance: np.ndarray
     variances: np.ndarray
+    unlike: np.ndarray
     amounts: np.ndarray
     spent: np.ndarray
     m: np.ndarray
@@ -186,7 +196,7 @@ def _together(rounds: list[Round]) -> tuple[Drawn, np.ndarray]:
     are too small.
     """
     last = rounds[-1]
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         shares = np.stack(
             [1 / (last.variances * last.amounts / r.amounts).sum(1) * np.isfinite(r.variance)
              for r in rounds]
@@ -247,26 +257,30 @@ def _round(
     Q, K = pixels.total.shape
     if before is None:
         unknown = np.full((Q, 3), np.nan)
-        before = Round(*(unknown[:, 0],) * 4, unknown, unknown, unknown, unknown[:, 0])
+        before = Round(*(unknown[:, 0],) * 4, *(unknown,) * 4, unknown[:, 0])
     Z, Z2, variance, S = *(np.full(Q, np.nan) for _ in range(3)), np.full((Q, K - 1), np.nan)
-    variances, amounts, spent = before.variances.copy(), before.amounts.copy(), before.spent.copy()
+    variances, unlike, amounts, spent = (
+        a.copy() for a in (before.variances, before.unlike, before.amounts, before.spent)
+    )
     if len(at):
         p = _some(pixels, at)
-        Z[at], Z2[at], S[at], variance[at], variances[at], spent[at] = _lots(asked, g, p)
+        Z[at], Z2[at], S[at], variance[at], variances[at], more, spent[at] = _lots(asked, g, p)
+        unlike[at] = np.fmax(unlike[at], more)
         amounts[at] = p.amounts
     m = pixels.top / LOG2E - pixels.rest * pixels.half
-    return Round(Z, Z2, S, variance, variances, amounts, spent, m)
+    return Round(Z, Z2, S, variance, variances, unlike, amounts, spent, m)
 
 
 def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
-    """Z, Z2, S, the variance of S / Z, those by levels, and how many lots that took."""
+    """Z, Z2, S, the variance of S / Z, what the levels add to it and how unlike they are, and how
+    many lots that took."""
     t, w = asked.opened.tree, asked.source.windows(asked.of)
     Q, K = p.total.shape
     parts = min(PARTS // 2, len(t.widest))
     sums = np.zeros((parts, TURNS, Q, LEVELS, K))
     sure = np.zeros((parts, Q, LEVELS + 1, K))
-    spent = np.zeros((parts, Q, 3))
-    fill(draw, (t, w, g, p, asked.answers.values), (sums, sure, spent))
+    spread, spent = np.zeros((parts, Q, 3)), np.zeros((parts, Q, 3))
+    fill(draw, (t, w, g, p, asked.answers.values), (sums, sure, spread, spent))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # then nothing is told
         by_turns, certain = sums.sum(0), sure.sum(0)
         everything = by_turns.sum(0) + certain[:, :LEVELS]
@@ -290,6 +304,10 @@ def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
         D = S / Z[:, None]
         moved = [(d[..., 1:] - d[..., :1] * D) / Z[:, None] for d in differences(by_turns)]
         moved.append(sum(moved[1:], start=moved[0]))
-    squares = [np.square(o - o.mean(0)).sum(0).max(1) for o in moved]
-    variance = np.stack(squares, 1) * TURNS / (TURNS - 1)
-    return Z, certain[:, LEVELS, 0], S, variance[:, 3], variance[:, :3], spent.sum(0)
+        # how unequal neighbouring levels are: 1 + the squared coefficient of variation of v / u
+        before, after = everything[:, STAND_IN::2, 0], everything[:, NODES::2, 0]
+        unlike = spread.sum(0) * before / after**2
+        squares = [np.square(o - o.mean(0)).sum(0).max(1) for o in moved]
+        variance = np.stack(squares, 1) * TURNS / (TURNS - 1)
+    Z2, by_level = certain[:, LEVELS, 0], variance[:, :3]
+    return Z, Z2, S, variance[:, 3], by_level, unlike, spent.sum(0)

@@ -23,7 +23,13 @@ from scoremachine.search import tree
 
 SAMPLE = 30_000  # patches that the components are computed from
 LEADING = 16  # components that with all the norms bound a distance by themselves
+WIDE = 60  # kept components from which on fewer others have norms of their own
 ROUNDING = 1e-6  # what rounding may do to e(s), relative to |s - mean|
+
+
+def computed(D: int, kept: int) -> int:
+    """K: how many components are computed, for the norms of some that are not kept."""
+    return min(D, 3 * kept if kept < WIDE else kept + 32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +58,7 @@ class Embedding:
         s = torch.from_numpy(patches - mean)
         _, V = torch.linalg.eigh(s.T @ s)
         kept = min(kept, D)
-        V = torch.flip(V, (1,))[:, : min(D, 3 * kept)].contiguous()
+        V = torch.flip(V, (1,))[:, : computed(D, kept)].contiguous()
         return cls(mean, V.numpy(), kept)
 
     @property
@@ -63,8 +69,8 @@ class Embedding:
     @cached_property
     def edges(self) -> np.ndarray:
         """Where the groups of trailing components begin and end; the last ends at D."""
-        D = len(self.V)
-        return np.unique([min(n * self.kept, D) for n in (1, 2, 3)] + [D])
+        D, K = self.V.shape
+        return np.unique([min(n * self.kept, K) for n in (1, 2)] + [K, D])
 
     @property
     def first(self) -> int:

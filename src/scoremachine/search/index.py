@@ -29,7 +29,7 @@ from scoremachine.files import written
 from scoremachine.kernels.parts import fill
 from scoremachine.progress import Bar, bar, say
 from scoremachine.search import tree
-from scoremachine.search.embedding import ROUNDING, SAMPLE, Embedding
+from scoremachine.search.embedding import ROUNDING, SAMPLE, Embedding, computed
 from scoremachine.search.floats import LANES
 from scoremachine.search.seek import FAR, Tree, Windows
 from scoremachine.search.tree import LEAF, NODE
@@ -90,8 +90,10 @@ class Patches(NamedTuple):
     def kept(self, channels: int) -> int:
         """How many components an index of them keeps: more make it larger and a search shorter."""
         D = self.numbers(channels)
-        if D > DETERMINISTIC or min(self.tops[1], self.lefts[1]) == 1:
+        if min(self.tops[1], self.lefts[1]) == 1:
             return min(D, 32)
+        if D > DETERMINISTIC:
+            return 60
         return min(D, max(27, 8 * math.ceil(0.72 * math.sqrt(D / 3))))
 
 
@@ -295,8 +297,9 @@ def estimate(patches: Patches, N: int, channels: int) -> tuple[int, float]:
     """About how many bytes an index has, and how many seconds two cores need to build it."""
     n = N * patches.per_image
     D = patches.numbers(channels)
-    m = patches.kept(channels) + 5
-    return round(n * (m + 12)), n * (1.3e-6 + 4e-9 * D + 3e-11 * D * min(D, 3 * (m - 5)))
+    kept = patches.kept(channels)
+    K = computed(D, kept)
+    return round(n * (kept + 17)), n * (1.3e-6 + 4e-9 * D + 3e-11 * D * K)
 
 
 def build(source: Source, patches: Patches, folder: Path, progress: Bar | None = None) -> None:
