@@ -54,6 +54,14 @@ class Bench:
     def machine(self, P: int, N: int, **settings: object) -> sm.EquivariantLocalScore:
         return sm.EquivariantLocalScore(self.source(N), patch_size=P, **settings)
 
+    def patient(self, P: int, N: int, error: float, bound: str) -> sm.EquivariantLocalScore:
+        """One that hardly ever gives a search up."""
+        machine = self.machine(P, N, search="bounded", error=error, bound=bound)
+        machine.__dict__["_bounded"] = Bounded(
+            machine.corpus, machine.kernel, error, bound, patience=100
+        )
+        return machine
+
     def source(self, N: int) -> sm.Corpus:
         if self.largest >= N:
             return self.corpus.subset(np.arange(N))
@@ -146,10 +154,7 @@ def growth(bench: Bench, archive: Path) -> Iterator[list[str]]:
         seconds = []
         for N in bench.sizes:
             built(archive, P, N)
-            machine = bench.machine(P, N, search="bounded", error=error)
-            machine.__dict__["_bounded"] = Bounded(
-                machine.corpus, machine.kernel, error, patience=100
-            )
+            machine = bench.patient(P, N, error, "auto")
             machine.denoise(bench.noised(sigma, 1, HELD_OUT - 1), sigma)
             some = [timed(machine, bench.noised(sigma, 1, k), sigma)[0] for k in range(PICTURES)]
             seconds.append(statistics.median(some))
@@ -166,10 +171,7 @@ def level(bench: Bench) -> Iterator[list[str]]:
     asked += [(few, 1e-3, P, sigma, "statistical") for P, sigma in STEPS]
     asked += [(more, ERROR, P, sigma, "auto") for P, sigma in FLAT]
     for N, error, P, sigma, bound in asked:
-        machine = bench.machine(P, N, search="bounded", bound=bound, error=error)
-        machine.__dict__["_bounded"] = Bounded(
-            machine.corpus, machine.kernel, error, bound, patience=100
-        )
+        machine = bench.patient(P, N, error, bound)
         y = bench.noised(sigma, count)
         answer = machine.denoise_bounded(y, sigma)
         exact = machine.remade(machine.corpus, search="exact")
@@ -213,20 +215,14 @@ def main() -> None:
                 "P | GB | seconds | peak GB | as asked",
                 indexes(bench, given.data),
             )
-        if "steps" in parts:
-            show(
-                f"One picture, one step, {bench.largest:,} images",
-                "P | sigma | picture | seconds | most | as asked | exact | ratio | largest error"
-                " | RMS | largest bound | kind | above it",
-                steps(bench, STEPS, 1e-3),
-            )
-        if "flat" in parts:
-            show(
-                f"One picture, one step at high noise, {bench.largest:,} images, error {ERROR:g}",
-                "P | sigma | picture | seconds | most | as asked | exact | ratio | largest error"
-                " | RMS | largest bound | kind | above it",
-                steps(bench, FLAT, ERROR),
-            )
+        for part, pairs, error in (("steps", STEPS, 1e-3), ("flat", FLAT, ERROR)):
+            if part in parts:
+                show(
+                    f"One picture, one step, {bench.largest:,} images, error {error:g}",
+                    "P | sigma | picture | seconds | most | as asked | exact | ratio"
+                    " | largest error | RMS | largest bound | kind | above it",
+                    steps(bench, pairs, error),
+                )
         if "growth" in parts:
             names = " | ".join(f"{N:,}" for N in bench.sizes)
             show(

@@ -38,14 +38,15 @@ def main() -> None:
     rows = []
     for P in options.patch_size:
         for name in ("els", "ls", "pspc"):
-            settings = {"search": "auto", "error": ERROR} if name == "els" else {}
+            settings = {"error": ERROR} if name == "els" else {}
             machine = sm.build(name, corpus, patch_size=P, **settings)
             x = sm.generate(machine, options.count, options.steps)
             places, distances = ideal.nearest(x)
             label = f"{name}\n{P}\nto nearest {distances.mean():.2f}"
-            rows.append((label, drawing.to_uint8(x.numpy()), corpus.images[places.numpy()]))
+            nearest = np.asarray(corpus.images[places.numpy()])
+            rows.append((label, drawing.to_uint8(x.numpy()), nearest))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    drawing.save_zoo([(a, b, np.asarray(c)) for a, b, c in rows], options.out)
+    drawing.save_zoo(rows, options.out)
 
 
 if __name__ == "__main__":

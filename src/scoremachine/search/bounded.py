@@ -283,13 +283,14 @@ class Bounded:
         lots = drawn(some, self.error, budget, flat)
         enough = lots.error <= self.error
         done = at[enough]
-        for have, new in zip((found.m, found.Z, found.Z2, found.S), lots, strict=False):
+        found.m[done] = torch.from_numpy(-some.best[enough] * asked.half)
+        for have, new in zip((found.Z, found.Z2, found.S), lots, strict=False):
             have[done] = torch.from_numpy(new[enough])
         # as much mass as would make that much of an error, were it left out
         error = torch.from_numpy(lots.error[enough])
         found.left[done] = found.Z[done] * error / (2 - error)
         self.statistical += len(done)
-        least[at] = np.maximum(least[at], lots.least(asked.half, some.best))
+        least[at] = np.maximum(least[at], lots.least)
         return at[~enough]
 
 

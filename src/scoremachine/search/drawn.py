@@ -89,21 +89,22 @@ class Drawn(NamedTuple):
     """The fold of some queries, from what was drawn.
 
     Attributes:
-        m, Z, Z2, S: As in a fold, (Q), (Q), (Q) and (Q, C).
+        Z, Z2, S: As in a fold, (Q), (Q) and (Q, C), in units of the weight of the nearest patch
+            known.
         error: A bound of the error of every channel of S / Z, of `STANDARD_ERRORS`; infinite
             where too little was drawn to tell.
     """
 
-    m: np.ndarray
     Z: np.ndarray
     Z2: np.ndarray
     S: np.ndarray
     error: np.ndarray
 
-    def least(self, half: float, best: np.ndarray) -> np.ndarray:
-        """What log Z may be, in units of the weight of a patch `best` away; -inf: nobody knows."""
+    @property
+    def least(self) -> np.ndarray:
+        """What log Z may be, better too small, (Q); -inf where nobody knows."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            log = self.m + np.log(self.Z) + best * half - UNSURE
+            log = np.log(self.Z) - UNSURE
         return np.where(self.error < 1, log, -np.inf)
 
 
@@ -137,8 +138,8 @@ def drawn(asked: Asked, error: float, budget: float, least: float) -> Drawn:
         flat &= (many > math.log(least)) & (many < math.log(asked.opened.total))
     rounds = [_round(asked, g, pixels, np.flatnonzero(flat))]
     wanted = (error / STANDARD_ERRORS / CAUTION) ** 2
+    answer, variance = _together(rounds)
     for _ in range(ROUNDS):
-        answer, variance = _together(rounds)
         last = rounds[-1]
         flat &= (last.unlike <= unlike).all(1)
         again = np.flatnonzero(flat & ~(answer.error <= error))
@@ -157,12 +158,14 @@ def drawn(asked: Asked, error: float, budget: float, least: float) -> Drawn:
         pixels.start[again] = (pixels.start[again] + math.sqrt(0.5)) % 1
         rounds.append(_round(asked, g, pixels, again, last))
         budget -= float((rounds[-1].spent[again] @ prices).sum()) * 1e-9
-    answer, _ = _together(rounds)
+        answer, variance = _together(rounds)
+    with np.errstate(over="ignore", invalid="ignore"):  # then nothing is told
+        scale = np.exp(unit)
+        Z, Z2, S = answer.Z * scale, answer.Z2 * scale**2, answer.S * scale[:, None]
     # and by what was drawn: or else something has been missed
-    with np.errstate(divide="ignore", invalid="ignore"):
-        seen = unit + np.log(answer.Z) > math.log(max(least, 1 - error))
-    seen &= (rounds[-1].unlike <= unlike).all(1)
-    return answer._replace(error=np.where(seen, answer.error, np.inf))
+    expected = max(least, 1 - error)
+    seen = np.isfinite(Z) & (expected < Z) & (rounds[-1].unlike <= unlike).all(1)
+    return Drawn(Z, Z2, S, np.where(seen, answer.error, np.inf))
 
 
 class Round(NamedTuple):
@@ -175,7 +178,6 @@ class Round(NamedTuple):
         unlike: How unlike neighbouring levels are there: 1 and the squared coefficient of variation
             of the ratio of weights, in the worst round of a pixel, (Q, 3).
         amounts, spent: How many should be drawn in that round and how many were, (Q, 3).
-        m: The unit of Z, as in a fold, (Q).
     """
 
     Z: np.ndarray
@@ -186,7 +188,6 @@ class Round(NamedTuple):
     unlike: np.ndarray
     amounts: np.ndarray
     spent: np.ndarray
-    m: np.ndarray
 
 
 def _together(rounds: list[Round]) -> tuple[Drawn, np.ndarray]:
@@ -215,7 +216,7 @@ def _together(rounds: list[Round]) -> tuple[Drawn, np.ndarray]:
         told = np.isfinite(shares).all(0) & (Z > 0)
         S = np.clip(S, -Z[:, None], Z[:, None])  # values are in [-1, 1]
     variance = np.where(told, variance, np.inf)
-    return Drawn(last.m, Z, mean("Z2"), S, STANDARD_ERRORS * np.sqrt(variance)), variance
+    return Drawn(Z, mean("Z2"), S, STANDARD_ERRORS * np.sqrt(variance)), variance
 
 
 def _pixels(asked: Asked, g: Gaussians) -> Pixels:
@@ -257,7 +258,7 @@ def _round(
     Q, K = pixels.total.shape
     if before is None:
         unknown = np.full((Q, 3), np.nan)
-        before = Round(*(unknown[:, 0],) * 4, *(unknown,) * 4, unknown[:, 0])
+        before = Round(*(unknown[:, 0],) * 4, *(unknown,) * 4)
     Z, Z2, variance, S = *(np.full(Q, np.nan) for _ in range(3)), np.full((Q, K - 1), np.nan)
     variances, unlike, amounts, spent = (
         a.copy() for a in (before.variances, before.unlike, before.amounts, before.spent)
@@ -267,8 +268,7 @@ def _round(
         Z[at], Z2[at], S[at], variance[at], variances[at], more, spent[at] = _lots(asked, g, p)
         unlike[at] = np.fmax(unlike[at], more)
         amounts[at] = p.amounts
-    m = pixels.top / LOG2E - pixels.rest * pixels.half
-    return Round(Z, Z2, S, variance, variances, unlike, amounts, spent, m)
+    return Round(Z, Z2, S, variance, variances, unlike, amounts, spent)
 
 
 def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
