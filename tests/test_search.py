@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,16 +15,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numba import njit
 
 import scoremachine as sm
 from conftest import noised, random_images
 from scoremachine.cli import main
+from scoremachine.posterior import Question
+from scoremachine.search import ahead as ahead_module
 from scoremachine.search import bounded as bounded_module
 from scoremachine.search import drawn as drawn_module
 from scoremachine.search import index as index_module
+from scoremachine.search import rounds as rounds_module
 from scoremachine.search.bounded import Bounded
 from scoremachine.search.embedding import Embedding
+from scoremachine.search.floats import LANES, add_totals
 from scoremachine.search.index import Index, Patches, Source, build, classes
+from scoremachine.search.rounds import blank, queries
 
 seeds = st.integers(0, 2**31)
 sigmas = st.floats(-3, 2).map(lambda e: 10.0**e)
@@ -257,7 +264,7 @@ def test_lots_stand_for_a_flat_posterior(few_lots, boundary, P, sigma, error):
 def test_lots_for_everything_are_exact(monkeypatch):
     """Where every node, leaf and patch is drawn, nothing is left to chance."""
     monkeypatch.setattr(drawn_module, "FIRST", np.full(3, 1e20))
-    monkeypatch.setattr(bounded_module, "FLAT", 0.0)
+    monkeypatch.setattr(drawn_module, "FLAT", 1e-9)
     images = smooth_images(1, 80, 12)
     images[40:] = images[:40]  # copies count
     machine, exact = searching(images, 5, 1e-3, bound="auto")
@@ -303,7 +310,7 @@ def test_lots_are_right_on_average(seed, C, sigma):
         patched.setattr(drawn_module, "_pixels", begun)
         patched.setattr(drawn_module, "ROUNDS", 0)
         for _ in range(60):
-            fold = drawn_module.drawn(asked, 1e-9, np.inf, 0.0)
+            fold = drawn_module.drawn(asked, 1e-9, np.inf, last=True)
             found.append(np.concatenate([fold.Z[:, None], fold.S], 1))
     found = np.stack(found)
     log = exact.evidence(
@@ -316,6 +323,86 @@ def test_lots_are_right_on_average(seed, C, sigma):
     spread = found.std(0) / Z[:, None] / np.sqrt(len(found))
     assert inner.shape[1] * inner.shape[2] == len(windows)
     assert (np.abs(off) <= 6 * spread + 1e-3).mean() > 0.97
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_pixel_that_is_too_dear_is_left_to_others(monkeypatch, share):
+    """Those that cost no more than they may are searched, and are right; the others are named."""
+    images = smooth_images(3, 300, 18)
+    machine, exact = searching(images[1:], 5, bound="deterministic")
+    y = torch.from_numpy(images[:1] / 127.5 - 1).double()
+    sigma, index = 0.3, np.arange(299)
+    collection = machine.windows(sigma, index)
+    machine.index(5)
+    kernel = machine._bounded
+    of = max(classes(collection), key=lambda c: c.patches.per_image)
+    source = kernel.source(index)
+    opened = kernel._opened(source, of.patches)
+    level = torch.tensor([sigma], dtype=torch.float64)
+    q, _ = queries(
+        Question(machine.corpus.images, index, y, level, collection, torch.zeros(1)),
+        opened, of, "deterministic",
+    )  # fmt: skip
+    Q, spent, parts = len(q.half), [], rounds_module.fill
+
+    def watched(compiled, args, filled):
+        parts(compiled, args, filled)
+        spent.append(filled[-2].sum(0))
+
+    monkeypatch.setattr(rounds_module, "fill", watched)
+
+    def searched(apiece):
+        found, best = blank(Q, 3, 0, ()), np.full(Q, 1e3)
+        done = rounds_module.sought(
+            q, opened, source.windows(of), np.arange(Q), found, best, np.zeros(Q), 1e-3,
+            np.inf, apiece,
+        )  # fmt: skip
+        return done, found.S / found.Z[:, None]
+
+    everyone, _ = searched(np.inf)
+    assert everyone.all()
+    # `FOR_A_PART` of what a pixel may cost is what it may cost while it is surveyed
+    apiece = 1e-9 * np.quantile(sum(spent), share) / rounds_module.FOR_A_PART * (share > 0)
+    done, D = searched(apiece)
+    assert done.any() == (share > 0)
+    assert done.all() == (share == 1)
+    truth = exact.denoise(y, sigma)[0, :, of.rows, of.columns].reshape(3, -1).T
+    assert (D - truth).abs()[done].max() < 1e-3 if done.any() else share == 0
+
+
+def test_sums_of_four_vectors_at_once():
+    rows = np.random.default_rng(0).normal(size=(9, LANES)).astype(np.float32)
+    sums = np.arange(10.0)
+    njit(lambda s, r: add_totals(s, 3, r, 2 * LANES, 0.5))(sums, rows.reshape(-1))
+    expected = np.arange(10.0)
+    expected[3:7] += 0.5 * rows[2:6].sum(1)
+    assert np.allclose(sums, expected, rtol=1e-6)
+
+
+def test_the_next_indexes_are_read_ahead(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda f, *_: asked.append(os.fstat(f).st_size), False)
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, False)
+    monkeypatch.setattr(ahead_module, "Thread", NoThread)
+    groups = [[tmp_path / f"{k}"] for k in (1, 2, 3)]
+    ahead = ahead_module.Ahead()
+    for k, folders in enumerate(groups):
+        folders[0].mkdir()
+        (folders[0] / "codes").write_bytes(bytes(10 + k))
+        ahead.expect(folders)
+    ahead.reached(groups[0])
+    ahead.reached(groups[0])
+    assert asked == [10, 11]
+    ahead.reached(groups[2])
+    ahead.reached([tmp_path / "nowhere"])  # a hint: nothing goes wrong
+    assert asked == [10, 11, 12]
+
+
+class NoThread:
+    """A thread that is done when it has begun."""
+
+    def __init__(self, target, args, daemon):
+        self.start = lambda: target(*args)
 
 
 def test_lots_are_not_drawn_where_few_patches_matter(few_lots):

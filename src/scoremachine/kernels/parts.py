@@ -6,6 +6,7 @@ PyTorch is told to use (`torch.set_num_threads`).
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,22 +24,24 @@ def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, 
     """
     parts = len(filled[0]) if filled else PARTS
 
-    def work(part: int) -> None:
-        compiled(part, parts, *args, *(a[part] for a in filled))
+    left = deque(range(parts))
 
-    first = 0
+    def work(most: int = parts) -> None:
+        for _ in range(most):
+            try:
+                part = left.popleft()
+            except IndexError:
+                return
+            compiled(part, parts, *args, *(a[part] for a in filled))
+
     if not compiled.signatures:  # compile in this thread, the one that hears Ctrl-C
-        work(0)
-        first = 1
-    threads = min(torch.get_num_threads(), parts - first)
+        work(1)
+    threads = min(torch.get_num_threads(), len(left))
     if threads <= 1:
-        for part in range(first, parts):
-            work(part)
-        return
+        return work()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for done in [pool.submit(work, part) for part in range(first, parts)]:
+            for done in [pool.submit(work) for _ in range(threads)]:
                 done.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        finally:
+            left.clear()  # nothing, unless one has failed

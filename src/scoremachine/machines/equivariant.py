@@ -157,7 +157,7 @@ class EquivariantLocalScore(BoxMachine):
     def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> None:
         super().prepare(label, levels)
         index = self.corpus.indices(label if isinstance(label, int | str) else None)
-        for P in sorted({self.local_at(sigma) for sigma in levels}):
+        for P in dict.fromkeys(self.local_at(sigma) for sigma in levels):
             self.index(P, index)
 
     def index(self, P: int, images: np.ndarray | None = None) -> list[Path]:

@@ -18,7 +18,8 @@ from scoremachine.kept import Kept
 from scoremachine.kernels.parts import PARTS, fill
 from scoremachine.posterior import Fold, Kernel, Question, folded, spread
 from scoremachine.progress import Bar, say
-from scoremachine.search.drawn import FLAT, Answers, Asked, drawn
+from scoremachine.search.ahead import Ahead
+from scoremachine.search.drawn import Answers, Asked, drawn
 from scoremachine.search.index import (
     DETERMINISTIC,
     Class,
@@ -37,7 +38,8 @@ from scoremachine.windows import Box, Collection, Variant
 ERROR = 1e-3  # the largest error of a pixel, unless another is asked for
 LEVEL = 0.01  # how often, at most, an error is larger than a statistical bound tells
 KINDS = ("auto", "deterministic", "statistical")
-FIRST_KIND = 0.25  # of what the exact scan costs, for the first of two kinds of bound
+DEAR = {"deterministic": 0.25, "statistical": 0.5}  # of the exact scan of a pixel: for its search
+CHEAP = 2e-3  # seconds of one core that the search for a pixel may take in any case
 LOGIT = 1.3  # ns of one core that the exact scan needs for a source under a pixel of an overlap
 
 
@@ -97,6 +99,7 @@ class Bounded:
         self._indexes: dict[tuple[str, str], Index] = {}
         self._answers: Kept[Answers] = Kept(64)
         self._told: set[float] = set()
+        self._ahead = Ahead()
         self.statistical = 0  # for how many pixels the bound was statistical so far
 
     def tiles(self, n: int, collection: Collection) -> Iterator[slice]:
@@ -156,7 +159,9 @@ class Bounded:
                 f"about {_duration(seconds)} and {room / 1e9:.1f} GB in {source.folder}"
             )
         build_all(source, missing)
-        return [source.folder / each.patches.name for each in indexed(collection)]
+        folders = [source.folder / each.patches.name for each in indexed(collection)]
+        self._ahead.expect(folders)
+        return folders
 
     def _opened(self, source: Source, patches: Patches) -> Index | None:
         known = self._indexes.get((source.key, patches.name))
@@ -178,7 +183,7 @@ class Bounded:
         """The fold over the source; see `scoremachine.posterior.Kernel`."""
         if question.u is not None:
             return self._all(question, leaders)
-        self.prepare(question.index, question.collection)
+        self._ahead.reached(self.prepare(question.index, question.collection))
         B = len(question.y)
         pictures = [
             replace(
@@ -255,19 +260,21 @@ class Bounded:
             key = source.key, of.patches.name, of.middle
             answers = self._answers.get(key, lambda: Answers.of(source, opened, of))
             asked = Asked(centred, float(q.half[0]), best, source, opened, of, answers)
-            at = self._draw(asked, at, found, least, budget, FLAT)
+            at = self._draw(asked, at, found, least, budget)
         for kind in kinds:
             if kind != kinds[0]:
                 q, _ = queries(question, opened, of, kind)
-            patience = budget
-            if chance:  # then lots are cheaper than the exact scan
-                patience *= len(at) / Q * (FIRST_KIND if kind == "deterministic" else 1)
-            if not len(at) or sought(q, opened, w, at, found, best, least, self.error, patience):
-                self.statistical += len(at) * (kind == "statistical")
+            # lots are cheaper than the exact scan: then some may be left to them
+            apiece = max(DEAR[kind] * budget / Q, CHEAP) if chance else math.inf
+            done = sought(q, opened, w, at, found, best, least, self.error, budget, apiece)
+            self.statistical += int(done.sum()) * (kind == "statistical")
+            at = at[~done[at]]
+            if not len(at):
                 return found
-        if chance and not len(self._draw(asked, at, found, least, budget, 0.0)):
-            return found
-        return None
+        if chance:
+            at = self._draw(asked, at, found, least, budget, last=True)
+            at = at[~sought(q, opened, w, at, found, best, least, self.error, budget)[at]]
+        return None if len(at) else found
 
     def _draw(
         self,
@@ -276,11 +283,11 @@ class Bounded:
         found: Fold,
         least: np.ndarray,
         budget: float,
-        flat: float,
+        last: bool = False,
     ) -> np.ndarray:
         """Draws lots for the queries `at`, and returns those for which they say too little."""
         some = asked._replace(windows=asked.windows[at], best=asked.best[at])
-        lots = drawn(some, self.error, budget, flat)
+        lots = drawn(some, self.error, budget, last)
         enough = lots.error <= self.error
         done = at[enough]
         found.m[done] = torch.from_numpy(-some.best[enough] * asked.half)

@@ -8,15 +8,19 @@ The weights of patches are known at four levels, each nearer to the truth and de
     3   a patch by its bytes: the weight itself
 
 Level 0 is summed up over all nodes. Then some nodes are drawn and looked at on level 1, some of
-their leaves on level 2, some patches of these on level 3. What is drawn with a probability p, in
-proportion to what it weighs on the level before and 1 for the heaviest, counts 1 / p times, and
+their leaves on level 2, some patches of these on level 3. What is drawn with a probability p
+counts 1 / p times, and
 
     sum w_0  +  sum (w_1 - w_0) / p  +  sum (w_2 - w_1) / p  +  sum (w_3 - w_2) / p
     all nodes   nodes drawn             leaves drawn            patches drawn
 
 is the sum of all w_3, on average (Horvitz & Thompson 1952). Only what two neighbouring levels make
-different is left to chance (Giles 2008). Lots are drawn in the order of the tree at even distances
-(Madow 1949), so that like patches are drawn evenly.
+different is left to chance (Giles 2008). What is drawn most is what the error of S / Z hears most
+of: p is in proportion to w |v - D| sqrt(e^x - 1), and 1 where that is large. v is what a patch
+answers with, D about what the answer will be, and x = |s|^2 / sigma^2 for the components of the
+patch that the next level adds: in noise they change its weight by a factor of variance e^x - 1.
+Lots are drawn in the order of the tree at even distances (Madow 1949), so that like patches are
+drawn evenly.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from numba import float32, int64, njit
 from scoremachine.kernels.whole import FLAGS
 from scoremachine.search.floats import (
     LANES,
+    add_totals,
     broadcast,
     hsum,
     larger,
@@ -37,6 +42,8 @@ from scoremachine.search.floats import (
     load_bytes,
     load_counts,
     prefetch,
+    root,
+    smaller,
     splat,
     store,
     weights,
@@ -45,8 +52,12 @@ from scoremachine.search.seek import FAR, LOG2E, origin
 from scoremachine.search.tree import BORROWED, LEAF, NODE
 
 TURNS = 32  # parts of what is drawn that are compared with each other
-LEVELS = 6  # sums that are kept: 0 and 1 of nodes, 1 and 2 of leaves, 2 and 3 of patches
-STAND_IN, NODES, LEAVES, AGAIN, PATCHES, TRULY = range(LEVELS)
+LEVELS = 7  # sums: 0 and 1 of nodes, 1 and 2 of leaves, 2 and 3 of patches, and w_3^2
+STAND_IN, NODES, LEAVES, AGAIN, PATCHES, TRULY, SQUARED = range(LEVELS)
+QUAD = 4  # numbers that are summed up side by side
+WAITING = 64  # patches that are compared together, at least
+AWAY = 0.01  # the least (v - D)^2 of a channel
+DOUBT, DOUBTFUL = np.float32(0.02), np.float32(10)  # the least, the largest relative variance
 SPREAD = 3.5  # the range of sixteen patches of a normal distribution, in standard deviations
 
 
@@ -80,6 +91,8 @@ class Pixels(NamedTuple):
         top: log2 of the largest weight of a node, float32 (Q).
         total: Sum of the weights of the nodes in units of 2^top, and of weights times middles,
             float64 (Q, 1 + C).
+        answer: About what the answer will be, float32 (Q, C).
+        scale: Sum of what the nodes may contribute to its error, float64 (Q).
         amounts: How many nodes, leaves and patches to draw, float64 (Q, 3).
         start: Where to begin, in [0, 1), float64 (Q).
     """
@@ -93,6 +106,8 @@ class Pixels(NamedTuple):
     half: float
     top: np.ndarray
     total: np.ndarray
+    answer: np.ndarray
+    scale: np.ndarray
     amounts: np.ndarray
     start: np.ndarray
 
@@ -100,12 +115,12 @@ class Pixels(NamedTuple):
 class Room(NamedTuple):
     """What a thread writes on."""
 
-    first: np.ndarray  # the codes of a node's leading components, as floats (leaves, leading, 16)
-    more: np.ndarray  # those of the other components
     norms: np.ndarray  # |.|^2 / (2 sigma^2) log2 e of the codes: leading, others (2, leaves, 16)
     held: np.ndarray  # copies (leaves, 16)
+    doubt: np.ndarray  # by how much a weight may change: on level 2, on level 3 (2, leaves, 16)
     values: np.ndarray  # middles (leaves, C, 16)
-    seen: np.ndarray  # sums over leaves drawn for sure: levels 1 of all, 1, 2 (3, 1 + C, 16)
+    seen: np.ndarray  # sums over leaves: level 1 of all, 1 and 2 of those drawn for sure, 1 and 2
+    # of one that is left to chance (5, 1 + C, 16)
     scaled: np.ndarray  # a query in the units of codes (K)
     lots: np.ndarray  # how far it is to the next lot: of nodes, leaves, patches (3, Q)
     turn: np.ndarray  # whose turn it is (Q)
@@ -113,10 +128,14 @@ class Room(NamedTuple):
     times: np.ndarray  # for how many it stands (16, Q)
     stand_in: np.ndarray  # its weight on level 0 (16, Q)
     counts: np.ndarray  # how many queries that are (16)
-    chosen: np.ndarray  # patches to compare: place in the tree, beginning in the images (2, 256)
-    shares: np.ndarray  # for how many they stand, and what they weigh on level 2 (2, 256)
-    groups: np.ndarray  # whose turn they are (256)
+    waiting: np.ndarray  # how many patches are to be compared (1)
+    places: np.ndarray  # where they are in the tree
+    starts: np.ndarray  # where they begin in the images
+    owners: np.ndarray  # the queries that drew them
+    offsets: np.ndarray  # where what they say is added up
+    shares: np.ndarray  # for how many they stand, and what they weigh on level 2 (2, ...)
     lanes: np.ndarray  # sixteen numbers
+    portions: np.ndarray  # and sixteen
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
@@ -186,8 +205,19 @@ def _logs(g, E, e, s, leading):
     return (even + odd) * float32(-LOG2E)
 
 
+@njit(fastmath=FLAGS, inline="always")
+def _away(values, k, answer, query, least):
+    """(v - D)^2 of the k-th sixteen values (k, C, 16), summed over channels, and `least`."""
+    C = answer.shape[1]
+    total = splat(float32(C * least))
+    for c in range(C):
+        d = load(values, (k * C + c) * LANES) - splat(answer[query, c])
+        total = total + d * d
+    return total
+
+
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def weigh(part, parts, g, E, leading, top, total):
+def weigh(part, parts, g, E, leading, top, total, answer, scale):
     """What all nodes weigh on level 0: see `Pixels`."""
     Q, C = len(top), total.shape[1] - 1
     K, supers = len(E) // Q, len(g.less) // LANES
@@ -211,6 +241,11 @@ def weigh(part, parts, g, E, leading, top, total):
             for s in range(supers):
                 sum_ = sum_ + load(logs, s * LANES) * load(g.middles, (s * C + c) * LANES)
             total[query, c + 1] = hsum(sum_)
+            answer[query, c] = total[query, c + 1] / total[query, 0]
+        sum_ = splat(float32(0))
+        for s in range(supers):
+            sum_ = sum_ + load(logs, s * LANES) * root(_away(g.middles, s, answer, query, AWAY))
+        scale[query] = hsum(sum_)
 
 
 @njit(fastmath=FLAGS, **BORROWED)
@@ -221,15 +256,17 @@ def _nodes(g, p, s, room):
         room.counts[lane] = 0
     for query in range(Q):
         w = weights(_logs(g, p.E, query * K, s, p.leading) - splat(p.top[query]), int64(0))
-        amount = float32(p.amounts[query, 0] / p.total[query, 0])
-        lots = room.lots[0, query] + hsum(w) * amount
+        away = root(_away(g.middles, s, p.answer, query, AWAY))
+        portions = w * away * float32(p.amounts[query, 0] / p.scale[query])
+        lots = room.lots[0, query] + hsum(portions)
         if lots < 1:
             room.lots[0, query] = lots
             continue
         store(room.lanes, 0, w)
+        store(room.portions, 0, portions)
         lots = room.lots[0, query]
         for lane in range(LANES):
-            share = min(room.lanes[lane] * amount, float32(1))
+            share = min(room.portions[lane], float32(1))
             lots += share
             if share == 1 or lots >= 1:
                 lots -= 1
@@ -241,6 +278,23 @@ def _nodes(g, p, s, room):
         room.lots[0, query] = lots
 
 
+@njit(fastmath=FLAGS, inline="always")
+def _square(t, node, o, lo, hi):
+    """The sum of the squares of the numbers lo to hi of the patches whose codes begin at o."""
+    total = splat(float32(0))
+    for j in range(lo, hi):
+        x = load_bytes(t.codes, o + j * LANES) * broadcast(t.frames, (node * 2 + 1) * t.m + j)
+        x = x + broadcast(t.frames, node * 2 * t.m + j)
+        total = total + x * x
+    return total
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _doubt(x):
+    """About e^x - 1: the variance of the weight that |s|^2 = x sigma^2 in noise stands for."""
+    return smaller(x + x * x * float32(0.5), splat(DOUBTFUL)) + splat(DOUBT)
+
+
 @njit(fastmath=FLAGS, **BORROWED)
 def _open(t, values, node, C, half, leading, room):
     """Decodes the leading components of a node's patches, and what they answer with."""
@@ -250,11 +304,18 @@ def _open(t, values, node, C, half, leading, room):
         norm = splat(float32(0))
         for j in range(leading):
             code = load_bytes(t.codes, o + j * LANES)
-            store(room.first, (leaf * leading + j) * LANES, code)
             code = code * broadcast(t.frames, (node * 2 + 1) * t.m + j)
             norm = norm + code * code
         store(room.norms, leaf * LANES, norm * scale)
         store(room.held, leaf * LANES, load_counts(t.times, node * NODE + leaf * LANES))
+        if t.m > t.first:  # the norm of the other kept components comes last
+            more = _square(t, node, o, t.first - 1, t.first) * float32(2 * half)
+            store(room.doubt, leaf * LANES, _doubt(more))
+        else:
+            store(room.doubt, leaf * LANES, splat(DOUBT))
+        last = t.first - 1 if t.m > t.first else t.first
+        rest = _square(t, node, o, leading, last) * float32(2 * half)
+        store(room.doubt, NODE + leaf * LANES, _doubt(rest))
         for c in range(C):
             v = load_bytes(values, ((node * LEAF + leaf) * C + c) * LANES)
             v = v * float32(1 / 127.5) - float32(1)
@@ -268,7 +329,6 @@ def _open_more(t, node, leaf, K, half, leading, room):
     norm = splat(float32(0))
     for j in range(leading, K):
         code = load_bytes(t.codes, o + (t.first + j - leading) * LANES)
-        store(room.more, (leaf * (K - leading) + j - leading) * LANES, code)
         code = code * broadcast(t.frames, (node * 2 + 1) * t.m + t.first + j - leading)
         norm = norm + code * code
     store(room.norms, NODE + leaf * LANES, norm * float32(half * LOG2E))
@@ -290,13 +350,19 @@ def _scaled(p, t, node, e, lo, hi, shift, room):
 @njit(fastmath=FLAGS, inline="always")
 def _products(room, lo, hi, codes, o):
     """sum_j scaled[j] codes[o + j - lo] over lo <= j < hi, of sixteen patches."""
-    even, odd = splat(float32(0)), splat(float32(0))
-    for j in range(lo, hi - 1, 2):
-        even = even + broadcast(room.scaled, j) * load(codes, o + (j - lo) * LANES)
-        odd = odd + broadcast(room.scaled, j + 1) * load(codes, o + (j - lo + 1) * LANES)
-    if (hi - lo) % 2 == 1:
-        even = even + broadcast(room.scaled, hi - 1) * load(codes, o + (hi - 1 - lo) * LANES)
-    return even + odd
+    a, b, c, d = splat(float32(0)), splat(float32(0)), splat(float32(0)), splat(float32(0))
+    j = lo
+    while j + 3 < hi:
+        k = o + (j - lo) * LANES
+        a = a + broadcast(room.scaled, j) * load_bytes(codes, k)
+        b = b + broadcast(room.scaled, j + 1) * load_bytes(codes, k + LANES)
+        c = c + broadcast(room.scaled, j + 2) * load_bytes(codes, k + 2 * LANES)
+        d = d + broadcast(room.scaled, j + 3) * load_bytes(codes, k + 3 * LANES)
+        j += 4
+    while j < hi:
+        a = a + broadcast(room.scaled, j) * load_bytes(codes, o + (j - lo) * LANES)
+        j += 1
+    return (a + b) + (c + d)
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -313,41 +379,71 @@ def _distance(w, p, query, start):
     return hsum(total)
 
 
+@njit(inline="always")
+def _padded(C):
+    """1 + C, for a weight and weighted values, filled up."""
+    return (C + QUAD) // QUAD * QUAD
+
+
 @njit(fastmath=FLAGS, inline="always")
-def _add(room, sum_, C, leaf, w):
+def _add(room, sum_, K, C, leaf, w):
     """Adds weights, and weights times what a leaf's patches answer with, to a sum."""
-    o = sum_ * (1 + C) * LANES
+    o = sum_ * K * LANES
     store(room.seen, o, load(room.seen, o) + w)
     for c in range(C):
         o += LANES
         store(room.seen, o, load(room.seen, o) + w * load(room.values, (leaf * C + c) * LANES))
 
 
+@njit(fastmath=FLAGS, inline="always")
+def _put(room, sum_, K, C, leaf, w):
+    """Weights, and weights times what a leaf's patches answer with, instead of a sum."""
+    o = sum_ * K * LANES
+    store(room.seen, o, w)
+    for c in range(C):
+        o += LANES
+        store(room.seen, o, w * load(room.values, (leaf * C + c) * LANES))
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _total(sums, o, room, sum_, K, times):
+    """Adds the K numbers of a sum, `times` times, to sums[o : o + K]."""
+    for k in range(0, K, QUAD):
+        add_totals(sums, o + k, room.seen, (sum_ * K + k) * LANES, times)
+
+
 @njit(fastmath=FLAGS, **BORROWED)
 def _visit(
-    t, w, p, values, node, query, times, stand_in, middle, room, decoded, sums, sure, spread, spent
+    t, w, p, values, node, query, times, stand_in, middle, room, decoded, sums, spread, spent
 ):
     """A query looks at a node that it has drawn; returns which leaves are decoded."""
-    C, K = w.shape[2], len(p.E) // len(p.top)
+    Q, C = len(p.top), w.shape[2]
+    K = len(p.E) // Q
+    W = _padded(C)
+    of_turn = Q * LEVELS * W
+    mine = query * LEVELS * W
     e, scale = query * K, float32(p.half * LOG2E)
     room.turn[query] += 1
     group = room.turn[query] % TURNS
     far = _scaled(p, t, node, e, 0, p.leading, 0, room) * scale + p.top[query]
     others = float32(-1)
-    of_leaves = float32(p.amounts[query, 1] / p.total[query, 0])
-    of_patches = float32(p.amounts[query, 2] / p.total[query, 0])
+    of_leaves = float32(p.amounts[query, 1] / p.scale[query])
+    of_patches = float32(p.amounts[query, 2] / p.scale[query])
     lots_leaves, lots_patches = room.lots[1, query], room.lots[2, query]
-    n_leaves, n = 0, 0
-    for k in range(3 * (1 + C)):
+    n_leaves = 0
+    for k in range(3 * W):
         store(room.seen, k * LANES, splat(float32(0)))
     for leaf in range(LEAF):
-        products = _products(room, 0, p.leading, room.first, leaf * p.leading * LANES)
-        log = products - load(room.norms, leaf * LANES) - far
+        o = (node * LEAF + leaf) * t.m * LANES
+        log = _products(room, 0, p.leading, t.codes, o)
+        log = log - load(room.norms, leaf * LANES) - far
         held = load(room.held, leaf * LANES)
         u = weights(log, int64(0)) * held
-        _add(room, 0, C, leaf, u)
+        _add(room, 0, W, C, leaf, u)
         total = hsum(u)
-        share = min(total * of_leaves * times, float32(1))
+        away = _away(room.values, leaf, p.answer, query, AWAY)
+        part = math.sqrt(hsum(u * u * away * load(room.doubt, leaf * LANES)))
+        share = min(part * of_leaves * times, float32(1))
         lots_leaves += share
         if share < 1 and lots_leaves < 1:
             continue
@@ -364,97 +460,111 @@ def _visit(
             if not decoded >> leaf & 1:
                 _open_more(t, node, leaf, K, p.half, p.leading, room)
                 decoded |= int64(1) << leaf
-            o = leaf * (K - p.leading) * LANES
-            log = log + _products(room, p.leading, K, room.more, o)
+            o = ((node * LEAF + leaf) * t.m + t.first) * LANES
+            log = log + _products(room, p.leading, K, t.codes, o)
             log = log - load(room.norms, NODE + leaf * LANES)
             log = log - splat((others - float32(p.others[query])) * scale)
             v = weights(log, int64(0)) * held
             again = hsum(v)
             spread[query, 1] += leaf_times * again * again / total if total > 0 else 0.0
             if share == 1:
-                _add(room, 1, C, leaf, u)
-                _add(room, 2, C, leaf, v)
+                _add(room, 1, W, C, leaf, u)
+                _add(room, 2, W, C, leaf, v)
             else:
-                into = sums[leaf_group, query]
-                into[LEAVES, 0] += leaf_times * total
-                into[AGAIN, 0] += leaf_times * again
-                for c in range(C):
-                    answer = load(room.values, (leaf * C + c) * LANES)
-                    into[LEAVES, c + 1] += leaf_times * hsum(u * answer)
-                    into[AGAIN, c + 1] += leaf_times * hsum(v * answer)
+                _put(room, 3, W, C, leaf, u)
+                _put(room, 4, W, C, leaf, v)
+                o = leaf_group * of_turn + mine
+                _total(sums, o + LEAVES * W, room, 3, W, leaf_times)
+                _total(sums, o + AGAIN * W, room, 4, W, leaf_times)
         amount = of_patches * leaf_times
-        lots = lots_patches + again * amount
+        portions = v * root(away * load(room.doubt, NODE + leaf * LANES)) * amount
+        lots = lots_patches + hsum(portions)
         if lots < 1:
             lots_patches = lots
             continue
         store(room.lanes, 0, v)
+        store(room.portions, 0, portions)
         for lane in range(LANES):
-            share = min(room.lanes[lane] * amount, float32(1))
+            share = min(room.portions[lane], float32(1))
             lots_patches += share
             if share > 0 and (share == 1 or lots_patches >= 1):
                 lots_patches -= 1
                 place = node * NODE + leaf * LANES + lane
-                start, _ = origin(w, np.int64(t.ids[place]))
-                for a in range(w.size[0]):
-                    prefetch(w.flat, start + a * w.shape[1] * C)
-                room.chosen[0, n], room.chosen[1, n] = place, start
+                prefetch(t.ids, place)
+                n = room.waiting[0]
+                room.places[n], room.owners[n] = place, query
                 room.shares[0, n] = leaf_times / share
                 room.shares[1, n] = leaf_times / share * room.lanes[lane]
-                room.groups[n] = leaf_group
-                if leaf_times == 1:
+                patch_group = leaf_group
+                if room.shares[0, n] == 1:
+                    patch_group = TURNS
+                elif leaf_times == 1:
                     room.turn[query] += 1
-                    room.groups[n] = room.turn[query] % TURNS
-                n += 1
+                    patch_group = room.turn[query] % TURNS
+                room.offsets[n] = patch_group * of_turn + mine
+                room.waiting[0] = n + 1
     room.lots[1, query], room.lots[2, query] = lots_leaves, lots_patches
-    into = sure[query] if times == 1 else sums[group, query]
-    into[STAND_IN, 0] += times * stand_in
+    o = (TURNS if times == 1 else group) * of_turn + mine
+    sums[o + STAND_IN * W] += times * stand_in
     for c in range(C):
-        into[STAND_IN, c + 1] += times * stand_in * middle[c]
-    for c in range(C + 1):
-        into[NODES, c] += times * hsum(load(room.seen, c * LANES))
-        if p.leading < K:
-            into[LEAVES, c] += times * hsum(load(room.seen, (C + 1 + c) * LANES))
-            into[AGAIN, c] += times * hsum(load(room.seen, (2 * C + 2 + c) * LANES))
+        sums[o + STAND_IN * W + c + 1] += times * stand_in * middle[c]
+    _total(sums, o + NODES * W, room, 0, W, times)
+    if p.leading < K:
+        _total(sums, o + LEAVES * W, room, 1, W, times)
+        _total(sums, o + AGAIN * W, room, 2, W, times)
     total = hsum(load(room.seen, 0))
     spread[query, 0] += times * total * total / stand_in if stand_in > 0 else 0.0
-    for k in range(n):
-        place, start = room.chosen[0, k], room.chosen[1, k]
-        log = (p.rest[query] - _distance(w, p, query, start)) * p.half - p.top[query] / LOG2E
-        x = room.shares[0, k] * t.times[place] * math.exp(log)
-        into = sure[query] if room.shares[0, k] == 1 else sums[room.groups[k], query]
-        into[PATCHES, 0] += room.shares[1, k]
-        into[TRULY, 0] += x
-        spread[query, 2] += x * x / room.shares[1, k]
-        sure[query, LEVELS, 0] += x * math.exp(log)
-        o = start + (w.middle[0] * w.shape[1] + w.middle[1]) * C
-        for c in range(C):
-            value = w.flat[o + c] * (1 / 127.5) - 1
-            into[PATCHES, c + 1] += room.shares[1, k] * value
-            into[TRULY, c + 1] += x * value
     spent[query, 0] += 1
     spent[query, 1] += n_leaves
-    spent[query, 2] += n
     return decoded
 
 
+@njit(fastmath=FLAGS, **BORROWED)
+def _compare(t, w, p, room, sums, spread, spent):
+    """Compares the patches that wait: several at once, for most of the time goes into memory."""
+    C = w.shape[2]
+    W, stride = _padded(C), w.shape[1] * C
+    for k in range(room.waiting[0]):
+        start, _ = origin(w, np.int64(t.ids[room.places[k]]))
+        room.starts[k] = start
+        for a in range(w.size[0]):
+            prefetch(w.flat, start + a * stride)
+            prefetch(w.flat, start + a * stride + w.size[1] * C - 1)
+    for k in range(room.waiting[0]):
+        place, start, query = room.places[k], room.starts[k], room.owners[k]
+        log = (p.rest[query] - _distance(w, p, query, start)) * p.half - p.top[query] / LOG2E
+        x = room.shares[0, k] * t.times[place] * math.exp(log)
+        o = room.offsets[k]
+        sums[o + PATCHES * W] += room.shares[1, k]
+        sums[o + TRULY * W] += x
+        sums[o + SQUARED * W] += x * math.exp(log)
+        spread[query, 2] += x * x / room.shares[1, k]
+        middle = start + (w.middle[0] * w.shape[1] + w.middle[1]) * C
+        for c in range(C):
+            value = w.flat[middle + c] * (1 / 127.5) - 1
+            sums[o + PATCHES * W + c + 1] += room.shares[1, k] * value
+            sums[o + TRULY * W + c + 1] += x * value
+        spent[query, 2] += 1
+    room.waiting[0] = 0
+
+
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def draw(part, parts, t, w, g, p, values, sums, sure, spread, spent):
+def draw(part, parts, t, w, g, p, values, sums, spread, spent):
     """What the queries draw of a part of the nodes.
 
-    Fills `sums`, (TURNS, Q, LEVELS, 1 + C): of weights and of weights times values; what was not
-    left to chance is in `sure` instead, (Q, LEVELS + 1, 1 + C), and the last of its levels has the
-    sum of squared weights. `spread`, (Q, 3), has the sums of v^2 / u, where u is what nodes, leaves
+    Fills `sums`, (TURNS + 1, Q, LEVELS, `_padded(C)`) flat: of weights and of weights times values,
+    the last of what was not left to chance. `spread`, (Q, 3), has the sums of v^2 / u, where u is
+    what nodes, leaves
     and patches weigh by one level and v what they weigh by the next. `spent` counts them, (Q, 3).
     """
     Q, K, C = len(p.top), len(p.E) // len(p.top), w.shape[2]
     supers, nodes = len(t.widest), len(t.radii)
     room = Room(
-        np.empty(LEAF * p.leading * LANES, np.float32),
-        np.empty(max(LEAF * (K - p.leading) * LANES, 1), np.float32),
         np.empty(2 * NODE, np.float32),
         np.empty(NODE, np.float32),
+        np.empty(2 * NODE, np.float32),
         np.empty(LEAF * C * LANES, np.float32),
-        np.empty(3 * (1 + C) * LANES, np.float32),
+        np.zeros(5 * _padded(C) * LANES, np.float32),
         np.empty(K, np.float32),
         np.empty((3, Q)),
         np.empty(Q, np.int64),
@@ -462,9 +572,13 @@ def draw(part, parts, t, w, g, p, values, sums, sure, spread, spent):
         np.empty((LANES, Q), np.float32),
         np.empty((LANES, Q), np.float32),
         np.empty(LANES, np.int64),
-        np.empty((2, NODE), np.int64),
-        np.empty((2, NODE)),
-        np.empty(NODE, np.int64),
+        np.zeros(1, np.int64),
+        np.empty(WAITING + NODE, np.int64),
+        np.empty(WAITING + NODE, np.int64),
+        np.empty(WAITING + NODE, np.int64),
+        np.empty(WAITING + NODE, np.int64),
+        np.empty((2, WAITING + NODE)),
+        np.empty(LANES, np.float32),
         np.empty(LANES, np.float32),
     )
     middle = np.empty(C, np.float32)
@@ -485,5 +599,8 @@ def draw(part, parts, t, w, g, p, values, sums, sure, spread, spent):
             for k in range(room.counts[lane]):
                 decoded = _visit(
                     t, w, p, values, node, room.who[lane, k], room.times[lane, k],
-                    room.stand_in[lane, k], middle, room, decoded, sums, sure, spread, spent,
+                    room.stand_in[lane, k], middle, room, decoded, sums, spread, spent,
                 )  # fmt: skip
+                if room.waiting[0] >= WAITING:
+                    _compare(t, w, p, room, sums, spread, spent)
+    _compare(t, w, p, room, sums, spread, spent)

@@ -19,6 +19,8 @@ from scoremachine.search.draw import (
     LEVELS,
     NODES,
     PATCHES,
+    QUAD,
+    SQUARED,
     STAND_IN,
     TRULY,
     TURNS,
@@ -40,11 +42,12 @@ ROUNDS = 6  # after the first
 GROWTH = 64.0  # at most, of a number from one round to the next
 FEWER = 4.0  # times fewer lots than asked for are drawn, at most, since heavy ones are drawn once
 CAUTION = 1.15  # how much smaller an error is aimed at than asked for
-COSTS = np.array([550.0, 100.0, 200.0])  # ns of a node, a leaf, a patch
-DIFFERENCE = 0.4  # ns for a number of a patch
+COSTS = np.array([700.0, 110.0, 200.0])  # ns of a node, a leaf, a patch
+DIFFERENCE = 0.3  # ns for a number of a patch
+DEARER = 20.0  # times as unlike, where there is no other way
 UNSURE = 1.0  # nats by which a sum may be wrong whose error is large
 UNLIKE = np.array([4.0, 30.0, 6.0])  # levels (see `Round`) at most, for lots not to miss anything
-STANDARD_ERRORS = 3.5  # in the bound of an error
+STANDARD_ERRORS = 3.3  # in the bound of an error
 FLAT = 20.0  # patches as heavy as the nearest known one, from which on a posterior may be flat
 
 
@@ -108,15 +111,16 @@ class Drawn(NamedTuple):
         return np.where(self.error < 1, log, -np.inf)
 
 
-def drawn(asked: Asked, error: float, budget: float, least: float) -> Drawn:
+def drawn(asked: Asked, error: float, budget: float, last: bool = False) -> Drawn:
     """Draws until errors are at most `error`.
 
     Arguments:
         asked: Queries and patches.
         error: The largest error of a pixel.
         budget: Seconds of one core that it may take: it is given up when it would take longer.
-        least: Draws for pixels alone for which about as many patches as heavy as the nearest
-            known one seem to matter; 0: for all, with so many lots that little can be missed.
+        last: Whether there is no other way: draws for all pixels then, and many lots; otherwise
+            for those alone for which at least `FLAT` patches as heavy as the nearest known one
+            seem to matter.
     """
     t = asked.opened.tree
     lead, supers = asked.opened.embedding.leading, len(t.widest)
@@ -131,40 +135,43 @@ def drawn(asked: Asked, error: float, budget: float, least: float) -> Drawn:
     unit = pixels.top / LOG2E - pixels.rest * asked.half + asked.best * asked.half
     many = unit + np.log(pixels.total[:, 0])
     flat, unlike = np.isfinite(many), UNLIKE
-    if least == 0:
+    if last:
         pixels.amounts[:] *= MANY
-        unlike = np.full(3, np.inf)
+        unlike = UNLIKE * DEARER
     else:
-        flat &= (many > math.log(least)) & (many < math.log(asked.opened.total))
+        flat &= (many > math.log(FLAT)) & (many < math.log(asked.opened.total))
     rounds = [_round(asked, g, pixels, np.flatnonzero(flat))]
     wanted = (error / STANDARD_ERRORS / CAUTION) ** 2
     answer, variance = _together(rounds)
     for _ in range(ROUNDS):
-        last = rounds[-1]
-        flat &= (last.unlike <= unlike).all(1)
-        again = np.flatnonzero(flat & ~(answer.error <= error))
-        root = np.sqrt(last.variances[again] * last.amounts[again])
+        before = rounds[-1]
+        flat &= (before.unlike <= unlike).all(1)
+        again = np.flatnonzero(flat & (_few(rounds) | ~(answer.error <= error)))
+        root = np.sqrt(before.variances[again] * before.amounts[again])
         with np.errstate(divide="ignore", invalid="ignore"):
             missing = 1 / (1 / wanted - 1 / variance[again])
             amounts = root / np.sqrt(prices) * (root @ np.sqrt(prices) / missing)[:, None]
-            growth = amounts / last.amounts[again]
+            growth = amounts / before.amounts[again]
+            enough = FIRST / np.maximum(before.spent[again], 1)
+            growth = np.where(_few(rounds)[again, None], np.fmax(growth, enough), growth)
         known = np.isfinite(growth).all(1)
         again, growth = again[known], growth[known]
-        cost = float((np.maximum(growth, 1) * last.spent[again] @ prices).sum()) * 1e-9
+        cost = float((np.maximum(growth, 1) * before.spent[again] @ prices).sum()) * 1e-9
         if not len(again) or cost > FEWER * budget:
             break
         growth = np.minimum(growth, GROWTH)
-        pixels.amounts[again] = np.maximum(growth * last.amounts[again], FEWEST)
+        pixels.amounts[again] = np.maximum(growth * before.amounts[again], FEWEST)
         pixels.start[again] = (pixels.start[again] + math.sqrt(0.5)) % 1
-        rounds.append(_round(asked, g, pixels, again, last))
+        rounds.append(_round(asked, g, pixels, again, before))
         budget -= float((rounds[-1].spent[again] @ prices).sum()) * 1e-9
         answer, variance = _together(rounds)
     with np.errstate(over="ignore", invalid="ignore"):  # then nothing is told
         scale = np.exp(unit)
         Z, Z2, S = answer.Z * scale, answer.Z2 * scale**2, answer.S * scale[:, None]
-    # and by what was drawn: or else something has been missed
-    expected = max(least, 1 - error)
-    seen = np.isfinite(Z) & (expected < Z) & (rounds[-1].unlike <= unlike).all(1)
+        effective = Z**2 / Z2
+    # so many must matter by what was drawn, too, or else something has been missed
+    seen = np.isfinite(Z) & ((1 - error if last else FLAT) < Z) & (effective > FLAT)
+    seen &= (rounds[-1].unlike <= unlike).all(1) & ~_few(rounds)
     return Drawn(Z, Z2, S, np.where(seen, answer.error, np.inf))
 
 
@@ -188,6 +195,12 @@ class Round(NamedTuple):
     unlike: np.ndarray
     amounts: np.ndarray
     spent: np.ndarray
+
+
+def _few(rounds: list[Round]) -> np.ndarray:
+    """Where so few lots were drawn that nobody knows how much was left to chance."""
+    spent = sum(np.nan_to_num(r.spent) * np.isfinite(r.variance)[:, None] for r in rounds)
+    return ((spent < FIRST / 2) & (rounds[-1].variances > 0)).any(1)
 
 
 def _together(rounds: list[Round]) -> tuple[Drawn, np.ndarray]:
@@ -233,13 +246,14 @@ def _pixels(asked: Asked, g: Gaussians) -> Pixels:
     y[..., : D // h] = (asked.windows + e.mean).reshape(Q, h, D // h)
     mask = (np.arange(filled) < D // h).astype(np.float32)
     top, total = np.zeros(Q, np.float32), np.zeros((Q, 1 + asked.source.pixels.shape[3]))
-    fill(weigh, (g, E.reshape(-1), e.leading, top, total))
+    answer, scale = np.zeros((Q, total.shape[1] - 1), np.float32), np.zeros(Q)
+    fill(weigh, (g, E.reshape(-1), e.leading, top, total, answer, scale))
     start = np.arange(1, Q + 1) * (math.sqrt(5) - 1) / 2 % 1
     amounts = np.tile(FIRST, (Q, 1))
     rest = squares - lead
     return Pixels(
         E.reshape(-1), e.leading, others, rest, y.reshape(-1), mask, asked.half, top, total,
-        amounts, start,
+        answer, scale, amounts, start,
     )  # fmt: skip
 
 
@@ -247,7 +261,7 @@ def _some(p: Pixels, at: np.ndarray) -> Pixels:
     """The pixels `at`."""
     Q = len(p.top)
     flat = {name: getattr(p, name).reshape(Q, -1)[at].reshape(-1) for name in ("E", "y")}
-    rows = ("others", "rest", "top", "total", "amounts", "start")
+    rows = ("others", "rest", "top", "total", "answer", "scale", "amounts", "start")
     return p._replace(**flat, **{name: getattr(p, name)[at] for name in rows})
 
 
@@ -277,13 +291,13 @@ def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
     t, w = asked.opened.tree, asked.source.windows(asked.of)
     Q, K = p.total.shape
     parts = min(PARTS // 2, len(t.widest))
-    sums = np.zeros((parts, TURNS, Q, LEVELS, K))
-    sure = np.zeros((parts, Q, LEVELS + 1, K))
+    padded = -(-K // QUAD) * QUAD
+    sums = np.zeros((parts, (TURNS + 1) * Q * LEVELS * padded))
     spread, spent = np.zeros((parts, Q, 3)), np.zeros((parts, Q, 3))
-    fill(draw, (t, w, g, p, asked.answers.values), (sums, sure, spread, spent))
+    fill(draw, (t, w, g, p, asked.answers.values), (sums, spread, spent))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # then nothing is told
-        by_turns, certain = sums.sum(0), sure.sum(0)
-        everything = by_turns.sum(0) + certain[:, :LEVELS]
+        by_turns = sums.sum(0).reshape(TURNS + 1, Q, LEVELS, padded)[..., :K]
+        everything, by_turns = by_turns.sum(0), by_turns[:TURNS]
         # each level in the units of the last
         b2 = everything[:, TRULY, :1] / everything[:, PATCHES, :1]
         b1 = b2
@@ -305,9 +319,9 @@ def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
         moved = [(d[..., 1:] - d[..., :1] * D) / Z[:, None] for d in differences(by_turns)]
         moved.append(sum(moved[1:], start=moved[0]))
         # how unequal neighbouring levels are: 1 + the squared coefficient of variation of v / u
-        before, after = everything[:, STAND_IN::2, 0], everything[:, NODES::2, 0]
+        before, after = everything[:, STAND_IN:SQUARED:2, 0], everything[:, NODES:SQUARED:2, 0]
         unlike = spread.sum(0) * before / after**2
         squares = [np.square(o - o.mean(0)).sum(0).max(1) for o in moved]
         variance = np.stack(squares, 1) * TURNS / (TURNS - 1)
-    Z2, by_level = certain[:, LEVELS, 0], variance[:, :3]
+    Z2, by_level = everything[:, SQUARED, 0], variance[:, :3]
     return Z, Z2, S, variance[:, 3], by_level, unlike, spent.sum(0)

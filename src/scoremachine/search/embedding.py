@@ -24,6 +24,7 @@ from scoremachine.search import tree
 SAMPLE = 30_000  # patches that the components are computed from
 LEADING = 16  # components that with all the norms bound a distance by themselves
 WIDE = 60  # kept components from which on fewer others have norms of their own
+FEW = 2_000  # patches for which PyTorch is too much: its threads look for work long after
 ROUNDING = 1e-6  # what rounding may do to e(s), relative to |s - mean|
 
 
@@ -84,7 +85,11 @@ class Embedding:
 
     def __call__(self, centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """e of patches less the mean, float64 (n, D), as float32 (n, m); and their |s|^2, (n,)."""
-        z = (torch.from_numpy(centred) @ torch.from_numpy(self.V)).numpy()
+        if len(centred) > FEW:
+            z = (torch.from_numpy(centred) @ torch.from_numpy(self.V)).numpy()
+        else:
+            z = np.zeros((len(centred), self.V.shape[1]))
+            fill(tree.products, (centred, self.V, z))
         E, squares = np.empty((len(centred), self.m), np.float32), np.empty(len(centred))
         fill(tree.numbers, (centred, z, self.kept, self.leading, self.edges, E, squares))
         return E, squares

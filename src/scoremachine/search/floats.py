@@ -9,7 +9,9 @@ The searching twin of `kernels.simd`, in float32 and over bytes:
     splat(x), broadcast(a, i)
     u + v, u - v, u * v    with vectors or floats
     larger(u, v), smaller(u, v)    lane by lane
+    root(v)                its square root
     hsum(v)                the sum of the lanes
+    add_totals(sums, k, a, i, x)    sums[k : k + 4] += x times the sums of 4 vectors from a[i] on
     prefetch(a, i)         has a[i] brought near
     reaching(u, v)         a bit for every lane of u that is at most v's, as an integer
     weights(x, bits)       2^x or a little more in the lanes whose bit is 0, and 0 in the others
@@ -73,6 +75,58 @@ def smaller(typing: Any, u: Any, v: Any) -> Any:
         return builder.select(builder.fcmp_ordered("<", *args), *args)
 
     return floats(floats, floats), generate
+
+
+@intrinsic
+def root(typing: Any, v: Any) -> Any:
+    """The square root, lane by lane."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(VECTOR, [VECTOR]), "llvm.sqrt.v16f32"
+        )
+        return builder.call(function, args)
+
+    return floats(floats), generate
+
+
+@intrinsic
+def add_totals(typing: Any, sums: Any, k: Any, rows: Any, i: Any, x: Any) -> Any:
+    """Adds x times the sums of four vectors, rows[i : i + 64], to sums[k : k + 4] in float64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def shuffled(u: Any, v: Any, places: list[int]) -> Any:
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
+            return builder.shuffle_vector(u, v, mask)
+
+        def folded(u: Any, v: Any, pattern: list[int], more: int) -> Any:
+            low = [p + quarter for quarter in range(0, LANES, 4) for p in pattern]
+            return builder.fadd(shuffled(u, v, low), shuffled(u, v, [p + more for p in low]))
+
+        place = pointer(context, builder, signature.args[2], args[2], args[3], VECTOR)
+        a, b, c, d = (
+            builder.load(builder.gep(place, [ir.Constant(ir.IntType(64), n)]), align=4)
+            for n in range(4)
+        )
+        # the sums of every fourth number, side by side: a, b, c, d in each quarter
+        pairs = [folded(u, v, [0, LANES, 1, LANES + 1], 2) for u, v in ((a, b), (c, d))]
+        four = folded(*pairs, [0, 1, LANES, LANES + 1], 2)
+        width = LANES
+        while width > 4:
+            width //= 2
+            low, high = list(range(width)), list(range(width, 2 * width))
+            four = builder.fadd(shuffled(four, four, low), shuffled(four, four, high))
+        doubles = ir.VectorType(ir.DoubleType(), 4)
+        into = pointer(context, builder, signature.args[0], args[0], args[1], doubles)
+        four = builder.fpext(four, doubles)
+        scale = ir.Constant(doubles, ir.Undefined)
+        for lane in range(4):
+            scale = builder.insert_element(scale, args[4], ir.Constant(ir.IntType(32), lane))
+        total = builder.fadd(builder.load(into, align=8), builder.fmul(four, scale))
+        builder.store(total, into, align=8)
+        return context.get_dummy_value()
+
+    return types.void(sums, types.intp, rows, types.intp, types.float64), generate
 
 
 @intrinsic

@@ -19,8 +19,12 @@ from scoremachine.search.seek import COSTS, Queries, Windows, seek
 
 BOXES, PATCHES = 22.0, 18.0  # nats below the nearest known patch at which the first round skips
 DEVIATIONS = 0.5  # of the noise, that a statistical bound allows for in a group of components
+FOR_A_PART = 0.125  # of what a query may cost, while nobody knows what all will
 SURVEYED = 2  # parts of a search that are done first, to see what all will cost
 DIFFERENCE = 0.35  # ns of one core for a number of a patch that is compared
+
+
+Reach = tuple[np.ndarray, np.ndarray]
 
 
 def sought(
@@ -33,7 +37,8 @@ def sought(
     least: np.ndarray,
     error: float,
     budget: float,
-) -> bool:
+    apiece: float = math.inf,
+) -> np.ndarray:
     """Searches for the queries `at`.
 
     Arguments:
@@ -41,10 +46,11 @@ def sought(
         best: |q - s|^2 of the nearest patch known, improved here, float64 (Q,).
         least: A guess at log Z, better too small, in units of the weight of that patch, (Q,).
         error: The largest error of a pixel.
-        budget: Seconds of one core.
+        budget: Seconds of one core that all may take.
+        apiece: Seconds that a query may take; those that would take longer are left out.
 
     Returns:
-        Whether all bounds hold now: not if that would have cost more.
+        Whose bounds hold now, bool, one for each of `at`.
     """
     t, leaders = opened.tree, found.logits.shape[1]
     Q, C = found.S.shape
@@ -52,44 +58,68 @@ def sought(
     share = error / 2  # of the mass, that may be left out
     T = math.log(opened.total / share) + 0.1  # with which no more can be left out
     pace = COSTS + np.array([0, 0, 0, DIFFERENCE * len(opened.embedding.mean)])
+    count = min(PARTS, -(-len(t.widest) // LANES))
+    some = min(SURVEYED, count)
     left = 1e9 * budget  # nanoseconds
+    done = np.zeros(Q, bool)
+
+    def seen(
+        parts: tuple[np.ndarray, ...], of: slice, asked: np.ndarray, reach: Reach, most: float
+    ) -> bool:
+        """Does some parts, of queries that cost at most `most` in each; returns whether all."""
+        nonlocal left
+        filled = tuple(a[of] for a in parts)
+        fill(seek, (of.start, count, t, w, q, asked, *reach, pace, 3 * left / count, most), filled)
+        left -= float(filled[-2].sum())
+        return bool(filled[-1].all())
 
     def search(asked: np.ndarray, boxes: np.ndarray, patches: np.ndarray) -> None:
-        """Fills `found` at `asked`, unless `left` is too little."""
+        """Fills `found` at `asked`: at those that are not too dear, and if all are not together."""
         nonlocal left
+        done[asked] = False
         reach = boxes / q.half, patches / q.half  # squared distances
-        groups = -(-len(t.widest) // LANES)
-        count = min(PARTS, groups)
-        parts = _parts(count, best, Q, C, leaders)
-        for begun, end in ((0, min(SURVEYED, count)), (SURVEYED, count)):
-            if left > 0 and begun < end:
-                some = tuple(a[begun:end] for a in parts)
-                fill(seek, (begun, count, t, w, q, asked, *reach, pace, 3 * left / count), some)
-                spent = float((parts[-2] * pace).sum())
-                if not parts[-1][:end].all() or spent * count / end > left:
+        most = 1e9 * apiece  # nanoseconds
+        while len(asked) and left > 0:
+            parts = _parts(count, best, Q, C, leaders)
+            cost = parts[-2]
+            whole = seen(parts, slice(0, some), asked, reach, most * FOR_A_PART)
+            cheap = cost[:, asked].sum(0) * (count / some) <= most
+            cheap &= (cost[:, asked] <= most * FOR_A_PART).all(0)
+            asked = asked[cheap]
+            if not whole and cheap.all():
+                left = 0.0
+            if whole:
+                missing = float(cost[:, asked].sum()) * (count / some - 1)
+                if missing > left:
                     left = 0.0
-        if left > 0:
-            left -= spent
-            _merge(parts, q.half, asked, found, best)
+                elif some == count or seen(parts, slice(some, count), asked, reach, most):
+                    asked = asked[(cost[:, asked] <= most).all(0)]
+                    _merge(parts, q.half, asked, found, best)
+                    done[asked] = True
+                else:
+                    left = 0.0
+                return
 
     patches = min(T, PATCHES) - least
     search(at, min(T, BOXES) - least, patches)
+    at = at[done[at]]
     again = at[(~(left_out <= share * Z) & (Z > 0))[at]]
     if len(again) and left > 0:
         patches[again] = T - np.log(Z[again])
         search(again, patches, patches)
     across = (q.fuzz / ROUNDING) ** 2 * q.half  # nats: more than any patch is away
-    while left > 0:  # what may be missing yet is looked for further away
+    while True:  # what may be missing yet is looked for further away
         m = found.m.numpy()
         sure = m >= -best * q.half * (1 + 1e-12)  # the nearest known is in
         if leaders:
             sure &= found.logits.numpy()[:, -1] >= m - patches
-        again = at[(~sure & (patches <= across))[at]]
-        if not len(again):
+        again = at[(done & ~sure & (patches <= across))[at]]
+        if not len(again) or left <= 0:
             break
         patches[again] *= 4
         search(again, patches, patches)
-    return left > 0 and bool((left_out <= share * Z)[at].all())
+    done &= (left_out <= share * Z) & (sure | (patches > across))
+    return done
 
 
 def blank(B: int, C: int, leaders: int, sites: tuple[int, ...]) -> Fold:
@@ -150,7 +180,7 @@ def _parts(count: int, best: np.ndarray, Q: int, C: int, leaders: int) -> tuple[
         np.zeros((count, Q, C)),
         np.full((count, leaders, Q, 1), NOTHING),
         np.full((count, leaders, Q, 1), -1),
-        np.zeros((count, 4), np.int64),
+        np.zeros((count, Q)),
         np.zeros((count, 1), np.int64),
     )
 

@@ -32,6 +32,7 @@ from scoremachine.search.tree import BORROWED, LEAF, NODE, window_at
 
 FAR = np.float32(1e15)  # where boxes of nothing lie
 COMPARED, NEAR = 2_000, 2.0  # patches compared for it at most, and within how many nats
+ENOUGH = 200.0  # patches as heavy as the nearest known, from which on it need not be known better
 GUESSED = 64  # nodes that are looked into for a first guess
 SLACK = 1e-6  # what rounding may do to a squared distance in float32, relatively, per 8 numbers
 LOG2E = 1.4426950408889634
@@ -300,7 +301,7 @@ def _guess(t, w, q, query, lines, row, values, near, found):
     half = q.half[query]
     for k in range(n):
         node = found[k]
-        if node >= nodes or compared > COMPARED:
+        if node >= nodes or compared > COMPARED or known > ENOUGH:
             continue
         for j in range(t.m):
             row[j] = q.E[e + j] - t.frames[node * 2 * t.m + j]
@@ -336,20 +337,22 @@ def _skipped(lower, bits, ref, half):
 
 @njit(fastmath=FLAGS, **BORROWED)
 def _narrow(
-    boxes, counts, g, t, q, asked, count, masks, place, reach, radius, best, ref, left, out, bits
-):
+    boxes, counts, g, t, q, asked, count, masks, place, reach, radius, best, ref, left, cost, most,
+    out, bits,
+):  # fmt: skip
     """Of the queries asked[k] whose mask has the bit `place`: which boxes of sixteen they reach.
 
-    Fills `out` and `bits`; returns how many reach any. The boxes are the g-th sixteen, and `counts`
+    Fills `out` and `bits`; returns how many reach any. Leaves out those that have cost more than
+    `most`. The boxes are the g-th sixteen, and `counts`
     says how many patches each holds.
     """
     n = 0
     held = load(counts, g * LANES)
     real = ~reaching(held, splat(float32(0)))
     for k in range(count):
-        if not masks[k] >> place & 1:
-            continue
         query = asked[k]
+        if not masks[k] >> place & 1 or cost[query] > most:
+            continue
         half = q.half[query]
         limit = best[query] + reach[query]
         tail = q.tails[query, 0]
@@ -367,16 +370,19 @@ def _narrow(
 
 @njit(fastmath=FLAGS, **BORROWED)
 def _node(
-    t, w, q, node, asked, count, masks, place, reach, patch_reach,
-    rows, lines, more, best, ref, left, m, Z, Z2, S, logits, places, seen,
+    t, w, q, node, asked, count, masks, place, reach, patch_reach, pace,
+    rows, lines, more, best, ref, left, m, Z, Z2, S, logits, places, cost,
 ):  # fmt: skip
-    """The queries asked[k] whose mask has the bit `place` look at the patches of a node."""
+    """The queries asked[k] whose mask has the bit `place` look at the patches of a node.
+
+    Adds to `cost` what each takes, and returns what they take together.
+    """
     first, M = t.first, t.m
     shared = first - 1 if first < M else first  # without the norm that stands for the rest
     _decode_boxes(t, node, lines)
     boxes = 2 * first * LANES
     decoded, decoded_more = int64(0), int64(0)
-    visits, leaves_seen, looks, comparisons = 0, 0, 0, 0
+    spent = 0.0
     for k in range(count):
         if not masks[k] >> place & 1:
             continue
@@ -391,7 +397,7 @@ def _node(
         leaves = reaching(d, splat(float32(limit * (1 + SLACK))))
         total = load(left, query * LANES)
         total = total + _skipped(d, leaves, ref[query], half) * load(t.leaf_counts, node * LEAF)
-        visits += 1
+        price = pace[0]
         far = splat(float32((limit + FAINT / half) * (1 + SLACK)))
         faint = float32(0)
         while leaves:
@@ -408,7 +414,7 @@ def _node(
                 e = broadcast(rows, shared) - load(lines, o + shared * LANES)
                 bound = d + e * e
             bound = _bound(bound, a, b - tail)
-            leaves_seen += 1
+            price += pace[1]
             if reaching(bound, far) == 0:
                 faint += t.leaf_counts[node * LEAF + leaf]
                 continue
@@ -424,7 +430,7 @@ def _node(
                     decoded_more |= int64(1) << leaf
                 bound = _bound(d + _to_codes(rows, 0, more, o, first, M), a, b - less)
                 again = reaching(bound, limits)
-                looks += 1
+                price += pace[2]
                 total = total + _skipped(bound, again | ~bits, ref[query], half) * copies
                 bits &= again
             if bits:
@@ -433,7 +439,7 @@ def _node(
                     o = node * NODE + leaf * LEAF + lowest(bits)
                     bits &= bits - 1
                     if t.times[o] > 0:
-                        comparisons += 1
+                        price += pace[3]
                         _absorb(
                             w, q, query, t.ids[o], t.times[o],
                             best, ref, left, m, Z, Z2, S, logits, places,
@@ -441,24 +447,24 @@ def _node(
                 total = load(left, query * LANES)
         total = total + _skipped(far, int64(0), ref[query], half) * (faint / float32(LEAF))
         store(left, query * LANES, total)
-    seen[0] += visits
-    seen[1] += leaves_seen
-    seen[2] += looks
-    seen[3] += comparisons
+        cost[query] += price
+        spent += price
+    return spent
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
 def seek(
-    part, _, begun, parts, t, w, q, asked, reach, patch_reach, pace, budget,
-    best, ref, left, m, Z, Z2, S, logits, places, seen, whole,
+    part, _, begun, parts, t, w, q, asked, reach, patch_reach, pace, budget, most,
+    best, ref, left, m, Z, Z2, S, logits, places, cost, whole,
 ):  # fmt: skip
     """The fold of the queries `asked` over the groups of part begun + `part` of `parts`.
 
     What may be more than `reach` (a box) or `patch_reach` (a patch) further than the nearest patch
     known, in squared distance, is skipped; an upper bound of its weight, in units of
     exp(-ref / 2 sigma^2), is added to `left`. `best` is |q - s|^2 of the nearest patch known.
-    Stops where it has cost more than `budget` at the prices `pace` (see `COSTS`); `whole` says if
-    it has not.
+    `cost` is what each query has cost at the prices `pace` (see `COSTS`); stops where that is more
+    than `budget` in all, and `whole` says if it has not. A query goes no further where it has cost
+    more than `most`.
     """
     first, M, A = t.first, t.m, len(asked)
     nodes, supers = len(t.radii), len(t.widest)
@@ -468,18 +474,19 @@ def seek(
     everyone = np.full(A, 1, np.int64)
     in_group, group_bits = np.empty(A, np.int64), np.empty(A, np.int64)
     in_super, super_bits = np.empty(A, np.int64), np.empty(A, np.int64)
+    spent = 0.0
     for g in range(begun + part, (supers + LANES - 1) // LANES, parts):
         radius = float32(0)
         for s in range(g * LANES, min((g + 1) * LANES, supers)):
             radius = max(radius, t.widest[s])
         near = _narrow(
             t.super_boxes, t.super_counts, g, t, q, asked, A, everyone, 0, reach, radius,
-            best, ref, left, in_group, group_bits,
+            best, ref, left, cost, most, in_group, group_bits,
         )  # fmt: skip
         for s in range(g * LANES, min((g + 1) * LANES, supers)):
             count = _narrow(
                 t.node_boxes, t.node_counts, s, t, q, in_group, near, group_bits, s - g * LANES,
-                reach, t.widest[s], best, ref, left, in_super, super_bits,
+                reach, t.widest[s], best, ref, left, cost, most, in_super, super_bits,
             )  # fmt: skip
             if count == 0:
                 continue
@@ -488,14 +495,11 @@ def seek(
                 for k in range(count):
                     any_near |= super_bits[k] >> (node - s * LANES) & 1 == 1
                 if any_near:
-                    _node(
+                    spent += _node(
                         t, w, q, node, in_super, count, super_bits, node - s * LANES, reach,
-                        patch_reach, rows, lines, more,
-                        best, ref, left, m, Z, Z2, S, logits, places, seen,
+                        patch_reach, pace, rows, lines, more,
+                        best, ref, left, m, Z, Z2, S, logits, places, cost,
                     )  # fmt: skip
-            spent = 0.0
-            for k in range(4):
-                spent += seen[k] * pace[k]
             if spent > budget:
                 return
     whole[0] = 1

@@ -88,6 +88,17 @@ def count_equal(images, places, order, h, tops, lefts, size, unique, times):
 
 
 @njit(fastmath=FLAGS, cache=True, **BORROWED)
+def products(part, parts, s, V, z):
+    """Adds the components s V of patches s to z."""
+    n, D = s.shape
+    for k in range(part * n // parts, (part + 1) * n // parts):
+        for d in range(D):
+            x = s[k, d]
+            for j in range(V.shape[1]):
+                z[k, j] += x * V[d, j]
+
+
+@njit(fastmath=FLAGS, cache=True, **BORROWED)
 def numbers(part, parts, s, z, kept, leading, edges, E, squares):
     """The numbers of e from the components z of patches s, and their |s|^2."""
     n, D = s.shape

@@ -1,0 +1,51 @@
+"""Reading ahead: indexes are on their way from the disk before a search looks at them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from threading import Thread
+
+STEP = 2**21  # bytes that are asked for at once
+
+
+class Ahead:
+    """Groups of files that are needed one after the other.
+
+    A search jumps about in mapped files, and each jump waits for the disk where the system does not
+    have the page yet. Asked for from the first byte to the last, they are there several times
+    sooner. It is a hint: nothing depends on it, and where the system takes no hints nothing
+    happens.
+    """
+
+    def __init__(self) -> None:
+        self._groups: list[tuple[Path, ...]] = []
+        self._now: tuple[Path, ...] = ()
+
+    def expect(self, folders: list[Path]) -> None:
+        """The files in these folders will be needed, after those that were expected before."""
+        if tuple(folders) not in self._groups:
+            self._groups.append(tuple(folders))
+
+    def reached(self, folders: list[Path]) -> None:
+        """They are needed now, and soon those that follow."""
+        now = tuple(folders)
+        if now == self._now or not hasattr(os, "posix_fadvise"):
+            return
+        self._now = now
+        at = self._groups.index(now) if now in self._groups else len(self._groups)
+        soon = [*now, *(folder for group in self._groups[at + 1 : at + 2] for folder in group)]
+        Thread(target=_fetch, args=(soon,), daemon=True).start()
+
+
+def _fetch(folders: list[Path]) -> None:
+    """Asks for all files in some folders, the largest of each first."""
+    for folder in folders:
+        try:
+            files = sorted(folder.iterdir(), key=lambda file: -file.stat().st_size)
+            for path in files:
+                with open(path, "rb") as file:
+                    for start in range(0, path.stat().st_size, STEP):
+                        os.posix_fadvise(file.fileno(), start, STEP, os.POSIX_FADV_WILLNEED)
+        except OSError:  # whoever needs them will say so
+            return
