@@ -71,7 +71,7 @@ class Bounded:
     - deterministic: true of every picture, whatever its noise.
     - statistical: for pictures with noise that is independent of the images, not true of at most
       one pixel in 1 / `LEVEL` (measured: docs/search.md). Where very many patches matter, lots are
-      drawn (`scoremachine.search.draw`), and the bound is 3.5 standard errors of their mean.
+      drawn (`scoremachine.search.draw`), and the bound is 3.3 standard errors of their mean.
 
     Where both would cost more than the exact scan, the picture is compared with everything.
 

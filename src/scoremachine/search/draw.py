@@ -295,43 +295,35 @@ def _doubt(x):
     return smaller(x + x * x * float32(0.5), splat(DOUBTFUL)) + splat(DOUBT)
 
 
+@njit(fastmath=FLAGS, inline="always")
+def _norm(t, node, o, lo, hi):
+    """The |.|^2 of the numbers lo to hi of the patches whose codes begin at o, from code 0."""
+    total = splat(float32(0))
+    for j in range(lo, hi):
+        x = load_bytes(t.codes, o + j * LANES) * broadcast(t.frames, (node * 2 + 1) * t.m + j)
+        total = total + x * x
+    return total
+
+
 @njit(fastmath=FLAGS, **BORROWED)
 def _open(t, values, node, C, half, leading, room):
-    """Decodes the leading components of a node's patches, and what they answer with."""
+    """Works out what the queries that drew a node share."""
     scale = float32(half * LOG2E)
     for leaf in range(LEAF):
         o = (node * LEAF + leaf) * t.m * LANES
-        norm = splat(float32(0))
-        for j in range(leading):
-            code = load_bytes(t.codes, o + j * LANES)
-            code = code * broadcast(t.frames, (node * 2 + 1) * t.m + j)
-            norm = norm + code * code
-        store(room.norms, leaf * LANES, norm * scale)
+        store(room.norms, leaf * LANES, _norm(t, node, o, 0, leading) * scale)
         store(room.held, leaf * LANES, load_counts(t.times, node * NODE + leaf * LANES))
+        groups, more = t.first, splat(float32(0))
         if t.m > t.first:  # the norm of the other kept components comes last
-            more = _square(t, node, o, t.first - 1, t.first) * float32(2 * half)
-            store(room.doubt, leaf * LANES, _doubt(more))
-        else:
-            store(room.doubt, leaf * LANES, splat(DOUBT))
-        last = t.first - 1 if t.m > t.first else t.first
-        rest = _square(t, node, o, leading, last) * float32(2 * half)
-        store(room.doubt, NODE + leaf * LANES, _doubt(rest))
+            groups -= 1
+            more = _square(t, node, o, groups, t.first)
+        rest = _square(t, node, o, leading, groups)
+        store(room.doubt, leaf * LANES, _doubt(more * float32(2 * half)))
+        store(room.doubt, NODE + leaf * LANES, _doubt(rest * float32(2 * half)))
         for c in range(C):
             v = load_bytes(values, ((node * LEAF + leaf) * C + c) * LANES)
             v = v * float32(1 / 127.5) - float32(1)
             store(room.values, (leaf * C + c) * LANES, v)
-
-
-@njit(fastmath=FLAGS, inline="always")
-def _open_more(t, node, leaf, K, half, leading, room):
-    """Decodes the other components of a leaf's patches."""
-    o = (node * LEAF + leaf) * t.m * LANES
-    norm = splat(float32(0))
-    for j in range(leading, K):
-        code = load_bytes(t.codes, o + (t.first + j - leading) * LANES)
-        code = code * broadcast(t.frames, (node * 2 + 1) * t.m + t.first + j - leading)
-        norm = norm + code * code
-    store(room.norms, NODE + leaf * LANES, norm * float32(half * LOG2E))
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -413,10 +405,8 @@ def _total(sums, o, room, sum_, K, times):
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _visit(
-    t, w, p, values, node, query, times, stand_in, middle, room, decoded, sums, spread, spent
-):
-    """A query looks at a node that it has drawn; returns which leaves are decoded."""
+def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, sums, spread, spent):
+    """A query looks at a node that it has drawn; returns of which leaves all norms are known."""
     Q, C = len(p.top), w.shape[2]
     K = len(p.E) // Q
     W = _padded(C)
@@ -457,11 +447,12 @@ def _visit(
         if p.leading < K:
             if others < 0:
                 others = _scaled(p, t, node, e, p.leading, K, t.first - p.leading, room)
-            if not decoded >> leaf & 1:
-                _open_more(t, node, leaf, K, p.half, p.leading, room)
-                decoded |= int64(1) << leaf
-            o = ((node * LEAF + leaf) * t.m + t.first) * LANES
-            log = log + _products(room, p.leading, K, t.codes, o)
+            o = (node * LEAF + leaf) * t.m * LANES
+            if not known >> leaf & 1:
+                norm = _norm(t, node, o, t.first, t.m)
+                store(room.norms, NODE + leaf * LANES, norm * scale)
+                known |= int64(1) << leaf
+            log = log + _products(room, p.leading, K, t.codes, o + t.first * LANES)
             log = log - load(room.norms, NODE + leaf * LANES)
             log = log - splat((others - float32(p.others[query])) * scale)
             v = weights(log, int64(0)) * held
@@ -516,7 +507,7 @@ def _visit(
     spread[query, 0] += times * total * total / stand_in if stand_in > 0 else 0.0
     spent[query, 0] += 1
     spent[query, 1] += n_leaves
-    return decoded
+    return known
 
 
 @njit(fastmath=FLAGS, **BORROWED)
@@ -595,11 +586,11 @@ def draw(part, parts, t, w, g, p, values, sums, spread, spent):
             _open(t, values, node, C, p.half, p.leading, room)
             for c in range(C):
                 middle[c] = g.middles[(s * C + c) * LANES + lane]
-            decoded = int64(0)
+            known = int64(0)
             for k in range(room.counts[lane]):
-                decoded = _visit(
+                known = _visit(
                     t, w, p, values, node, room.who[lane, k], room.times[lane, k],
-                    room.stand_in[lane, k], middle, room, decoded, sums, spread, spent,
+                    room.stand_in[lane, k], middle, room, known, sums, spread, spent,
                 )  # fmt: skip
                 if room.waiting[0] >= WAITING:
                     _compare(t, w, p, room, sums, spread, spent)
