@@ -57,6 +57,25 @@ def test_what_stops_one_part_stops_them_all(threads, wrong):
     assert len(begun) < 1000
 
 
+def test_what_stops_a_later_thread_stops_the_first():
+    begun = []
+
+    def work(part, parts, row):
+        begun.append(part)
+        if part == 1:
+            raise ValueError("stop")
+        time.sleep(0.01)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="stop"):
+            fill(Compiled(work, ("known",)), (), (np.zeros((1000, 1)),))
+    finally:
+        torch.set_num_threads(before)
+    assert len(begun) < 100
+
+
 def test_a_machine_may_be_asked_from_several_threads():
     m = small("ls", random_corpus(N=40), kernel="numba")
     y = torch.randn(8, 1, 6, 6, dtype=torch.float64)

@@ -23,7 +23,6 @@ def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, 
     With nothing to fill by parts there are `PARTS` of them.
     """
     parts = len(filled[0]) if filled else PARTS
-
     left = deque(range(parts))
 
     def work(most: int = parts) -> None:
@@ -32,7 +31,11 @@ def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, 
                 part = left.popleft()
             except IndexError:
                 return
-            compiled(part, parts, *args, *(a[part] for a in filled))
+            try:
+                compiled(part, parts, *args, *(a[part] for a in filled))
+            except BaseException:
+                left.clear()  # what stops one part stops them all
+                raise
 
     if not compiled.signatures:  # compile in this thread, the one that hears Ctrl-C
         work(1)
@@ -44,4 +47,4 @@ def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, 
             for done in [pool.submit(work) for _ in range(threads)]:
                 done.result()
         finally:
-            left.clear()  # nothing, unless one has failed
+            left.clear()  # nothing, unless this thread was interrupted

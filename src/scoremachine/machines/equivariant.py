@@ -157,6 +157,7 @@ class EquivariantLocalScore(BoxMachine):
     def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> None:
         super().prepare(label, levels)
         index = self.corpus.indices(label if isinstance(label, int | str) else None)
+        # in the order in which they are needed, for they are read ahead
         for P in dict.fromkeys(self.local_at(sigma) for sigma in levels):
             self.index(P, index)
 

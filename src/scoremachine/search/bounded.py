@@ -261,19 +261,24 @@ class Bounded:
             answers = self._answers.get(key, lambda: Answers.of(source, opened, of))
             asked = Asked(centred, float(q.half[0]), best, source, opened, of, answers)
             at = self._draw(asked, at, found, least, budget)
+
+        def missing(at: np.ndarray, apiece: float) -> np.ndarray:
+            """Those of the queries `at` that a search does not settle."""
+            done = sought(q, opened, w, at, found, best, least, self.error, budget, apiece)
+            self.statistical += int(done.sum()) * (kind == "statistical")
+            return at[~done[at]]
+
         for kind in kinds:
             if kind != kinds[0]:
                 q, _ = queries(question, opened, of, kind)
             # lots are cheaper than the exact scan: then some may be left to them
             apiece = max(DEAR[kind] * budget / Q, CHEAP) if chance else math.inf
-            done = sought(q, opened, w, at, found, best, least, self.error, budget, apiece)
-            self.statistical += int(done.sum()) * (kind == "statistical")
-            at = at[~done[at]]
+            at = missing(at, apiece)
             if not len(at):
                 return found
         if chance:
             at = self._draw(asked, at, found, least, budget, last=True)
-            at = at[~sought(q, opened, w, at, found, best, least, self.error, budget)[at]]
+            at = missing(at, math.inf)
         return None if len(at) else found
 
     def _draw(

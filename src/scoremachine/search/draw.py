@@ -424,8 +424,8 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, s
     for k in range(3 * W):
         store(room.seen, k * LANES, splat(float32(0)))
     for leaf in range(LEAF):
-        o = (node * LEAF + leaf) * t.m * LANES
-        log = _products(room, 0, p.leading, t.codes, o)
+        codes = (node * LEAF + leaf) * t.m * LANES
+        log = _products(room, 0, p.leading, t.codes, codes)
         log = log - load(room.norms, leaf * LANES) - far
         held = load(room.held, leaf * LANES)
         u = weights(log, int64(0)) * held
@@ -447,12 +447,11 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, s
         if p.leading < K:
             if others < 0:
                 others = _scaled(p, t, node, e, p.leading, K, t.first - p.leading, room)
-            o = (node * LEAF + leaf) * t.m * LANES
             if not known >> leaf & 1:
-                norm = _norm(t, node, o, t.first, t.m)
+                norm = _norm(t, node, codes, t.first, t.m)
                 store(room.norms, NODE + leaf * LANES, norm * scale)
                 known |= int64(1) << leaf
-            log = log + _products(room, p.leading, K, t.codes, o + t.first * LANES)
+            log = log + _products(room, p.leading, K, t.codes, codes + t.first * LANES)
             log = log - load(room.norms, NODE + leaf * LANES)
             log = log - splat((others - float32(p.others[query])) * scale)
             v = weights(log, int64(0)) * held
@@ -545,8 +544,8 @@ def draw(part, parts, t, w, g, p, values, sums, spread, spent):
 
     Fills `sums`, (TURNS + 1, Q, LEVELS, `_padded(C)`) flat: of weights and of weights times values,
     the last of what was not left to chance. `spread`, (Q, 3), has the sums of v^2 / u, where u is
-    what nodes, leaves
-    and patches weigh by one level and v what they weigh by the next. `spent` counts them, (Q, 3).
+    what nodes, leaves and patches weigh by one level and v what they weigh by the next. `spent`
+    counts them, (Q, 3).
     """
     Q, K, C = len(p.top), len(p.E) // len(p.top), w.shape[2]
     supers, nodes = len(t.widest), len(t.radii)

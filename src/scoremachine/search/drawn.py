@@ -146,14 +146,15 @@ def drawn(asked: Asked, error: float, budget: float, last: bool = False) -> Draw
     for _ in range(ROUNDS):
         before = rounds[-1]
         flat &= (before.unlike <= unlike).all(1)
-        again = np.flatnonzero(flat & (_few(rounds) | ~(answer.error <= error)))
+        few = _few(rounds)
+        again = np.flatnonzero(flat & (few | ~(answer.error <= error)))
         root = np.sqrt(before.variances[again] * before.amounts[again])
         with np.errstate(divide="ignore", invalid="ignore"):
             missing = 1 / (1 / wanted - 1 / variance[again])
             amounts = root / np.sqrt(prices) * (root @ np.sqrt(prices) / missing)[:, None]
             growth = amounts / before.amounts[again]
             enough = FIRST / np.maximum(before.spent[again], 1)
-            growth = np.where(_few(rounds)[again, None], np.fmax(growth, enough), growth)
+            growth = np.where(few[again, None], np.fmax(growth, enough), growth)
         known = np.isfinite(growth).all(1)
         again, growth = again[known], growth[known]
         cost = float((np.maximum(growth, 1) * before.spent[again] @ prices).sum()) * 1e-9

@@ -50,7 +50,7 @@ def sought(
         apiece: Seconds that a query may take; those that would take longer are left out.
 
     Returns:
-        Whose bounds hold now, bool, one for each of `at`.
+        Whose bounds hold now, bool (Q,).
     """
     t, leaders = opened.tree, found.logits.shape[1]
     Q, C = found.S.shape

@@ -343,8 +343,7 @@ def _narrow(
     """Of the queries asked[k] whose mask has the bit `place`: which boxes of sixteen they reach.
 
     Fills `out` and `bits`; returns how many reach any. Leaves out those that have cost more than
-    `most`. The boxes are the g-th sixteen, and `counts`
-    says how many patches each holds.
+    `most`. The boxes are the g-th sixteen, and `counts` says how many patches each holds.
     """
     n = 0
     held = load(counts, g * LANES)
