@@ -353,3 +353,96 @@ def test_zoo_and_denoising_error_refuse_senseless_words(inside, tmp_path, comman
     done = inside(command, "--data", "digits", "--limit", 30, "--out", tmp_path / "out", *words)
     assert done.returncode == 2
     assert says in done.stderr
+
+
+def teach(call, out, *words):
+    return call(
+        "train", "--data", "digits", "--limit", 60, "--steps", 5, "--set", "width=8", "--set",
+        "depth=1", "--precision", "float32", "--out", out, *words,
+    )  # fmt: skip
+
+
+def against(call, out, network, *words):
+    return call(
+        "compare", "--network", network, "--data", "digits", "--limit", 60, "--machine",
+        "gaussian,ls:3", "--pictures", 3, "--count", 2, "--steps", 3, "--out", out, *words,
+    )  # fmt: skip
+
+
+def test_a_network_is_trained_and_compared(inside, tmp_path):
+    done = teach(inside, tmp_path / "network")
+    assert done.returncode == 0, done.stderr
+    assert "5 steps of 64 pictures" in done.stdout
+    done = against(inside, tmp_path / "out", tmp_path / "network", "--report")
+    assert done.returncode == 0, done.stderr
+    assert "ls:3" in done.stdout
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        "compare.csv", "compare.json", "compare.png", "samples.png", "way.png", "report.html"
+    }  # fmt: skip
+    settings = json.loads((tmp_path / "out" / "compare.json").read_text())["settings"]
+    card = json.loads((tmp_path / "network" / "network.json").read_text())
+    assert settings["held_out"] == card["training"]["held_out"][:3]
+    for name in ("compare.png", "samples.png", "way.png"):
+        assert Image.open(tmp_path / "out" / name).size[0] > 100
+
+
+def test_an_interrupted_training_is_resumed(tmp_path):
+    words = [
+        sys.executable, "-m", "scoremachine", "train", "--data", "digits", "--set", "width=16",
+        "--precision", "float32", "--out", str(tmp_path / "n"),
+    ]  # fmt: skip
+    process = subprocess.Popen([*words, "--budget", "10m"], stderr=subprocess.PIPE, text=True)
+    time.sleep(12)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in said
+    assert {p.name for p in (tmp_path / "n").iterdir()} == {"training.safetensors"}
+    done = subprocess.run(
+        [*words, "--budget", "1s", "--resume"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "n" / "network.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--network", "resnett"], "did you mean 'resnet'"),
+        (["--budget", "soon"], "budget is 'soon'"),
+        (["--budget", "0m"], "budget is '0m'"),
+        (["--steps", "0"], "steps is 0"),
+        (["--set", "widht=8"], "did you mean 'width'"),
+        (["--set", "width=wide"], "width is 'wide'"),
+        (["--rate", "7"], "rate is 7"),
+        (["--precision", "half"], "no precision is called"),
+        (["--device", "tpu"], "no device is called"),
+    ],
+)
+def test_train_refuses_senseless_words(inside, tmp_path, words, says):
+    done = teach(inside, tmp_path / "network", *words)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "network").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--network", "nowhere"], "nowhere"),
+        (["--machine", "lss"], "did you mean 'ls'"),
+        (["--machine", "ls:4"], "even"),
+        (["--schedule", "linear"], "no schedule is called 'linear'"),
+        (["--sampler", "dpm"], "no sampler is called 'dpm'"),
+        (["--count", "0"], "count is 0"),
+    ],
+)
+def test_compare_refuses_senseless_words(inside, tmp_path, words, says):
+    teach(inside, tmp_path / "network")
+    done = against(inside, tmp_path / "out", tmp_path / "network", *words)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -19,6 +19,7 @@ from scoremachine._version import __version__
 
 if TYPE_CHECKING:
     from scoremachine.calibration import Calibration
+    from scoremachine.comparison import Comparison, compare
     from scoremachine.corpus import Corpus
     from scoremachine.heatmaps import HeatMaps
     from scoremachine.machines import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         build,
         calibrate,
     )
+    from scoremachine.networks import Network, Training, train
     from scoremachine.sample import EDMSchedule, generate
     from scoremachine.schedules import (
         BandwidthSchedule,
@@ -63,6 +65,8 @@ _HOMES = {
         "build",
         "calibrate",
     ),
+    "comparison": ("Comparison", "compare"),
+    "networks": ("Network", "Training", "train"),
     "sample": ("EDMSchedule", "generate"),
     "heatmaps": ("HeatMaps",),
     "windows": ("Augment",),
@@ -81,6 +85,7 @@ __all__ = [
     "Augment",
     "BandwidthSchedule",
     "Calibration",
+    "Comparison",
     "Corpus",
     "EDMSchedule",
     "EquivariantLocalScore",
@@ -90,6 +95,7 @@ __all__ = [
     "IdealScore",
     "LocalScore",
     "Machine",
+    "Network",
     "PCALocality",
     "PatchComposite",
     "PatchCompositeFlex",
@@ -98,11 +104,14 @@ __all__ = [
     "SmoothedScore",
     "SmoothingSchedule",
     "ThresholdSchedule",
+    "Training",
     "__version__",
     "build",
     "calibrate",
+    "compare",
     "edm_sigmas",
     "generate",
+    "train",
 ]
 
 

@@ -14,6 +14,7 @@ from scoremachine.names import check_name
 
 if TYPE_CHECKING:
     from scoremachine.corpus import Corpus
+    from scoremachine.networks import Network
 
 app = typer.Typer(
     help="Training-free diffusion: the closed-form denoisers of a set of images, exact and fast.",
@@ -77,6 +78,13 @@ Settings = Annotated[
         help="What else the machine has: share, heat_maps (pspc-flex), threshold (pca), delta, M, "
         "neighbours, uniform, perturbations (smoothed), search, error, bound (els). Can be given "
         "again.",
+    ),
+]
+NetworkName = Annotated[
+    str,
+    typer.Option(
+        "--network",
+        help="A folder that scoremachine train wrote, or one of diffusers with safetensors.",
     ),
 ]
 Bandwidth = Annotated[str, typer.Option(help="The bandwidth h: a number or auto.")]
@@ -341,6 +349,149 @@ def denoising_error(
         also = [(name, _any_number(value)) for name, value in _pairs(published)]
         corpus = _corpus(data, size, grayscale, limit, strict)
         measure_errors(corpus, out, names, steps, choosing, reporting, seed, also)
+
+
+@app.command()
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    network: Annotated[
+        str, typer.Option(help="resnet, unet, unet-attention, dit or mlp.")
+    ] = "resnet",
+    budget: Annotated[
+        str | None, typer.Option(help="How long to train, as 90s, 10m or 1h; 10m unless --steps.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="How many steps: the same number is the same network.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Pictures a step.")] = 64,
+    rate: Annotated[float, typer.Option(help="The learning rate of Adam.")] = 1e-3,
+    held_out: Annotated[
+        int | None,
+        typer.Option(help="Images left out for compare; 256, at most a tenth, unless given."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    others: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Settings of the network: width, depth, padding, normalised (resnet), levels, "
+            "blocks, attention (unet), patch, heads (dit). Can be given again.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")
+    ] = False,
+    seed: Seed = 0,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a small reference network: weights, their card and the loss curve in --out."""
+    from scoremachine import progress
+    from scoremachine.networks import Training
+    from scoremachine.run import train_network
+
+    with progress.quiet(quiet):
+        seconds = _seconds(budget) if budget is not None else None if steps else 600.0
+        how = Training(steps, seconds, batch, rate, seed, held_out, precision, device)
+        settings = {name: _any_value(value) for name, value in _pairs(others)}
+        corpus = _corpus(data, size, grayscale, limit, strict)
+        try:
+            train_network(corpus, network, out, how, resume, settings)
+        except KeyboardInterrupt:
+            print(
+                "interrupted: the same command with --resume goes on after the last step",
+                file=sys.stderr,
+            )
+            raise SystemExit(130) from None
+
+
+@app.command()
+def compare(
+    network: NetworkName,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    machine: Annotated[
+        str,
+        typer.Option(
+            help="Machines, by commas: NAME, NAME:SIZE or NAME:SCHEDULE, as ls, els:7 or "
+            "pspc:pspc-cifar10; +h for a calibrated bandwidth, as ls+h.",
+        ),
+    ] = "gaussian,ls,els,pspc,pca",
+    pictures: Annotated[int, typer.Option(help="How many held-out images are denoised.")] = 32,
+    count: Annotated[int, typer.Option(help="How many samples are drawn.")] = 16,
+    steps: Annotated[int, typer.Option(help="How many noise levels a sample visits.")] = 20,
+    sampler: Annotated[str, typer.Option(help="ddim, ddpm, euler or heun.")] = "ddim",
+    schedule: Annotated[
+        str | None, typer.Option(help="vp, cosine, edm or rectified; the network's unless given.")
+    ] = None,
+    everywhere: Annotated[
+        int,
+        typer.Option(help="Images, at most, of machines that look at every position (els, es)."),
+    ] = 2000,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write report.html, one page with everything.")
+    ] = False,
+    seed: Seed = 0,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how well machines predict a trained network: tables, curves and pictures in --out."""
+    from scoremachine import progress
+    from scoremachine.run import compare_network
+    from scoremachine.sample import SCHEDULES
+
+    with progress.quiet(quiet):
+        if schedule is not None:
+            _known_schedule(schedule)
+        loaded, corpus = _network(network, data, size, grayscale, limit, strict)
+        try:
+            compare_network(
+                loaded, machine.split(","), corpus, out, report, pictures=pictures, count=count,
+                steps=steps, seed=seed, sampler=sampler, everywhere=everywhere,
+                schedule=None if schedule is None else SCHEDULES[schedule](),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on after what is finished", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+def _network(
+    name: str, data: str, size: int | None, grayscale: bool, limit: int | None, strict: bool
+) -> tuple[Network, Corpus]:
+    """A network, and a corpus of pictures of its shape."""
+    from scoremachine.networks import Network
+
+    network = Network.load(name)
+    corpus = _corpus(data, size, grayscale, limit, strict)
+    C, H, W = network.shape
+    if size is None and corpus.shape != network.shape:
+        from scoremachine.corpus import Corpus
+
+        gray = grayscale or C == 1
+        corpus = Corpus.open(data, size=(H, W), grayscale=gray, limit=limit, strict=strict)
+    return network, corpus
+
+
+def _seconds(text: str) -> float:
+    """A duration, as 90s, 10m or 1h."""
+    number, unit = text[:-1], text[-1:]
+    found = _number(number, float, None)
+    if unit not in ("s", "m", "h") or found is None or not found > 0:
+        raise ValueError(f"budget is {text!r}; expected a number and s, m or h, as 90s, 10m, 1h")
+    return found * {"s": 1, "m": 60, "h": 3600}[unit]
+
+
+def _any_value(text: str) -> Any:
+    return {"true": True, "false": False}.get(text.lower(), _any_number(text))
 
 
 def _corpus(

@@ -13,6 +13,7 @@ from scoremachine.files import written
 
 if TYPE_CHECKING:
     from scoremachine.calibration import Calibration
+    from scoremachine.comparison.parts import Comparison
     from scoremachine.errors import Errors
     from scoremachine.schedules import LevelSchedule
 
@@ -169,3 +170,82 @@ def save_errors(all_errors: list[Errors], path: Path) -> None:
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     with written(path) as temporary:
         figure.savefig(temporary, dpi=100)
+
+
+def save_losses(steps: list[int], losses: list[float], path: Path) -> None:
+    """Draws the curve of a training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, lw=1)
+    axes.set(xlabel="step", ylabel="weighted squared error of D")
+    if losses:
+        axes.set(yscale="log")
+    axes.grid(alpha=0.2, which="both")
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+def save_comparison(found: Comparison, path: Path) -> None:
+    """Draws how well machines agree with a network: medians and quartiles by noise level."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    panels = figure.subplots(2, 2)
+    colours = dict(zip(found.labels, colormaps["tab10"].colors * 3, strict=False))  # type: ignore[attr-defined]
+    whats = (("R2", "R² of D with the network's"), ("mse", "mean squared error to the network"))
+    for across, (measure, what) in zip(panels, whats, strict=True):
+        for axes, part in zip(across, ("forward", "reverse"), strict=True):
+            for p in found.of(part):
+                low, middle, high = np.nanquantile(p.measures[measure], [0.25, 0.5, 0.75], axis=1)
+                axes.plot(p.sigmas, middle, label=p.label, color=colours[p.label], lw=1.4)
+                axes.fill_between(p.sigmas, low, high, color=colours[p.label], alpha=0.12, lw=0)
+            axes.set(xscale="log", xlabel="noise level sigma", ylabel=what)
+            axes.set_title({"forward": "held-out images with noise",
+                            "reverse": "the network's own way"}[part], fontsize=10)  # fmt: skip
+            axes.grid(alpha=0.2)
+            if measure == "R2":
+                axes.set_ylim(min(0.0, max(-0.5, axes.get_ylim()[0])), 1.02)
+            else:
+                axes.set_yscale("log")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=90)
+
+
+def save_way(found: Comparison, path: Path) -> None:
+    """Draws D on the network's own way: a column is a noise level, the first row what is denoised.
+
+    Every second level at most, so that pictures stay large enough to look at.
+    """
+    sigmas = found.of("reverse")[0].sigmas
+    steps = np.unique(np.linspace(0, len(sigmas) - 1, min(len(sigmas), 10)).round().astype(int))
+    rows = []
+    for label, D in found.path.items():
+        x, name = D[steps], label
+        if label == "y":
+            x = x / np.sqrt(1 + np.asarray(sigmas)[steps, None, None, None] ** 2)
+            name = "what is denoised"
+        rows.append((name, to_uint8(x)))
+    save_rows(rows, [f"{sigmas[k]:.3g}" for k in steps], path)
+
+
+def save_rows(rows: list[tuple[str, np.ndarray]], heads: list[str], path: Path) -> None:
+    """Draws rows of (label, pictures uint8 (n, C, H, W)) below column heads."""
+    from PIL import ImageDraw, ImageFont
+
+    n, _, H, W = rows[0][1].shape
+    factor = max(1, round(64 / W))
+    wide, high = W * factor + GAP, H * factor + GAP
+    top = 5 * GAP
+    canvas = Image.new("RGB", (LABEL + n * wide + GAP, top + len(rows) * high + GAP), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
+    for k, head in enumerate(heads):
+        draw.text((LABEL + k * wide, GAP), head, fill="black", font=font)
+    for r, (label, pictures) in enumerate(rows):
+        draw.multiline_text((GAP, top + r * high + GAP), label, fill="black", font=font)
+        for k, picture in enumerate(pictures):
+            canvas.paste(_enlarged(picture, factor), (LABEL + k * wide, top + r * high))
+    save_png(canvas.quantize(256, dither=Image.Dither.NONE), path)

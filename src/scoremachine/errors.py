@@ -70,26 +70,29 @@ def _resampled(errors: np.ndarray) -> np.ndarray:
 
 
 def ties(all_errors: Sequence[Errors]) -> np.ndarray:
-    """(ways, K): whether a way is the best at a level, or within the noise of the images of it.
+    """(ways, K): whether a way is the best at a level, or within the noise of the images of it."""
+    return best_or_tied(np.stack([e.errors for e in all_errors]))
 
-    The 95% bootstrap interval of the paired difference to the best holds 0.
+
+def best_or_tied(errors: np.ndarray) -> np.ndarray:
+    """(ways, K) of errors (ways, K, R): whether one is the least, or not told apart from it.
+
+    The 95% bootstrap interval of the paired difference to the best, over the R pictures, holds 0.
     """
-    means = np.stack([e.mean for e in all_errors])
-    best = means.argmin(0)
-    tied = np.zeros(means.shape, dtype=bool)
-    for k in range(means.shape[1]):
-        least = all_errors[best[k]].errors[k]
-        differences = np.stack([e.errors[k] - least for e in all_errors])
+    best = errors.mean(2).argmin(0)
+    tied = np.zeros(errors.shape[:2], dtype=bool)
+    for k in range(errors.shape[1]):
+        differences = errors[:, k] - errors[best[k], k]
         tied[:, k] = np.quantile(_resampled(differences), 0.025, axis=1) <= 0
     return tied
 
 
-def fewer(name: str, source: np.ndarray) -> np.ndarray:
-    """The source, or for machines that are brute force over every position a thousand of it."""
-    if not MACHINES[name].equivariant or len(source) <= ELS_IMAGES:
+def fewer(name: str, source: np.ndarray, most: int = ELS_IMAGES) -> np.ndarray:
+    """The source, or for machines that are brute force over every position `most` images of it."""
+    if not MACHINES[name].equivariant or len(source) <= most:
         return source
-    say(f"{name} is brute force over every position: it takes {ELS_IMAGES:,} of {len(source):,}")
-    return source[np.linspace(0, len(source) - 1, ELS_IMAGES).astype(np.int64)]
+    say(f"{name} is brute force over every position: it takes {most:,} of {len(source):,}")
+    return source[np.linspace(0, len(source) - 1, most).astype(np.int64)]
 
 
 def denoising_errors(

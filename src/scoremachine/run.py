@@ -18,12 +18,14 @@ from torch import Tensor
 from scoremachine import drawing, tables
 from scoremachine._version import __version__
 from scoremachine.calibration import Calibration
+from scoremachine.comparison import Comparison, compare, report
 from scoremachine.corpus import Corpus
 from scoremachine.errors import Errors, denoising_errors, fewer
 from scoremachine.files import written
 from scoremachine.machines import IdealScore, Machine, build, calibrate
 from scoremachine.machines.machine import Label
 from scoremachine.names import check_name
+from scoremachine.networks import Network, Training, train
 from scoremachine.progress import bar, say
 from scoremachine.sample import SAMPLERS, SCHEDULES, PictureNoise, check_start, generate_batches
 from scoremachine.schedules import LevelSchedule, check_integer, edm_sigmas
@@ -330,6 +332,45 @@ def zoo(
             progress.advance()
     drawing.save_zoo(rows, Path(out) / "zoo.png")
     return time.perf_counter() - start
+
+
+def train_network(
+    corpus: Corpus,
+    architecture: str,
+    out: Path,
+    how: Training,
+    resume: bool,
+    settings: dict[str, Any],
+) -> Network:
+    """Trains a network into `out`, and says how well it denoises what it has not seen."""
+    network = train(corpus, architecture, out, how, resume, **settings)
+    trained = network.card["training"]
+    print(
+        f"{trained['steps']:,} steps of {how.batch} pictures in {trained['seconds']:.0f} s, "
+        f"{network.parameters_count:,} parameters: {out}"
+    )
+    return network
+
+
+def compare_network(
+    network: Network,
+    machines: Sequence[str],
+    corpus: Corpus,
+    out: Path,
+    page: bool,
+    **settings: Any,
+) -> Comparison:
+    """Compares, prints the tables, and writes what `comparison.report.write` says to `out`.
+
+    What is finished is kept in OUT/.unfinished, so that the same command goes on after Ctrl-C.
+    """
+    kept = Path(out) / ".unfinished"
+    found = compare(network, machines, corpus, kept=kept, **settings)
+    files = report.write(found, Path(out), page)
+    shutil.rmtree(kept, ignore_errors=True)
+    report.print_tables(found)
+    print(f"{files[-1]}")
+    return found
 
 
 def measure_errors(

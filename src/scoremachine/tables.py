@@ -120,23 +120,24 @@ def errors_markdown(found: list[Errors]) -> str:
         [
             "## The best at each noise level",
             "",
-            *_markdown([*columns, "not told apart from it"], best),
+            *markdown([*columns, "not told apart from it"], best),
             "",
             "## All of them",
             "",
-            *_markdown(["", *levels], errors),
+            *markdown(["", *levels], errors),
             "",
             "## What was chosen",
             "",
-            *_markdown(["", *levels], chosen),
+            *markdown(["", *levels], chosen),
             "",
-            *_markdown(["bandwidth", *levels], bandwidths),
+            *markdown(["bandwidth", *levels], bandwidths),
             "",
         ]
     )
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return [f"| {' | '.join(cells)} |" for cells in lines]
 

@@ -135,33 +135,11 @@ class Machine(Denoiser):
 
     def check(self, y: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
         """`y` and `sigma` as float64 on the CPU, shapes (B, C, H, W) and (B,); or ValueError."""
-        if not isinstance(y, Tensor) or not y.is_floating_point():
-            kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(
-                f"y is {kind}; expected a floating-point torch.Tensor with pixels around [-1, 1]: "
-                "for uint8 pictures use x / 127.5 - 1"
-            )
-        if y.ndim != 4 or tuple(y.shape[1:]) != self.corpus.shape:
-            C, H, W = self.corpus.shape
-            raise ValueError(
-                f"y has shape {tuple(y.shape)}; expected (B, {C}, {H}, {W}), as the corpus "
-                f"{self.corpus.name!r} has: resize the pictures or open the corpus with size="
-            )
-        pictures = y.to(device="cpu", dtype=torch.float64).contiguous()
-        if not torch.isfinite(pictures).all():
-            raise ValueError("y holds NaN or infinite pixels; expected finite numbers")
-        try:
-            levels = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").detach()
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"sigma is {sigma!r}; expected a finite number above 0") from None
-        if levels.ndim > 1 or (levels.ndim == 1 and len(levels) not in (1, len(y))):
-            raise ValueError(
-                f"sigma has shape {tuple(levels.shape)}; expected one noise level, or one for "
-                f"each of the {len(y)} pictures"
-            )
-        if not (torch.isfinite(levels).all() and (levels > 0).all()):
-            raise ValueError(f"sigma is {levels.tolist()}; expected a finite number above 0")
-        return pictures, levels.expand(len(y)).contiguous()
+        whose = (
+            f"the corpus {self.corpus.name!r} has: resize the pictures or open the corpus with "
+            "size="
+        )
+        return checked(y, sigma, self.corpus.shape, whose)
 
     def by_label(self, label: Label, B: int) -> list[tuple[Tensor, np.ndarray]]:
         """Groups the pictures of a batch by label: (their places, their source's images)."""
@@ -296,6 +274,40 @@ class LocalMachine(Machine):
 
     def settings(self) -> dict[str, object]:
         return {**super().settings(), self.locality: plain(self.local)}
+
+
+def checked(
+    y: Tensor, sigma: float | Tensor, shape: tuple[int, int, int], whose: str
+) -> tuple[Tensor, Tensor]:
+    """`y` and `sigma` as float64 on the CPU, shapes (B, *shape) and (B,).
+
+    Raises:
+        ValueError: For anything else; `whose` says what the shape is of, as in "as ...".
+    """
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(
+            f"y is {kind}; expected a floating-point torch.Tensor with pixels around [-1, 1]: "
+            "for uint8 pictures use x / 127.5 - 1"
+        )
+    if y.ndim != 4 or tuple(y.shape[1:]) != tuple(shape):
+        C, H, W = shape
+        raise ValueError(f"y has shape {tuple(y.shape)}; expected (B, {C}, {H}, {W}), as {whose}")
+    pictures = y.to(device="cpu", dtype=torch.float64).contiguous()
+    if not torch.isfinite(pictures).all():
+        raise ValueError("y holds NaN or infinite pixels; expected finite numbers")
+    try:
+        levels = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"sigma is {sigma!r}; expected a finite number above 0") from None
+    if levels.ndim > 1 or (levels.ndim == 1 and len(levels) not in (1, len(y))):
+        raise ValueError(
+            f"sigma has shape {tuple(levels.shape)}; expected one noise level, or one for "
+            f"each of the {len(y)} pictures"
+        )
+    if not (torch.isfinite(levels).all() and (levels > 0).all()):
+        raise ValueError(f"sigma is {levels.tolist()}; expected a finite number above 0")
+    return pictures, levels.expand(len(y)).contiguous()
 
 
 def widened(D: Tensor, y: Tensor, sigma: Tensor, h: Tensor) -> Tensor:

@@ -1,0 +1,8 @@
+"""Machines against trained networks."""
+
+from __future__ import annotations
+
+from scoremachine.comparison.agreement import MEASURES, Summary, agreement
+from scoremachine.comparison.parts import Comparison, Entrant, Part, compare
+
+__all__ = ["MEASURES", "Comparison", "Entrant", "Part", "Summary", "agreement", "compare"]

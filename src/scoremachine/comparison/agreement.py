@@ -1,0 +1,63 @@
+"""How alike two answers are: each number by its right name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import bootstrap
+
+DRAWS = 2000  # of a bootstrap
+MEASURES = ("mse", "cosine", "r", "r2", "R2")
+
+
+def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
+    """How alike pictures b are to pictures a, (n, C, H, W), one by one, over all their values.
+
+        mse     mean (a - b)^2
+        cosine  a.b / |a| |b|
+        r       Pearson's correlation of a and b
+        r2      its square, which codes of the field report; blind to scale and offset of b
+        R2      coefficient of determination, 1 - sum (a - b)^2 / sum (a - mean a)^2
+
+    A picture of one value has no correlation: r, r2 and R2 are not a number there, unless b equals
+    it, where they are 1.
+    """
+    a, b = (np.asarray(v, dtype=np.float64).reshape(len(v), -1) for v in (a, b))
+    mse = ((a - b) ** 2).mean(1)
+    around, other = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosine = (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+        r = (around * other).sum(1) / np.sqrt((around**2).sum(1) * (other**2).sum(1))
+        r_squared = 1 - mse * a.shape[1] / (around**2).sum(1)
+    equal = mse == 0
+    r, r_squared, cosine = (np.where(equal, 1.0, v) for v in (r, r_squared, cosine))
+    r_squared = np.where(np.isfinite(r_squared), r_squared, np.nan)
+    return {"mse": mse, "cosine": cosine, "r": r, "r2": r**2, "R2": r_squared}
+
+
+@dataclass
+class Summary:
+    """Of the values of some pictures: median, quartiles, a 95% interval of the median."""
+
+    median: float
+    low: float  # quartile
+    high: float
+    interval: tuple[float, float]
+    count: int
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Summary:
+        """Values that are not a number are left out, and not counted."""
+        known = np.asarray(values, dtype=np.float64)
+        known = known[np.isfinite(known)]
+        if len(known) == 0:
+            return cls(np.nan, np.nan, np.nan, (np.nan, np.nan), 0)
+        low, median, high = np.quantile(known, [0.25, 0.5, 0.75])
+        interval = (float(known[0]), float(known[0]))
+        if len(known) > 1 and np.ptp(known) > 0:
+            found = bootstrap(
+                (known,), np.median, n_resamples=DRAWS, method="percentile", rng=0
+            ).confidence_interval
+            interval = float(found.low), float(found.high)
+        return cls(float(median), float(low), float(high), interval, len(known))

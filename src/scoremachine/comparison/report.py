@@ -1,0 +1,233 @@
+"""A comparison on disk: JSON, CSV, curves, pictures, and one page that opens anywhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scoremachine import drawing, tables
+from scoremachine.comparison.agreement import Summary
+from scoremachine.comparison.parts import Comparison, Part
+from scoremachine.files import written
+
+COLUMNS = 8  # pictures in a row
+TITLES = {
+    "forward": "Forward: held-out images with noise",
+    "reverse": "Reverse: every x_t on the network's own way",
+    "samples": "Samples: everybody's own way from the same noise",
+}
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }}
+table {{ border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }}
+td, th {{ padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd; }}
+td:first-child, th:first-child {{ text-align: left; }}
+img {{ max-width: 100%; }} .best {{ font-weight: bold; }} small {{ color: #666; }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+def write(found: Comparison, out: Path, page: bool = False) -> list[Path]:
+    """Writes compare.json, compare.csv, compare.png, samples.png and way.png, and report.html.
+
+    Returns what was written, the page last if it was asked for.
+    """
+    files = [out / name for name in ("compare.csv", "compare.png", "samples.png", "way.png")]
+    with written(files[0]) as temporary:
+        temporary.write_text(csv(found))
+    drawing.save_comparison(found, files[1])
+    drawing.save_zoo(rows(found), files[2])
+    drawing.save_way(found, files[3])
+    if page:
+        files.append(out / "report.html")
+        with written(files[-1]) as temporary:
+            temporary.write_text(html_page(found, files[1:4]))
+    with written(out / "compare.json") as temporary:
+        temporary.write_text(json.dumps(as_json(found), indent=1) + "\n")
+    return [*files[:4], out / "compare.json", *files[4:]]
+
+
+def summaries(part: Part) -> list[dict[str, Summary]]:
+    """Of every noise level, by measure."""
+    return [
+        {name: Summary.of(values[k]) for name, values in part.measures.items()}
+        for k in range(len(part.sigmas))
+    ]
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """Settings, and every number: of every picture, and summarised. No number is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, Summary):
+            return {k: plain(v) for k, v in vars(value).items()}
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        return value
+
+    parts = [
+        {
+            "part": p.part,
+            "label": p.label,
+            "sigmas": p.sigmas,
+            "summaries": [{k: plain(v) for k, v in row.items()} for row in summaries(p)],
+            "pictures": {k: plain(v.tolist()) for k, v in p.measures.items()},
+        }
+        for p in found.parts
+    ]
+    nearest = {k: plain(v.tolist()) for k, v in found.distances.items()}
+    return {"settings": found.settings, "parts": parts, "distance_to_nearest": nearest}
+
+
+def csv(found: Comparison) -> str:
+    """A line per part, machine, noise level and measure."""
+    lines = ["part,machine,sigma,measure,median,quartile_low,quartile_high,low,high,pictures"]
+    for part in found.parts:
+        for sigma, row in zip(part.sigmas, summaries(part), strict=True):
+            for name, s in row.items():
+                numbers = (s.median, s.low, s.high, *s.interval)
+                cells = ",".join(f"{v:.6g}" for v in numbers)
+                lines.append(f"{part.part},{part.label},{sigma:.6g},{name},{cells},{s.count}")
+    return "\n".join(lines) + "\n"
+
+
+def rows(found: Comparison) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """The samples of all, the network's first, with the nearest training images."""
+    of = {p.label: summaries(p)[0] for p in found.of("samples")}
+    made = []
+    for label, x in found.samples.items():
+        alike = f"\nr^2 {of[label]['r2'].median:.2f}" if label in of else ""
+        far = f"\nto nearest {found.distances[label].mean():.2f}"
+        name = found.settings["network"] if label == "network" else label
+        images = drawing.to_uint8(x[:COLUMNS])
+        made.append((f"{name}{alike}{far}", images, found.nearest[label][:COLUMNS]))
+    return made
+
+
+def table(found: Comparison, part: str) -> tuple[list[str], list[list[str]], np.ndarray]:
+    """Header, a row for each machine, and which cells (machines, K) are the best or tied."""
+    parts = found.of(part)
+    if part == "samples":
+        header = ["", "r²", "95% interval", "quartiles", "R²", "mean squared error", "cosine",
+                  "to nearest image"]  # fmt: skip
+        cells = []
+        for p in parts:
+            s = summaries(p)[0]
+            r2, far = s["r2"], found.distances[p.label].mean()
+            cells.append([
+                p.label, f"{r2.median:.3f}", f"{r2.interval[0]:.3f} to {r2.interval[1]:.3f}",
+                f"{r2.low:.3f} to {r2.high:.3f}", f"{s['R2'].median:.3f}",
+                f"{s['mse'].median:.4f}", f"{s['cosine'].median:.3f}", f"{far:.3f}",
+            ])  # fmt: skip
+        return header, cells, found.best(part)
+    header = ["", *(f"{sigma:.3g}" for sigma in parts[0].sigmas)]
+    cells = [[p.label, *(f"{s['R2'].median:.3f}" for s in summaries(p))] for p in parts]
+    return header, cells, found.best(part)
+
+
+def markdown(found: Comparison) -> str:
+    """The three tables for a page of the docs; bold: the best, or not told apart from it."""
+    lines: list[str] = []
+    for part, title in TITLES.items():
+        header, cells, best = table(found, part)
+        marked = [
+            [f"`{row[0]}`", *_marked(row[1:], best[m], part, "**{}**")]
+            for m, row in enumerate(cells)
+        ]
+        lines += [f"### {title}", "", _caption(found, part), "", *tables.markdown(header, marked)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _marked(cells: list[str], best: np.ndarray, part: str, mark: str) -> list[str]:
+    if part == "samples":
+        return [mark.format(cells[0]) if best[0] else cells[0], *cells[1:]]
+    return [mark.format(c) if b else c for c, b in zip(cells, best, strict=True)]
+
+
+def _caption(found: Comparison, part: str) -> str:
+    n = len(next(iter(found.of(part)[0].measures.values()))[0])
+    said = "medians; marked: the least squared error to the network, or not told apart from it"
+    if part == "samples":
+        return f"{n} pictures; {said}."
+    return f"R² of D with the network's by noise level, {n} pictures; {said}."
+
+
+def print_tables(found: Comparison) -> None:
+    """Prints the three tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for part, title in TITLES.items():
+        header, cells, best = table(found, part)
+        shown = Table(title=title, caption=_caption(found, part).replace("marked", "*"))
+        for k, name in enumerate(header):
+            shown.add_column(name, justify="right" if k else "left")
+        for m, row in enumerate(cells):
+            shown.add_row(row[0], *_marked(row[1:], best[m], part, "{}*"))
+        wide = console if console.is_terminal else Console(width=40 + 12 * len(header))
+        wide.print(shown)
+
+
+def html_page(found: Comparison, pictures: list[Path]) -> str:
+    """One page with everything in it: it needs no other file and no network."""
+    curves, samples, way = (_embedded(path) for path in pictures)
+    body = [_about(found)]
+    for part, title in TITLES.items():
+        header, cells, best = table(found, part)
+        body.append(f"<h2>{html.escape(title)}</h2><p><small>{_caption(found, part)}</small></p>")
+        body.append("<table><tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in header) + "</tr>")
+        for m, row in enumerate(cells):
+            shown = [html.escape(row[0]), *_marked(row[1:], best[m], part, "<b>{}</b>")]
+            body.append("<tr>" + "".join(f"<td>{c}</td>" for c in shown) + "</tr>")
+        body.append("</table>")
+        body.append({"forward": curves, "reverse": way, "samples": samples}[part])
+    settings = html.escape(json.dumps(_brief(found.settings), indent=1))
+    body.append(f"<details><summary>Every setting</summary><pre>{settings}</pre></details>")
+    return PAGE.format(title=html.escape(_title(found)), body="\n".join(body))
+
+
+def _title(found: Comparison) -> str:
+    return f"{found.settings['network']} against {len(found.labels)} machines"
+
+
+def _about(found: Comparison) -> str:
+    s = found.settings
+    trained = s["card"].get("training", {})
+    how = (
+        f", trained for {trained['steps']:,} steps on {trained['images']:,} images"
+        if trained
+        else ""
+    )
+    text = (
+        f"The network {s['network']}{how}, against training-free machines made of "
+        f"{s['corpus']}. {len(s['held_out'])} held-out images; {s['count']} samples of "
+        f"{s['steps']} {s['sampler'].upper()} steps from the same noise."
+    )
+    return f"<p>{html.escape(text)}</p>"
+
+
+def _brief(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without long lists of positions."""
+    card = dict(settings["card"])
+    if "training" in card:
+        held = card["training"]["held_out"]
+        card["training"] = card["training"] | {"held_out": f"{len(held)} images"}
+    return settings | {"card": card, "held_out": f"{len(settings['held_out'])} images"}
+
+
+def _embedded(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{path.stem}" src="data:image/png;base64,{data}">'

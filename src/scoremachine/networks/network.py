@@ -1,0 +1,262 @@
+"""Trained networks behind the interface of machines: azula denoisers with D(y, sigma)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from azula.denoise import Denoiser, DiracPosterior, KarrasDenoiser, Posterior
+from azula.noise import CosineSchedule, Schedule, VPSchedule
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from scoremachine.files import written
+from scoremachine.machines.machine import checked
+from scoremachine.names import check_name
+from scoremachine.networks.architectures import architecture
+from scoremachine.sample import SCHEDULES, time_of
+
+WEIGHTS, CARD = "network.safetensors", "network.json"
+LAYOUT = 1  # of a card
+BATCH = 64  # pictures that go through a network together
+PREDICTIONS = ("x0", "eps", "v")
+
+
+class Predicted(Denoiser):
+    """A callable f(x_t, t) that predicts the clean picture, the noise, or the velocity.
+
+    With x_t = alpha x + sigma eps:
+
+        x0:   D = f
+        eps:  D = (x_t - sigma f) / alpha                       (Ho et al. 2006.11239)
+        v:    D = (alpha x_t - sigma f) / (alpha^2 + sigma^2)    v = alpha eps - sigma x
+                                                                (Salimans & Ho 2202.00512)
+
+    Arguments:
+        f: Takes x_t (B, C, H, W) and what `times` makes of t (B,); returns the shape of x_t.
+        prediction: "x0", "eps" or "v".
+        schedule: An azula schedule.
+        times: What f calls the time t in [0, 1]; None: t itself.
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Tensor],
+        prediction: str,
+        schedule: Schedule,
+        times: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        check_name("prediction", prediction, PREDICTIONS)
+        if not callable(f):
+            raise ValueError(f"a network is {f!r}; expected a callable f(x_t, t) or a Module")
+        self.f, self.prediction, self.schedule, self.times = f, prediction, schedule, times
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> DiracPosterior:
+        t = torch.as_tensor(t).to(x_t.device)
+        alpha, sigma = (v.to(x_t).reshape(-1, 1, 1, 1) for v in self.schedule(t))
+        t = (t if self.times is None else self.times(t)).expand(len(x_t))
+        f = self.f(x_t, t, **kwargs)
+        if not isinstance(f, Tensor) or f.shape != x_t.shape:
+            shape = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
+            raise ValueError(
+                f"the network answers {shape} to pictures of shape {tuple(x_t.shape)}; expected "
+                "a tensor of the same shape"
+            )
+        if self.prediction == "eps":
+            f = (x_t - sigma * f) / alpha
+        elif self.prediction == "v":
+            f = (alpha * x_t - sigma * f) / (alpha**2 + sigma**2)
+        return DiracPosterior(mean=f)
+
+
+class Under(Denoiser):
+    """A network under another schedule, wherever that goes through the same noise levels."""
+
+    def __init__(self, network: Network, schedule: Schedule) -> None:
+        super().__init__()
+        self.network, self.schedule = network, schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> DiracPosterior:
+        alpha, sigma = (
+            torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in self.schedule(t)
+        )
+        y = x_t / alpha.to(x_t).reshape(-1, 1, 1, 1)
+        return DiracPosterior(mean=self.network.denoise(y, sigma / alpha))
+
+
+class Network(Denoiser):
+    """A trained denoiser and what is known of it.
+
+    Arguments:
+        denoiser: An azula denoiser of pictures in [-1, 1].
+        shape: (C, H, W) of its pictures.
+        name: What to call it in tables.
+        card: What else is known: how it was made and trained; see `save`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape: tuple[int, int, int],
+        name: str = "network",
+        card: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(denoiser, Denoiser):
+            raise ValueError(
+                f"a network is {type(denoiser).__name__}; expected an azula Denoiser: wrap a "
+                "callable with Network.of"
+            )
+        self.denoiser, self.schedule = denoiser, denoiser.schedule
+        C, H, W = shape
+        self.shape, self.name, self.card = (C, H, W), name, card or {}
+
+    @classmethod
+    def of(
+        cls,
+        f: Callable[..., Tensor],
+        shape: tuple[int, int, int],
+        prediction: str = "x0",
+        schedule: Schedule | None = None,
+        name: str = "network",
+    ) -> Network:
+        """A callable f(x_t, t), a Module for one, that predicts "x0", "eps" or "v".
+
+        See `Predicted`; schedule None: azula's VPSchedule().
+        """
+        return cls(Predicted(f, prediction, schedule or VPSchedule()), shape, name)
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> Posterior:
+        return self.denoiser(x_t, t, **kwargs)
+
+    def denoise(self, y: Tensor, sigma: float | Tensor) -> Tensor:
+        """D(y, sigma), as `Machine.denoise`: y (B, C, H, W) = x + sigma eps.
+
+        Raises:
+            ValueError: As `Machine.denoise`, or for a noise level outside the network's schedule.
+        """
+        _, levels = checked(y, sigma, self.shape, f"the network {self.name!r} was made for")
+        t = torch.tensor([self.time(float(s)) for s in levels], dtype=torch.float64)
+        alpha, _ = self.schedule(t)
+        x_t = alpha.to(y).reshape(-1, 1, 1, 1) * y
+        parts = [self(x_t[k : k + BATCH], t[k : k + BATCH]).mean for k in range(0, len(y), BATCH)]
+        return torch.cat(parts).to(y) if parts else y.clone()
+
+    def time(self, sigma: float) -> float:
+        """The time of a noise level."""
+        t = time_of(self.schedule, sigma)
+        alpha, sigma_t = self.schedule(torch.tensor(t, dtype=torch.float64))
+        reached = float(sigma_t / alpha)
+        if abs(reached / sigma - 1) > 1e-3:
+            raise ValueError(
+                f"the network {self.name!r} knows no noise level {sigma:g}; the nearest of its "
+                f"schedule is {reached:.4g}"
+            )
+        return t
+
+    def under(self, schedule: Schedule | None) -> Network:
+        """The same network under another schedule; None: its own."""
+        if schedule is None:
+            return self
+        return Network(Under(self, schedule), self.shape, self.name, self.card)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """A digest of its weights, and of its name where it has none."""
+        digest = hashlib.sha256(self.name.encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def levels(self) -> tuple[float, float]:
+        """The least and the largest noise level sigma / alpha that it knows."""
+        alpha, sigma = self.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64))
+        least, largest = (sigma / alpha).tolist()
+        return least, largest
+
+    @property
+    def parameters_count(self) -> int:
+        """How many numbers were trained."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def held_out(self) -> list[int] | None:
+        """Positions of the images of its corpus that it has not been trained on, if known."""
+        return self.card.get("training", {}).get("held_out")
+
+    @classmethod
+    def made(cls, name: str, shape: tuple[int, int, int], **settings: Any) -> Network:
+        """A network of `ARCHITECTURES`, untrained, preconditioned as in EDM by azula."""
+        module, chosen = architecture(name, shape, **settings)
+        # convolutions are faster so
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        card = {"layout": LAYOUT, "architecture": name, "shape": list(shape), "settings": chosen,
+                "schedule": "cosine"}  # fmt: skip
+        return cls(KarrasDenoiser(module, CosineSchedule()), shape, name, card)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes network.safetensors and network.json, the card."""
+        if "architecture" not in self.card:
+            raise ValueError(
+                f"{self.name!r} has no card to be made again from; networks of Network.made have"
+            )
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.backbone.state_dict().items()}
+        with written(Path(folder) / WEIGHTS) as temporary:
+            save_file(tensors, temporary)
+        with written(Path(folder) / CARD) as temporary:
+            temporary.write_text(json.dumps(self.card, indent=1) + "\n")
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The module inside azula's preconditioning."""
+        return self.denoiser.backbone
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Network:
+        """A network that `save` wrote.
+
+        Raises:
+            ValueError: Where the folder holds no such network, or a damaged one.
+        """
+        folder = Path(folder)
+        card = read_json(folder / CARD)
+        if card.get("layout") != LAYOUT or "architecture" not in card:
+            raise ValueError(
+                f"{folder / CARD} is no card of a network (layout {card.get('layout')!r}; expected "
+                f"{LAYOUT}): train one with scoremachine train"
+            )
+        try:
+            network = cls.made(card["architecture"], tuple(card["shape"]), **card["settings"])
+            network.backbone.load_state_dict(load_file(folder / WEIGHTS))
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{folder} holds a network that cannot be read ({str(error).splitlines()[0]}): "
+                "the file is cut short, or the card is another network's"
+            ) from None
+        network.card, network.name = card, card.get("name", card["architecture"])
+        network.schedule = network.denoiser.schedule = SCHEDULES[card["schedule"]]()
+        return network.eval().requires_grad_(False)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file; ValueError where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError:
+        raise ValueError(
+            f"there is no {path}; a network is a folder with {WEIGHTS} and {CARD}, as "
+            "scoremachine train writes it, or a folder of diffusers"
+        ) from None
+    except ValueError:
+        raise ValueError(f"{path} is no JSON; expected the card of a network") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}; expected an object")
+    return found

@@ -1,0 +1,230 @@
+"""Trained networks: what they are made of, how they are trained, kept and refused."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from azula.noise import CosineSchedule, VPSchedule
+
+import scoremachine as sm
+from conftest import noised, random_corpus
+from scoremachine.networks import ARCHITECTURES, Network, Training, train, training
+
+SMALL = {
+    "resnet": {"width": 8, "depth": 1},
+    "unet": {"width": 8, "levels": 2, "blocks": 1},
+    "unet-attention": {"width": 8, "levels": 2, "blocks": 1, "attention": 2},
+    "dit": {"width": 16, "depth": 1, "patch": 2, "heads": 2},
+    "mlp": {"width": 16, "depth": 1},
+}
+
+
+def brief(steps=4, **settings):
+    return Training(
+        **{"steps": steps, "seconds": None, "batch": 8, "precision": "float32"} | settings
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return random_corpus(3, 40, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_network_trains_and_comes_back_from_its_folder(name, corpus, tmp_path):
+    network = train(corpus, name, tmp_path, brief(), **SMALL[name])
+    again = Network.load(tmp_path)
+    y, sigma = noised(corpus, [0.3, 2.0])
+    assert torch.equal(network.denoise(y, sigma), again.denoise(y, sigma))
+    assert again.card == json.loads((tmp_path / "network.json").read_text())
+    assert again.name == name
+    assert again.parameters_count == again.card["training"]["parameters"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "network.safetensors", "network.json", "loss.csv", "loss.png", "training.safetensors"
+    }  # fmt: skip
+
+
+def test_training_denoises_better_and_better():
+    faces = sm.Corpus.open("digits")
+    x = torch.from_numpy(np.array(faces.images[:64])).float() / 127.5 - 1
+    y = x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    errors = [
+        float((train(faces, "resnet", None, brief(n, batch=32), width=16, depth=2)
+               .denoise(y, 0.5) - x).square().mean())
+        for n in (2, 60, 240)
+    ]  # fmt: skip
+    assert errors[1] < 0.95 * errors[0]
+    assert errors[2] < 0.8 * errors[1]
+
+
+def test_an_interrupted_training_ends_as_one_that_was_not(corpus, tmp_path, monkeypatch):
+    whole = train(corpus, "resnet", tmp_path / "whole", brief(9), width=8, depth=1)
+    step = training._step
+
+    def interrupted(state, *others):
+        if state.step == 5:
+            raise KeyboardInterrupt
+        return step(state, *others)
+
+    monkeypatch.setattr(training, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(corpus, "resnet", tmp_path / "parts", brief(9), width=8, depth=1)
+    assert not (tmp_path / "parts" / "network.safetensors").exists()
+    monkeypatch.setattr(training, "_step", step)
+    settings = {"width": 8, "depth": 1}
+    parts = train(corpus, "resnet", tmp_path / "parts", brief(9), resume=True, **settings)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+    longer = train(corpus, "resnet", tmp_path / "parts", brief(12), resume=True, **settings)
+    at_once = train(corpus, "resnet", None, brief(12), **settings)
+    assert longer.key == at_once.key != whole.key
+
+
+def test_one_seed_is_one_network(corpus):
+    one, two = (train(corpus, "mlp", None, brief(seed=s), **SMALL["mlp"]) for s in (1, 1))
+    other = train(corpus, "mlp", None, brief(seed=2), **SMALL["mlp"])
+    assert one.key == two.key != other.key
+
+
+def test_training_leaves_the_global_random_numbers_alone(corpus):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(corpus, "mlp", None, brief(2), **SMALL["mlp"])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_held_out_images_are_never_looked_at(corpus, monkeypatch):
+    looked: set[int] = set()
+
+    class Watched(np.ndarray):
+        def __getitem__(self, key):
+            if isinstance(key, np.ndarray):
+                looked.update(key.tolist())
+            return np.asarray(self)[key]
+
+    watched = sm.Corpus(corpus.images)
+    watched.images = np.asarray(corpus.images).view(Watched)
+    network = train(watched, "mlp", None, brief(20, held_out=3), **SMALL["mlp"])
+    assert len(network.held_out) == 3
+    assert looked == set(range(40)) - set(network.held_out)
+
+
+def test_a_residual_network_sees_a_box():
+    network = Network.made("resnet", (1, 15, 15), width=8, depth=2)
+    torch.nn.init.normal_(network.backbone.last.weight)
+    y = torch.randn(1, 1, 15, 15, requires_grad=True)
+    network.denoise(y, 1.0)[0, 0, 7, 7].backward()
+    seen = torch.nonzero(y.grad[0, 0])
+    assert (seen.min(), seen.max()) == (7 - 4, 7 + 4)  # (2 depth + 5) across
+
+
+def test_a_circular_network_is_equivariant():
+    network = Network.made("resnet", (1, 8, 8), width=8, depth=2, padding="circular")
+    torch.nn.init.normal_(network.backbone.last.weight)
+    y = torch.randn(2, 1, 8, 8)
+    D = network.denoise(y, 0.7)
+    assert torch.allclose(
+        network.denoise(y.roll((3, 2), (2, 3)), 0.7), D.roll((3, 2), (2, 3)), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("schedule", [VPSchedule(), CosineSchedule()])
+def test_predictions_of_the_same_thing_are_the_same(schedule):
+    wiener = sm.build("gaussian", random_corpus(), schedule=schedule)
+
+    def clean(x_t, t):
+        alpha, sigma = (v.double().reshape(-1, 1, 1, 1) for v in schedule(t))
+        return wiener.denoise(x_t.double() / alpha, (sigma / alpha).flatten()), alpha, sigma
+
+    def x0(x_t, t):
+        return clean(x_t, t)[0].float()
+
+    def eps(x_t, t):
+        D, alpha, sigma = clean(x_t, t)
+        return ((x_t - alpha * D) / sigma).float()
+
+    def v(x_t, t):
+        D, alpha, sigma = clean(x_t, t)
+        return (alpha * (x_t - alpha * D) / sigma - sigma * D).float()
+
+    y, sigma = noised(wiener.corpus, [0.1, 1.0, 5.0])
+    D = wiener.denoise(y, sigma)
+    for f in (x0, eps, v):
+        network = Network.of(f, (1, 6, 6), f.__name__, schedule)
+        assert torch.allclose(network.denoise(y, sigma), D, atol=2e-5)
+        # and under another schedule
+        other = network.under(CosineSchedule())
+        alpha, sigma_t = other.schedule(torch.tensor(0.5))
+        x_t = alpha * y
+        assert torch.allclose(
+            other(x_t, torch.tensor(0.5)).mean, wiener.denoise(y, float(sigma_t / alpha)), atol=2e-5
+        )
+
+
+def test_what_cannot_work_is_refused_with_a_sentence(corpus, tmp_path):
+    shape = corpus.shape
+    for call, words in [
+        (lambda: Network.made("resnett", shape), "did you mean 'resnet'"),
+        (lambda: Network.made("resnet", shape, widht=8), "did you mean 'width'"),
+        (lambda: Network.made("resnet", shape, width=0), "expected a positive whole number"),
+        (lambda: Network.made("resnet", shape, width="wide"), "expected something like 64"),
+        (lambda: Network.made("resnet", shape, padding="mirror"), "no padding is called"),
+        (lambda: Network.made("unet", (1, 9, 9)), "size=8"),
+        (lambda: Network.made("dit", (1, 9, 9)), "size=8"),
+        (lambda: Training(steps=0), "steps is 0"),
+        (lambda: Training(seconds=None), "never ends"),
+        (lambda: Training(seconds=-1.0), "seconds are -1"),
+        (lambda: Training(rate=2.0), "rate is 2"),
+        (lambda: Training(batch=0), "batch is 0"),
+        (lambda: Training(seed=-1), "seed is -1"),
+        (lambda: Training(precision="half"), "no precision is called"),
+        (lambda: Network.load(tmp_path / "nowhere"), "there is no"),
+        (lambda: Network.of(3, shape), "expected a callable"),
+        (lambda: Network.of(lambda x, t: x, shape, "noise"), "no prediction is called"),
+        (lambda: Network(torch.nn.Identity(), shape), "Network.of"),
+        (lambda: Network.of(lambda x, t: x, shape).save(tmp_path), "no card"),
+        (lambda: Network.of(lambda x, t: x[:, :1], shape).denoise(torch.zeros(2, *shape), 1.0),
+         "expected a tensor of the same shape"),
+        (lambda: Network.made("mlp", shape).denoise(torch.zeros(1, 1, 4, 4), 1.0),
+         "expected (B, 3"),
+        (lambda: Network.made("mlp", shape).denoise(torch.zeros(1, *shape), 1e5), "no noise level"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(words)):
+            call()
+
+
+def test_damaged_folders_are_refused(corpus, tmp_path):
+    train(corpus, "mlp", tmp_path, brief(), **SMALL["mlp"])
+    card, weights = tmp_path / "network.json", tmp_path / "network.safetensors"
+    good = card.read_text()
+    for bad, words in [
+        ("{", "is no JSON"),
+        ("[]", "expected an object"),
+        ("{}", "no card of a network"),
+        (good.replace('"width": 16', '"width": 32'), "cannot be read"),
+    ]:
+        card.write_text(bad)
+        with pytest.raises(ValueError, match=words):
+            Network.load(tmp_path)
+    card.write_text(good)
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="cannot be read"):
+        Network.load(tmp_path)
+    checkpoint = tmp_path / "training.safetensors"
+    with pytest.raises(ValueError, match="another rate"):
+        train(corpus, "mlp", tmp_path, brief(9, rate=0.1), resume=True, **SMALL["mlp"])
+    checkpoint.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be read"):
+        train(corpus, "mlp", tmp_path, brief(9), resume=True, **SMALL["mlp"])
+
+
+def test_a_loss_that_is_not_a_number_ends_the_training(corpus, monkeypatch):
+    monkeypatch.setattr(training, "LOSSES", 2)
+    monkeypatch.setattr(training, "_step", lambda *_: torch.tensor(float("nan")))
+    with pytest.raises(ValueError, match="lower than"):
+        train(corpus, "mlp", None, brief(9), **SMALL["mlp"])
