@@ -87,8 +87,9 @@ def best_or_tied(errors: np.ndarray) -> np.ndarray:
     return tied
 
 
-def fewer(name: str, source: np.ndarray, most: int = ELS_IMAGES) -> np.ndarray:
-    """The source, or for machines that are brute force over every position `most` images of it."""
+def fewer(name: str, source: np.ndarray, most: int | None = None) -> np.ndarray:
+    """The source, or `most` images of it (1,000) for machines that look at every position."""
+    most = most or ELS_IMAGES
     if not MACHINES[name].equivariant or len(source) <= most:
         return source
     say(f"{name} is brute force over every position: it takes {most:,} of {len(source):,}")
