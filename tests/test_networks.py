@@ -12,7 +12,7 @@ from azula.noise import CosineSchedule, VPSchedule
 
 import scoremachine as sm
 from conftest import noised, random_corpus
-from scoremachine.networks import ARCHITECTURES, Network, Training, train, training
+from scoremachine.networks import ARCHITECTURES, Network, Training, foreign, train, training
 
 SMALL = {
     "resnet": {"width": 8, "depth": 1},
@@ -228,3 +228,63 @@ def test_a_loss_that_is_not_a_number_ends_the_training(corpus, monkeypatch):
     monkeypatch.setattr(training, "_step", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(ValueError, match="lower than"):
         train(corpus, "mlp", None, brief(9), **SMALL["mlp"])
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("betas", ["linear", "squaredcos_cap_v2"])
+def test_a_folder_of_diffusers_answers_as_diffusers_does(tmp_path, prediction, betas):
+    pytest.importorskip("diffusers")
+    scheduler_of, model_of = foreign._classes()
+    torch.manual_seed(0)
+    model = model_of(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
+        layers_per_block=1, down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    scheduler = scheduler_of(
+        num_train_timesteps=100, beta_schedule=betas, prediction_type=prediction, clip_sample=False
+    )
+    model.save_pretrained(tmp_path / "unet")
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    (tmp_path / "model_index.json").write_text("{}")
+    network = Network.load(tmp_path)
+    assert network.shape == (1, 8, 8)
+    x_t = torch.randn(2, 1, 8, 8)
+    for step in (1, 40, 90):
+        with torch.no_grad():
+            said = model(x_t, step).sample
+        expected = scheduler.step(said, step, x_t).pred_original_sample
+        time = torch.tensor(step / 99, dtype=torch.float64)
+        assert torch.allclose(network(x_t, time).mean.float(), expected, rtol=1e-3, atol=1e-4)
+        alpha, sigma = network.schedule(time)
+        D = network.denoise(x_t / float(alpha), float(sigma / alpha))
+        assert torch.allclose(D, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_folders_of_diffusers_that_cannot_be_read_are_refused(tmp_path):
+    config = {"_class_name": "UNet2DModel", "in_channels": 3, "out_channels": 3, "sample_size": 8}
+    for changed, words in [
+        ({"_class_name": "UNet2DConditionModel"}, "only an unconditional UNet2DModel"),
+        ({"num_class_embeds": 10}, "told a class"),
+        ({"out_channels": 6}, "a variance"),
+        ({"sample_size": None}, "no sample_size"),
+        ({}, "safe_serialization"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(ValueError, match=words):
+            Network.load(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match="but a pickle"):
+        Network.load(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"cannot be read|need diffusers"):
+        Network.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("azula:edm:cifar", "pickle"), ("azula:sd", "latents"), ("azula:xyz", "no plug-in 'xyz'")],
+)
+def test_plug_ins_of_azula_are_refused_with_the_reason(name, says):
+    with pytest.raises(ValueError, match=says):
+        Network.load(name)

@@ -19,8 +19,10 @@ from scoremachine.files import written
 from scoremachine.machines.machine import checked
 from scoremachine.names import check_name
 from scoremachine.networks.architectures import architecture
+from scoremachine.networks.foreign import is_diffusers, read_diffusers, refuse_plugin
 from scoremachine.sample import SCHEDULES, time_of
 
+BUILT_IN = Path(__file__).parent / "weights"
 WEIGHTS, CARD = "network.safetensors", "network.json"
 LAYOUT = 1  # of a card
 BATCH = 64  # pictures that go through a network together
@@ -218,13 +220,21 @@ class Network(Denoiser):
         return self.denoiser.backbone
 
     @classmethod
-    def load(cls, folder: str | Path) -> Network:
-        """A network that `save` wrote.
+    def load(cls, name: str | Path) -> Network:
+        """A network from a folder that `save` or diffusers wrote, or one that comes along.
+
+        Arguments:
+            name: One of `built_in()`; or a folder: `save`'s, or that of a UNet2DModel of diffusers
+                or its pipeline, with safetensors.
 
         Raises:
-            ValueError: Where the folder holds no such network, or a damaged one.
+            ValueError: Where there is no such network, or a damaged one, or a pickle.
         """
-        folder = Path(folder)
+        if str(name).startswith("azula:"):
+            refuse_plugin(str(name))
+        folder = BUILT_IN / name if name in built_in() else Path(name)
+        if not (folder / CARD).exists() and is_diffusers(folder):
+            return cls._of_diffusers(folder)
         card = read_json(folder / CARD)
         if card.get("layout") != LAYOUT or "architecture" not in card:
             raise ValueError(
@@ -245,6 +255,29 @@ class Network(Denoiser):
         network.schedule = network.denoiser.schedule = SCHEDULES[card["schedule"]]()
         return network.eval().requires_grad_(False)
 
+    @classmethod
+    def _of_diffusers(cls, folder: Path) -> Network:
+        model, prediction, schedule, shape = read_diffusers(folder)
+        model.eval().requires_grad_(False)
+
+        class Sample(nn.Module):
+            """What diffusers answers, as a tensor."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, x_t: Tensor, step: Tensor) -> Tensor:
+                return self.model(x_t, step).sample
+
+        denoiser = Predicted(Sample(), prediction, schedule, schedule.step)
+        return cls(denoiser, shape, folder.resolve().name)
+
+
+def built_in() -> list[str]:
+    """The networks that come with the package."""
+    return sorted(path.parent.name for path in BUILT_IN.glob(f"*/{CARD}"))
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file; ValueError where there is none."""
@@ -252,8 +285,8 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except OSError:
         raise ValueError(
-            f"there is no {path}; a network is a folder with {WEIGHTS} and {CARD}, as "
-            "scoremachine train writes it, or a folder of diffusers"
+            f"there is no {path}; a network is one of {', '.join(built_in()) or 'none'}, a folder "
+            f"with {WEIGHTS} and {CARD}, as scoremachine train writes it, or a folder of diffusers"
         ) from None
     except ValueError:
         raise ValueError(f"{path} is no JSON; expected the card of a network") from None
