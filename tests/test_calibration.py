@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 import scoremachine as sm
 from conftest import random_corpus
 from scoremachine import calibration
-from scoremachine.calibration import split
+from scoremachine.calibration import Exchange, parts_for, split
+from scoremachine.networks import Network
 
 
 def stripes(N: int, side: int, seed: int = 0) -> sm.Corpus:
@@ -84,11 +86,11 @@ def test_an_interrupted_calibration_goes_on_at_the_level_it_was_at(monkeypatch):
     settings = {"sigmas": [3.0, 1.0, 0.3], "held_out": 4, "seed": 5}
     measure, asked = calibration.denoising_error, []
 
-    def stopped(machine, source, pictures, sigma):
+    def stopped(machine, source, pictures, sigma, target):
         asked.append(sigma)
         if sigma < 1:
             raise KeyboardInterrupt
-        return measure(machine, source, pictures, sigma)
+        return measure(machine, source, pictures, sigma, target)
 
     monkeypatch.setattr(calibration, "denoising_error", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -166,3 +168,36 @@ def test_calibration_needs_three_images():
         sm.calibrate(random_corpus(), "ls", sigmas=[0.0])
     with pytest.raises(ValueError, match="held_out is 0"):
         sm.calibrate(random_corpus(), "ls", held_out=0)
+
+
+def test_towards_a_network_that_is_a_machine_it_finds_its_size():
+    corpus = stripes(120, 9)
+    network = Network(sm.build("ls", corpus, patch_size=5), corpus.shape)
+    network.card = {"training": {"corpus_key": corpus.key, "held_out": list(range(0, 120, 6))}}
+    sigmas = [0.1, 0.7, 3.0]
+    parts = parts_for(sm.build("ls", corpus), 8, 0, network)
+    assert set(parts[2]) | set(parts[3]) <= set(range(0, 120, 6))
+    assert not set(parts[1]) & set(range(0, 120, 6))
+    source = corpus.subset(parts[1])
+    network.denoiser = sm.build("ls", source, patch_size=5)  # which has seen none of them
+    found = sm.calibrate(corpus, "ls", sigmas, held_out=8, network=network)
+    assert found.chosen == [5, 5, 5]
+    assert np.allclose(found.plain_errors, 0, atol=1e-12)
+    assert sm.calibrate(corpus, "ls", sigmas, held_out=8).chosen != [5, 5, 5]
+    truth = calibration.calibrate(sm.build("ls", corpus), sigmas, 8, parts=parts)
+    exchange = Exchange.of(truth, found)
+    assert exchange.by_network == [5, 5, 5]
+    for k in range(3):
+        errors, place = truth.value_errors[k], truth.values.index(5)
+        assert exchange.to_truth[k] == errors[place] / min(errors) >= 1
+
+
+def test_calibrate_towards_a_network_prints_what_either_costs(tmp_path):
+    from scoremachine.run import calibrate_corpus
+
+    corpus = sm.Corpus.open("digits", limit=80)
+    network = Network(sm.build("gaussian", corpus), corpus.shape, "wiener")
+    calibrate_corpus(corpus, "ls", 4, 3, 0, None, tmp_path, {}, network)
+    kept = json.loads((tmp_path / "calibration.json").read_text())
+    assert len(kept["exchange"]["to_network"]) == len(kept["sigmas"])
+    assert min(kept["exchange"]["to_network"]) >= 1

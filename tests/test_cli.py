@@ -446,3 +446,27 @@ def test_compare_refuses_senseless_words(inside, tmp_path, words, says):
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_sensitivity_draws_maps_and_prints_widths(inside, tmp_path):
+    teach(inside, tmp_path / "network")
+    words = ["--data", "digits", "--limit", 60, "--sigmas", "2,0.5", "--count", 1, "--pixels", 4]
+    done = inside(
+        "sensitivity", *words, "--network", tmp_path / "network", "--machine", "ls:3,gaussian",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "(3)" in done.stdout
+    rows = (tmp_path / "out" / "sensitivity.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3 * 2
+    with np.load(tmp_path / "out" / "sensitivity.npz") as file:
+        assert file["ls:3"].shape == (2, 15, 15)
+    for more, says in [
+        ([], "neither a network nor a machine"),
+        (["--machine", "ls:3", "--sigmas", "1,none"], "expected noise levels"),
+        (["--network", tmp_path / "nowhere"], "nowhere"),
+    ]:
+        done = inside("sensitivity", *words, "--out", tmp_path / "none", *more)
+        assert done.returncode == 2
+        assert says in done.stderr
+        assert not (tmp_path / "none").exists()

@@ -110,8 +110,10 @@ def test_held_out_images_are_never_looked_at(corpus, monkeypatch):
     watched = sm.Corpus(corpus.images)
     watched.images = np.asarray(corpus.images).view(Watched)
     network = train(watched, "mlp", None, brief(20, held_out=3), **SMALL["mlp"])
-    assert len(network.held_out) == 3
-    assert looked == set(range(40)) - set(network.held_out)
+    unseen = network.unseen(watched)
+    assert len(unseen) == 3
+    assert looked == set(range(40)) - set(unseen.tolist())
+    assert network.unseen(sm.Corpus(corpus.images[:39])) is None
 
 
 def test_a_residual_network_sees_a_box():

@@ -8,6 +8,7 @@ nearest to the clean image.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -113,6 +114,18 @@ class Calibrated(Protocol):
         """What distinguishes the machine, as JSON can hold it."""
 
 
+class Teacher(Protocol):
+    """A trained network, as calibration towards it sees it."""
+
+    key: str  # what identifies it
+
+    def denoise(self, y: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Its D."""
+
+    def unseen(self, corpus: Corpus) -> np.ndarray | None:
+        """Positions of images that it has not been trained on, where that is known."""
+
+
 def calibrate(
     machine: Calibrated,
     sigmas: Sequence[float] | np.ndarray | None = None,
@@ -121,12 +134,14 @@ def calibrate(
     bandwidths: Sequence[float] = BANDWIDTHS,
     seed: int = 0,
     parts: Parts | None = None,
+    network: Teacher | None = None,
 ) -> Calibration:
     """Chooses locality (or not, if `values` is empty) and bandwidth per noise level.
 
     `scoremachine.calibrate` is this by a machine's name, and says what the arguments are. `parts`
-    are the images to use, where not the machine's corpus as `split` cuts it. The levels that an
-    interrupted calibration finished are not measured again.
+    are the images to use, where not the machine's corpus as `parts_for` cuts it. With a `network`,
+    its D stands where the clean picture would: errors are to what the network says. The levels that
+    an interrupted calibration finished are not measured again.
     """
     check_integer("held_out", held_out)
     levels = np.sort(np.asarray(edm_sigmas() if sigmas is None else sigmas, dtype=float))[::-1]
@@ -142,6 +157,8 @@ def calibrate(
     asked = [LAYOUT, machine.settings(), levels.tolist(), held_out, candidates, hs, seed]
     if parts is not None:
         asked.append([hashlib.sha256(p.tobytes()).hexdigest() for p in parts[1:]])
+    if network is not None:
+        asked.append(network.key)
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     path = machine.corpus.cache_path / f"calibration-{machine.name}-{digest}.json"
     if path.exists():
@@ -150,9 +167,9 @@ def calibrate(
         except (ValueError, TypeError):
             path.unlink()
     if parts is None:
-        parts = split(machine.corpus, held_out, seed, machine.equivariant)
+        parts = parts_for(machine, held_out, seed, network)
     unfinished = path.with_name(f"{path.stem}-unfinished.json")
-    found = _measure(machine, levels, parts, candidates, hs, seed, unfinished)
+    found = _measure(machine, levels, parts, candidates, hs, seed, unfinished, network)
     with written(path) as temporary:
         temporary.write_text(json.dumps(asdict(found)))
     unfinished.unlink(missing_ok=True)
@@ -175,13 +192,17 @@ def held_out_pictures(parts: Parts, seed: int) -> tuple[Pictures, Pictures]:
 
 
 def denoising_error(
-    machine: Calibrated, source: np.ndarray, pictures: Pictures, sigma: float
+    machine: Calibrated,
+    source: np.ndarray,
+    pictures: Pictures,
+    sigma: float,
+    target: torch.Tensor | None = None,
 ) -> np.ndarray:
-    """Mean squared error of D(x + sigma eps, sigma) of every picture, (R,)."""
+    """Mean squared error of D(x + sigma eps, sigma) of every picture, (R,): to x, or a `target`."""
     x, eps = pictures
     levels = torch.full((len(x),), sigma, dtype=torch.float64)
     D = machine.denoise_from(x + sigma * eps, levels, source)
-    return ((D - x) ** 2).mean((1, 2, 3)).numpy()
+    return ((D - (x if target is None else target)) ** 2).mean((1, 2, 3)).numpy()
 
 
 def _measure(
@@ -192,6 +213,7 @@ def _measure(
     bandwidths: list[float],
     seed: int,
     unfinished: Path,
+    network: Teacher | None,
 ) -> Calibration:
     """Measures level by level; what is found of each is kept in the file `unfinished`."""
     corpus, source, choosing, _ = parts
@@ -202,7 +224,13 @@ def _measure(
     def errors(value: Any, h: float, sigma: float, pictures: Pictures) -> np.ndarray:
         local = {} if value is None else {str(machine.locality): value}
         tried = machine.remade(corpus, bandwidth=h, **local)
-        return denoising_error(tried, source, pictures, sigma)
+        return denoising_error(tried, source, pictures, sigma, target(pictures, sigma))
+
+    @functools.lru_cache(2)
+    def target(pictures: Pictures, sigma: float) -> torch.Tensor | None:
+        """What D should be, where that is not the clean picture."""
+        x, eps = pictures
+        return None if network is None else network.denoise(x + sigma * eps, sigma)
 
     rounds = len(values) + len(bandwidths) + (1 if values else 2)  # h = 0 is known by then
     with bar(f"Calibrating {machine.name}", total=len(sigmas) * rounds) as progress:
@@ -251,6 +279,38 @@ def _measure(
     )
 
 
+@dataclass
+class Exchange:
+    """What it costs to take the locality that one calibration chose for the other's purpose.
+
+    Attributes:
+        sigmas: The K noise levels.
+        by_truth, by_network: What denoises best, and what agrees with the network best, (K,).
+        to_network: The error to the network at `by_truth`, over that at `by_network`, (K,).
+        to_truth: The error to the clean picture at `by_network`, over that at `by_truth`, (K,).
+    """
+
+    sigmas: list[float]
+    by_truth: list[Any]
+    by_network: list[Any]
+    to_network: list[float]
+    to_truth: list[float]
+
+    @classmethod
+    def of(cls, truth: Calibration, network: Calibration) -> Exchange:
+        """From the calibrations of a machine on the same images, without and with a network."""
+
+        def cost(own: Calibration, other: Calibration) -> list[float]:
+            return [
+                errors[own.values.index(value)] / min(errors)
+                for errors, value in zip(own.value_errors, other.chosen, strict=True)
+            ]
+
+        return cls(
+            truth.sigmas, truth.chosen, network.chosen, cost(network, truth), cost(truth, network)
+        )
+
+
 def _finished(unfinished: Path) -> list[dict[str, Any]]:
     """What an interrupted calibration found, level by level."""
     try:
@@ -258,6 +318,22 @@ def _finished(unfinished: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         return []
     return levels if all("plain_errors" in level for level in levels) else []
+
+
+def parts_for(
+    machine: Calibrated, held_out: int, seed: int, network: Teacher | None = None
+) -> Parts:
+    """What calibration uses of a machine's corpus: images that the network has not seen, if known.
+
+    Then the machine is made of none of them either.
+    """
+    corpus = machine.corpus
+    unseen = None if network is None else network.unseen(corpus)
+    if unseen is None or len(unseen) < 2:
+        return split(corpus, held_out, seed, machine.equivariant)
+    held = min(held_out, len(unseen) // 2)
+    source = np.setdiff1d(np.arange(len(corpus)), unseen)
+    return corpus, source, unseen[:held], unseen[held : 2 * held]
 
 
 def split(

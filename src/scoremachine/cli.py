@@ -214,6 +214,13 @@ def calibrate(
     beside: Annotated[
         str | None, typer.Option(help="A published schedule to print beside.")
     ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose what is nearest to this trained network's D instead, and print beside it "
+            "what denoises best, and what either costs the other."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="A folder for calibration.png and calibration.json.")
     ] = Path("runs/calibration"),
@@ -239,9 +246,10 @@ def calibrate(
         other = None
         if beside is not None:
             other = LOCALITIES[kind_of(machine).locality or "patch_size"].named(beside)
-        corpus = _corpus(data, size, grayscale, limit, strict)
         settings = _settings(None, None, boundary, window, augment, others, kernel)
-        calibrate_corpus(corpus, machine, held_out, steps, seed, other, out, settings)
+        where = data, size, grayscale, limit, strict
+        teacher, corpus = (None, _corpus(*where)) if network is None else _network(network, *where)
+        calibrate_corpus(corpus, machine, held_out, steps, seed, other, out, settings, teacher)
 
 
 @app.command()
@@ -462,6 +470,45 @@ def compare(
         except KeyboardInterrupt:
             print("interrupted: the same command goes on after what is finished", file=sys.stderr)
             raise SystemExit(130) from None
+
+
+@app.command(name="sensitivity")
+def look(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    network: Annotated[str | None, typer.Option(help="A network, as for compare.")] = None,
+    machine: Annotated[
+        str | None, typer.Option(help="Machines by commas, as for compare; none unless given.")
+    ] = None,
+    sigmas: Annotated[
+        str, typer.Option(help="Noise levels, by commas.")
+    ] = "20,8,4,2,1,0.5,0.2,0.1",
+    count: Annotated[int, typer.Option(help="How many images.")] = 4,
+    pixels: Annotated[int, typer.Option(help="How many output values of each.")] = 32,
+    everywhere: Annotated[
+        int,
+        typer.Option(help="Images, at most, of machines that look at every position (els, es)."),
+    ] = 500,
+    seed: Seed = 0,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw what denoisers look at, from their gradients: maps and their widths in --out."""
+    from scoremachine import progress
+    from scoremachine.run import measure_sensitivity
+
+    levels = [_number(part, float, None) for part in sigmas.split(",")]
+    if not levels or any(s is None or not s > 0 for s in levels):
+        raise ValueError(f"sigmas are {sigmas!r}; expected noise levels above 0, as 4,1,0.2")
+    with progress.quiet(quiet):
+        where = data, size, grayscale, limit, strict
+        loaded, corpus = (None, _corpus(*where)) if network is None else _network(network, *where)
+        names = [] if machine is None else machine.split(",")
+        settings = levels, count, pixels, seed, everywhere
+        measure_sensitivity(loaded, names, corpus, out, *settings)
 
 
 def _network(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from scoremachine.comparison.parts import Comparison
     from scoremachine.errors import Errors
     from scoremachine.schedules import LevelSchedule
+    from scoremachine.sensitivity import Sensitivity
 
 GAP = 4  # pixels between pictures
 LABEL = 150  # pixels for the names of machines
@@ -249,3 +250,29 @@ def save_rows(rows: list[tuple[str, np.ndarray]], heads: list[str], path: Path) 
         for k, picture in enumerate(pictures):
             canvas.paste(_enlarged(picture, factor), (LABEL + k * wide, top + r * high))
     save_png(canvas.quantize(256, dither=Image.Dither.NONE), path)
+
+
+def save_sensitivities(found: list[Sensitivity], path: Path) -> None:
+    """Draws what denoisers look at: a row each, a column per noise level, brightest in each at 1.
+
+    A square marks the width.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    K = len(found[0].sigmas)
+    figure = Figure(figsize=(1.5 * K + 0.6, 1.75 * len(found) + 0.3), layout="constrained")
+    panels = figure.subplots(len(found), K, squeeze=False)
+    for r, s in enumerate(found):
+        for k, axes in enumerate(panels[r]):
+            root = np.sqrt(s.maps[k])  # a gradient, not its square
+            axes.imshow(root / max(root.max(), 1e-30), cmap="magma", interpolation="nearest")
+            width, (high, wide) = s.width(k), root.shape
+            corner = (wide - width) / 2 - 0.5, (high - width) / 2 - 0.5
+            axes.add_patch(Rectangle(corner, width, width, fill=False, ec="white", lw=0.8))
+            head = f"sigma {s.sigmas[k]:.2g}\n" if r == 0 else ""
+            axes.set_title(f"{head}width {width}", fontsize=8)
+            axes.set(xticks=[], yticks=[])
+        panels[r][0].set_ylabel(s.label, fontsize=9)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=90)

@@ -15,20 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoremachine import drawing, tables
+from scoremachine import calibration, drawing, tables
 from scoremachine._version import __version__
-from scoremachine.calibration import Calibration
-from scoremachine.comparison import Comparison, compare, report
+from scoremachine.calibration import Calibration, Exchange, parts_for
+from scoremachine.comparison import Comparison, Entrant, compare, report
 from scoremachine.corpus import Corpus
 from scoremachine.errors import Errors, denoising_errors, fewer
 from scoremachine.files import written
-from scoremachine.machines import IdealScore, Machine, build, calibrate
+from scoremachine.machines import BoxMachine, IdealScore, Machine, build
 from scoremachine.machines.machine import Label
 from scoremachine.names import check_name
 from scoremachine.networks import Network, Training, train
 from scoremachine.progress import bar, say
 from scoremachine.sample import SAMPLERS, SCHEDULES, PictureNoise, check_start, generate_batches
 from scoremachine.schedules import LevelSchedule, check_integer, edm_sigmas
+from scoremachine.sensitivity import Sensitivity, sensitivity
 
 
 def versions() -> dict[str, str]:
@@ -271,20 +272,31 @@ def calibrate_corpus(
     beside: LevelSchedule | None,
     out: Path | None,
     settings: dict[str, Any],
+    network: Network | None = None,
 ) -> Calibration:
-    """Calibrates, prints the table, and writes calibration.png and calibration.json to `out`."""
-    found = calibrate(
-        corpus,
-        machine,
-        edm_sigmas(check_integer("steps", steps)),
-        held_out,
-        seed=seed,
-        **settings,
-    )
-    tables.print_calibration(found, beside)
+    """Calibrates, prints the table, and writes calibration.png and calibration.json to `out`.
+
+    With a network, towards it: and beside that, on the same images, what denoises best.
+    """
+    sigmas = edm_sigmas(check_integer("steps", steps))
+    prototype = build(machine, corpus, **settings)
+    if network is not None:
+        sigmas = sigmas[(sigmas >= network.levels()[0]) & (sigmas <= network.levels()[1])]
+    parts = parts_for(prototype, held_out, seed, network)
+    asked: dict[str, Any] = {"seed": seed, "parts": parts}
+    found = calibration.calibrate(prototype, sigmas, held_out, **asked, network=network)
+    exchange = None
+    if network is not None and found.chosen:
+        truth = calibration.calibrate(prototype, sigmas, held_out, **asked)
+        exchange, beside = Exchange.of(truth, found), beside or truth.locality
+    target = () if network is None else (f"the network {network.name}",)
+    tables.print_calibration(found, beside, *target)
+    if exchange is not None:
+        tables.print_exchange(exchange)
     if out is not None:
+        record = asdict(found) | ({"exchange": asdict(exchange)} if exchange else {})
         with written(Path(out) / "calibration.json") as temporary:
-            temporary.write_text(json.dumps(asdict(found), indent=1) + "\n")
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
         drawing.save_calibration(found, Path(out) / "calibration.png", beside)
         print(f"curves: {Path(out) / 'calibration.png'}")
     return found
@@ -370,6 +382,42 @@ def compare_network(
     shutil.rmtree(kept, ignore_errors=True)
     report.print_tables(found)
     print(f"{files[-1]}")
+    return found
+
+
+def measure_sensitivity(
+    network: Network | None,
+    machines: Sequence[str],
+    corpus: Corpus,
+    out: Path,
+    sigmas: Sequence[float],
+    count: int,
+    pixels: int,
+    seed: int,
+    everywhere: int,
+) -> list[Sensitivity]:
+    """Measures what denoisers look at, prints widths, writes sensitivity.csv, .npz and .png."""
+    denoisers: dict[str, Network | Machine] = {} if network is None else {network.name: network}
+    for entrant in map(Entrant.of, machines):
+        some = corpus.subset(fewer(entrant.name, corpus.indices(), everywhere))
+        denoisers[entrant.label] = build(entrant.name, some, **entrant.settings)
+    if not denoisers:
+        raise ValueError("there is neither a network nor a machine to look at; give one")
+    found, sizes = [], {}
+    with bar("Differentiating", total=len(denoisers)) as progress:
+        for label, denoiser in denoisers.items():
+            found.append(sensitivity(denoiser, corpus, sigmas, label, count, pixels, seed))
+            if isinstance(denoiser, BoxMachine):
+                sizes[label] = [denoiser.local_at(sigma) for sigma in sigmas]
+            progress.advance()
+    with written(Path(out) / "sensitivity.csv") as temporary:
+        temporary.write_text(tables.sensitivities_csv(found, sizes))
+    with written(Path(out) / "sensitivity.npz") as temporary, temporary.open("wb") as file:
+        maps: dict[str, Any] = {s.label: s.maps for s in found}
+        np.savez_compressed(file, sigmas=np.asarray(sigmas), **maps)
+    drawing.save_sensitivities(found, Path(out) / "sensitivity.png")
+    tables.print_sensitivities(found, sizes)
+    print(f"maps: {Path(out) / 'sensitivity.png'}")
     return found
 
 

@@ -9,18 +9,21 @@ import numpy as np
 from scoremachine.errors import Errors, ties
 
 if TYPE_CHECKING:
-    from scoremachine.calibration import Calibration
+    from scoremachine.calibration import Calibration, Exchange
     from scoremachine.schedules import LevelSchedule
+    from scoremachine.sensitivity import Sensitivity
 
 
-def print_calibration(c: Calibration, beside: LevelSchedule | None = None) -> None:
-    """Prints a row per noise level: what was chosen, and the error on other images."""
+def print_calibration(
+    c: Calibration, beside: LevelSchedule | None = None, target: str = "the clean picture"
+) -> None:
+    """Prints a row per noise level: what was chosen, and the error to `target` on other images."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(
         title=f"{c.machine}: {c.source:,} images, {c.held_out} held out to choose, "
-        f"{len(c.errors[0])} others to report"
+        f"{len(c.errors[0])} others to report; mean squared error to {target}"
     )
     table.add_column("sigma", justify="right")
     if c.setting is not None and c.chosen:
@@ -42,10 +45,59 @@ def print_calibration(c: Calibration, beside: LevelSchedule | None = None) -> No
     Console().print(table)
 
 
+def print_exchange(e: Exchange) -> None:
+    """Prints what it costs to calibrate for the truth instead of for a network, and vice versa."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="chosen by the clean picture, or by the network: what each costs the other")
+    for column in (
+        "sigma", "by truth", "by network", "error to network, by truth / by network",
+        "error to truth, by network / by truth",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    rows = zip(e.sigmas, e.by_truth, e.by_network, e.to_network, e.to_truth, strict=True)
+    for sigma, truth, network, to_network, to_truth in rows:
+        ratios = f"{to_network:.2f}", f"{to_truth:.2f}"
+        table.add_row(f"{sigma:.4g}", f"{truth:g}", f"{network:g}", *ratios)
+    Console().print(table)
+
+
 def _mean_with_error(values: list[float]) -> str:
     """Mean and its standard error."""
     spread = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return f"{np.mean(values):.5f} ± {spread:.5f}"
+
+
+def sensitivities_csv(found: list[Sensitivity], sizes: dict[str, list[Any]]) -> str:
+    """A line per denoiser and noise level: the widths of its map, and its own patch size."""
+    lines = ["label,sigma,width_half,width,patch_size"]
+    for s in found:
+        for k, sigma in enumerate(s.sigmas):
+            own = sizes[s.label][k] if s.label in sizes else ""
+            lines.append(f"{s.label},{sigma:.6g},{s.width(k, 0.5)},{s.width(k)},{own}")
+    return "\n".join(lines) + "\n"
+
+
+def print_sensitivities(found: list[Sensitivity], sizes: dict[str, list[Any]]) -> None:
+    """Prints a row per denoiser: the width of its map at each noise level, and its own size."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title="what D at a pixel depends on: the side of the square that holds 90% of the squared "
+        "gradient",
+        caption="in brackets: the machine's own patch size",
+    )
+    table.add_column("")
+    for sigma in found[0].sigmas:
+        table.add_column(f"{sigma:.3g}", justify="right")
+    for s in found:
+        own = [f" ({v:g})" for v in sizes[s.label]] if s.label in sizes else [""] * len(s.sigmas)
+        table.add_row(s.label, *(f"{s.width(k)}{own[k]}" for k in range(len(s.sigmas))))
+    console = Console()
+    console = console if console.is_terminal else Console(width=30 + 12 * len(found[0].sigmas))
+    console.print(table)
 
 
 def errors_csv(found: list[Errors]) -> str:

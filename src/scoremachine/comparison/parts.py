@@ -254,11 +254,10 @@ def _apart(
     network: Network, corpus: Corpus, pictures: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions of images that neither the network nor the machines see, and of the others."""
-    N, unseen = len(corpus), network.held_out
-    if unseen and network.card["training"].get("corpus_key") == corpus.key:
-        held = np.asarray(unseen[:pictures])
+    N, unseen = len(corpus), network.unseen(corpus)
+    if unseen is not None:
         # the network has seen none of them, so the machines do not either
-        return held, np.setdiff1d(np.arange(N), unseen)
+        return unseen[:pictures], np.setdiff1d(np.arange(N), unseen)
     if N < 2:
         raise ValueError(f"the corpus {corpus.name!r} has one image; none can be held out")
     say(

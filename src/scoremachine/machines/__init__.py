@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from scoremachine import calibration
-from scoremachine.calibration import BANDWIDTHS, Calibration
+from scoremachine.calibration import BANDWIDTHS, Calibration, Teacher
 from scoremachine.corpus import Corpus
 from scoremachine.machines.composite import PatchComposite, PatchCompositeFlex
 from scoremachine.machines.equivariant import EquivariantLocalScore
@@ -79,6 +79,7 @@ def calibrate(
     values: Sequence[float] | None = None,
     bandwidths: Sequence[float] = BANDWIDTHS,
     seed: int = 0,
+    network: Teacher | None = None,
     **settings: Any,
 ) -> Calibration:
     """Chooses locality (patch size, share, threshold or delta) and bandwidth per noise level.
@@ -99,13 +100,17 @@ def calibrate(
             specks.)
         bandwidths: Bandwidths to try; 0 is always among them.
         seed: Of the choice of images and of their noise.
+        network: A trained network (`scoremachine.Network`): choose what is nearest to its D, as
+            Kamb & Ganguli 2412.20292 and Niedoba et al. 2411.19339 do, not to the clean image.
         settings: Further settings of the machine, such as `boundary`.
 
     Raises:
         ValueError: Where the corpus has too few images, or an argument is out of range.
     """
     prototype = build(machine, corpus, **settings)
-    return calibration.calibrate(prototype, sigmas, held_out, values, bandwidths, seed)
+    return calibration.calibrate(
+        prototype, sigmas, held_out, values, bandwidths, seed, network=network
+    )
 
 
 __all__ = [

@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from azula.denoise import Denoiser, DiracPosterior, KarrasDenoiser, Posterior
 from azula.noise import CosineSchedule, Schedule, VPSchedule
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from scoremachine.corpus import Corpus
 from scoremachine.files import written
 from scoremachine.machines.machine import checked
 from scoremachine.names import check_name
@@ -170,9 +173,12 @@ class Network(Denoiser):
 
     @functools.cached_property
     def key(self) -> str:
-        """A digest of its weights, and of its name where it has none."""
+        """A digest of its weights; where it has none, nobody knows it again, and it is drawn."""
         digest = hashlib.sha256(self.name.encode())
-        for name, value in sorted(self.state_dict().items()):
+        weights = self.state_dict()
+        if not weights:
+            digest.update(uuid.uuid4().bytes)
+        for name, value in sorted(weights.items()):
             digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -187,10 +193,12 @@ class Network(Denoiser):
         """How many numbers were trained."""
         return sum(p.numel() for p in self.parameters())
 
-    @property
-    def held_out(self) -> list[int] | None:
-        """Positions of the images of its corpus that it has not been trained on, if known."""
-        return self.card.get("training", {}).get("held_out")
+    def unseen(self, corpus: Corpus) -> np.ndarray | None:
+        """Positions of the images of a corpus that it has not been trained on; None: unknown."""
+        training = self.card.get("training", {})
+        if training.get("corpus_key") != corpus.key or not training["held_out"]:
+            return None
+        return np.asarray(training["held_out"], dtype=np.int64)
 
     @classmethod
     def made(cls, name: str, shape: tuple[int, int, int], **settings: Any) -> Network:
