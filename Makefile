@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format bench bench-search clean
+.PHONY: demo test lint format bench bench-search reproduce clean
 
 demo: $(READY)
 	$(BIN)/scoremachine generate --data digits --machine els --count 16 --steps 20 --seed 0 --out runs/digits
@@ -25,6 +25,9 @@ bench: $(READY)
 
 bench-search: $(READY)
 	$(BIN)/python benchmarks/search.py
+
+reproduce: $(READY)
+	$(BIN)/python docs/examples/reproduce.py
 
 clean:
 	rm -rf .venv runs

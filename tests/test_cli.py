@@ -470,3 +470,20 @@ def test_sensitivity_draws_maps_and_prints_widths(inside, tmp_path):
         assert done.returncode == 2
         assert says in done.stderr
         assert not (tmp_path / "none").exists()
+
+
+def test_bias_compares_networks_with_the_ideal(inside, tmp_path):
+    teach(inside, tmp_path / "one")
+    teach(inside, tmp_path / "two", "--seed", 1)
+    words = ["--data", "digits", "--limit", 60, "--machine", "ls:3", "--sigmas", "2,0.5"]
+    both = f"{tmp_path / 'one'},{tmp_path / 'two'}"
+    done = inside("bias", *words, "--networks", both, "--pictures", 2, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "resnet-2: size" in done.stdout
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "bias.png", "bias-pictures.png", "bias.json"
+    }  # fmt: skip
+    done = inside("bias", *words, "--networks", "nowhere", "--out", tmp_path / "none")
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+    assert not (tmp_path / "none").exists()

@@ -15,7 +15,7 @@ from sklearn.metrics import r2_score
 
 import scoremachine as sm
 from conftest import random_corpus
-from scoremachine.comparison import Entrant, Summary, agreement, compare, parts, report
+from scoremachine.comparison import Entrant, Summary, agreement, compare, parts, report, shared_bias
 from scoremachine.networks import Network
 
 
@@ -121,15 +121,17 @@ def test_images_that_the_network_has_not_seen_are_held_out(corpus):
 def test_what_is_finished_is_not_measured_again(corpus, tmp_path, monkeypatch):
     network = as_network(sm.build("gaussian", corpus))
     calls = []
-    batches = parts._batches
+    batches = parts.answers
 
     def counted(machine, y, sigma):
+        if machine is network:
+            return batches(machine, y, sigma)
         calls.append(sigma)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return batches(machine, y, sigma)
 
-    monkeypatch.setattr(parts, "_batches", counted)
+    monkeypatch.setattr(parts, "answers", counted)
     ask = [network, ["ls:3"], corpus, [1.0, 0.5, 0.2, 0.1], 4, 1, 2]
     with pytest.raises(KeyboardInterrupt):
         compare(*ask, kept=tmp_path)
@@ -184,3 +186,52 @@ def test_what_cannot_work_is_refused_with_a_sentence(corpus):
     ]:
         with pytest.raises(ValueError, match=re.escape(words)):
             compare(network, machines, of, **options)
+
+
+def test_a_bias_is_what_sets_a_denoiser_apart_from_the_ideal(corpus):
+    order = np.random.default_rng(0).permutation(60)
+    source = corpus.subset(np.setdiff1d(np.arange(60), order[:5]))
+    ls, ideal = (as_network(sm.build(n, source)) for n in ("ls", "ideal"))
+    ls.denoiser.local = sm.PatchSchedule.constant(3)
+    found = shared_bias([ls, ideal], ["ls:3", "gaussian"], corpus, [2.0, 0.5], pictures=5)
+    assert found.labels == ["trained-ls", "trained-ideal", "ls:3", "gaussian"]
+    assert found.sigmas == [2.0, 0.5]
+    assert np.allclose(found.sizes[0], found.sizes[2])
+    assert np.allclose(found.sizes[1], 0, atol=1e-6)
+    assert np.allclose(found.cosines[:, 0, 2], 1)
+    assert np.allclose(found.cosines, found.cosines.transpose(0, 2, 1))
+    held = order[:5]
+    held.sort()
+    x = torch.from_numpy(np.array(corpus.images[held])).float() / 127.5 - 1
+    y = x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    a, b, zero = (
+        sm.build(n, source, **({"patch_size": 3} if n == "ls" else {})).denoise(y, 0.5)
+        for n in ("ls", "gaussian", "ideal")
+    )
+    cosine = torch.nn.functional.cosine_similarity((a - zero).flatten(1), (b - zero).flatten(1))
+    assert found.cosines[1, 0, 3] == pytest.approx(float(cosine.mean()), abs=1e-4)
+    assert found.to_networks()[1, 1] == pytest.approx(found.cosines[1, 3, :2].mean())
+    assert found.among_networks()[1] == found.cosines[1, 0, 1]
+
+
+def test_a_bias_is_drawn_and_kept(corpus, tmp_path):
+    networks = [as_network(sm.build(n, corpus, patch_size=3)) for n in ("ls", "pspc")]
+    found = shared_bias(networks, ["gaussian"], corpus, [2.0, 0.5], pictures=3)
+    files = report.write_bias(found, tmp_path)
+    assert sorted(p.name for p in files) == sorted(p.name for p in tmp_path.iterdir())
+    kept = json.loads((tmp_path / "bias.json").read_text())
+    assert kept["cosines"] == found.cosines.tolist()
+    assert kept["labels"] == found.labels
+
+
+def test_a_bias_needs_networks_and_a_pair(corpus):
+    network = as_network(sm.build("gaussian", corpus))
+    for networks, machines, options, words in [
+        ([], ["ls:3"], {}, "no network"),
+        ([network], [], {}, "two or more"),
+        ([network], ["ls:3"], {"pictures": 0}, "pictures is 0"),
+        ([network], ["ls:3"], {"sigmas": [1e7]}, "no noise level"),
+        ([network], ["ls:3", "ls:3"], {}, "twice"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(words)):
+            shared_bias(networks, machines, corpus, **options)

@@ -472,6 +472,43 @@ def compare(
             raise SystemExit(130) from None
 
 
+@app.command()
+def bias(
+    networks: Annotated[
+        str, typer.Option(help="Networks by commas, trained on the same images: see compare.")
+    ],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    machine: Annotated[
+        str, typer.Option(help="Machines by commas, as for compare.")
+    ] = "gaussian,ls,els,pspc,pca",
+    sigmas: Annotated[str, typer.Option(help="Noise levels, by commas.")] = "20,5,2,1,0.5,0.2",
+    pictures: Annotated[int, typer.Option(help="How many held-out images are denoised.")] = 16,
+    everywhere: Annotated[
+        int,
+        typer.Option(help="Images, at most, of machines that look at every position (els, es)."),
+    ] = 2000,
+    seed: Seed = 0,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how networks and machines differ from the ideal denoiser, and how alike they do."""
+    from scoremachine import progress
+    from scoremachine.networks import Network
+    from scoremachine.run import measure_bias
+
+    levels = _levels(sigmas)
+    with progress.quiet(quiet):
+        first, *others = networks.split(",")
+        loaded, corpus = _network(first, data, size, grayscale, limit, strict)
+        every = [loaded, *map(Network.load, others)]
+        names = machine.split(",") if machine else []
+        measure_bias(every, names, corpus, out, levels, pictures, seed, everywhere)
+
+
 @app.command(name="sensitivity")
 def look(
     data: Data,
@@ -500,9 +537,7 @@ def look(
     from scoremachine import progress
     from scoremachine.run import measure_sensitivity
 
-    levels = [_number(part, float, None) for part in sigmas.split(",")]
-    if not levels or any(s is None or not s > 0 for s in levels):
-        raise ValueError(f"sigmas are {sigmas!r}; expected noise levels above 0, as 4,1,0.2")
+    levels = _levels(sigmas)
     with progress.quiet(quiet):
         where = data, size, grayscale, limit, strict
         loaded, corpus = (None, _corpus(*where)) if network is None else _network(network, *where)
@@ -526,6 +561,14 @@ def _network(
         gray = grayscale or C == 1
         corpus = Corpus.open(data, size=(H, W), grayscale=gray, limit=limit, strict=strict)
     return network, corpus
+
+
+def _levels(text: str) -> list[float]:
+    """Noise levels, by commas."""
+    levels = [_number(part, float, None) for part in text.split(",")]
+    if not levels or any(s is None or not s > 0 for s in levels):
+        raise ValueError(f"sigmas are {text!r}; expected noise levels above 0, as 4,1,0.2")
+    return levels
 
 
 def _seconds(text: str) -> float:

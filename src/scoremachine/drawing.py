@@ -13,6 +13,7 @@ from scoremachine.files import written
 
 if TYPE_CHECKING:
     from scoremachine.calibration import Calibration
+    from scoremachine.comparison.bias import Bias
     from scoremachine.comparison.parts import Comparison
     from scoremachine.errors import Errors
     from scoremachine.schedules import LevelSchedule
@@ -274,5 +275,41 @@ def save_sensitivities(found: list[Sensitivity], path: Path) -> None:
             axes.set_title(f"{head}width {width}", fontsize=8)
             axes.set(xticks=[], yticks=[])
         panels[r][0].set_ylabel(s.label, fontsize=9)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=90)
+
+
+def save_bias(found: Bias, path: Path) -> None:
+    """Draws how large differences to the ideal denoiser are, and how alike, by noise level."""
+    from matplotlib.figure import Figure
+
+    K, n = len(found.sigmas), len(found.labels)
+    side = 1.3 + 0.42 * n
+    figure = Figure(figsize=(4.5 + side * min(K, 3), side * math.ceil(K / 3) + 0.6),
+                    layout="constrained")  # fmt: skip
+    widths = 4.5, side * min(K, 3)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=widths)[0]
+    axes = left.subplots()
+    for k, label in enumerate(found.labels):
+        style = "-" if k < found.networks else "--"
+        axes.plot(found.sigmas, found.sizes[k].mean(1), style, label=label, lw=1.3)
+    axes.set(xscale="log", xlabel="noise level sigma", ylabel="root mean square of D - D_ideal")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.2)
+    panels = right.subplots(math.ceil(K / 3), min(K, 3), squeeze=False).ravel()
+    for k, axes in enumerate(panels):
+        if k >= K:
+            axes.set_visible(False)
+            continue
+        axes.imshow(found.cosines[k], vmin=-1, vmax=1, cmap="RdBu_r")
+        for a in range(n):
+            for b in range(n):
+                value = found.cosines[k, a, b]
+                colour = "white" if abs(value) > 0.7 else "black"
+                axes.text(b, a, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
+        axes.set_title(f"sigma {found.sigmas[k]:.3g}", fontsize=8)
+        axes.set_xticks(range(n), found.labels, rotation=90, fontsize=6)
+        axes.set_yticks(range(n), found.labels if k % 3 == 0 else [""] * n, fontsize=6)
+    right.suptitle("cosine between differences", fontsize=9)
     with written(path) as temporary:
         figure.savefig(temporary, dpi=90)

@@ -18,7 +18,7 @@ from torch import Tensor
 from scoremachine import calibration, drawing, tables
 from scoremachine._version import __version__
 from scoremachine.calibration import Calibration, Exchange, parts_for
-from scoremachine.comparison import Comparison, Entrant, compare, report
+from scoremachine.comparison import Bias, Comparison, Entrant, compare, report, shared_bias
 from scoremachine.corpus import Corpus
 from scoremachine.errors import Errors, denoising_errors, fewer
 from scoremachine.files import written
@@ -382,6 +382,26 @@ def compare_network(
     shutil.rmtree(kept, ignore_errors=True)
     report.print_tables(found)
     print(f"{files[-1]}")
+    return found
+
+
+def measure_bias(
+    networks: Sequence[Network],
+    machines: Sequence[str],
+    corpus: Corpus,
+    out: Path,
+    sigmas: Sequence[float],
+    pictures: int,
+    seed: int,
+    everywhere: int,
+) -> Bias:
+    """Measures the shared bias, prints it, and writes what `report.write_bias` says to `out`."""
+    kept = Path(out) / ".unfinished"
+    found = shared_bias(networks, machines, corpus, sigmas, pictures, seed, everywhere, kept)
+    files = report.write_bias(found, Path(out))
+    shutil.rmtree(kept, ignore_errors=True)
+    report.print_bias(found)
+    print(f"{files[0]}")
     return found
 
 

@@ -198,25 +198,13 @@ def compare(
     check_integer("steps", steps)
     check_integer("everywhere", everywhere)
     check_name("sampler", sampler, SAMPLERS)
-    if corpus.shape != network.shape:
-        raise ValueError(
-            f"the network {network.name!r} was made for pictures of shape {network.shape}, and "
-            f"{corpus.name!r} has {corpus.shape}: open the corpus with size="
-            f"{min(network.shape[1:])}"
-        )
+    network.check_corpus(corpus)
     levels = np.geomspace(20, 0.05, LEVELS) if sigmas is None else np.asarray(sigmas, dtype=float)
     levels = np.sort(levels)[::-1]
     for sigma in levels:
         network.time(float(sigma))  # refuses what it does not know
-    held, source = _apart(network, corpus, pictures, seed)
-    made: dict[str, Machine] = {}
-    for each in machines:
-        if isinstance(each, Machine):
-            made[_free(each.name, made)] = each
-        else:
-            entrant = Entrant.of(each)
-            some = corpus.subset(fewer(entrant.name, source, everywhere))
-            made[_free(entrant.label, made)] = build(entrant.name, some, **entrant.settings)
+    held, source = apart([network], corpus, pictures, seed)
+    made = entered(machines, corpus, source, everywhere)
     if not made:
         raise ValueError("there is no machine to compare with; give at least one")
     network = network.under(schedule)
@@ -244,29 +232,57 @@ def compare(
     return Comparison(settings, parts, samples, nearest, distances, path)
 
 
-def _free(label: str, taken: dict[str, Any]) -> str:
-    if label in taken:
-        raise ValueError(f"{label} is there twice; give every machine once")
-    return label
+def entered(
+    machines: Sequence[str | Machine], corpus: Corpus, source: np.ndarray, everywhere: int
+) -> dict[str, Machine]:
+    """Machines by label, made of the images at `source` where they are named."""
+    made: dict[str, Machine] = {}
+    for each in machines:
+        if isinstance(each, Machine):
+            label, machine = each.name, each
+        else:
+            entrant = Entrant.of(each)
+            some = corpus.subset(fewer(entrant.name, source, everywhere))
+            label, machine = entrant.label, build(entrant.name, some, **entrant.settings)
+        if label in made:
+            raise ValueError(f"{label} is there twice; give every machine once")
+        made[label] = machine
+    return made
 
 
-def _apart(
-    network: Network, corpus: Corpus, pictures: int, seed: int
+def apart(
+    networks: Sequence[Network], corpus: Corpus, pictures: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of images that neither the network nor the machines see, and of the others."""
-    N, unseen = len(corpus), network.unseen(corpus)
-    if unseen is not None:
-        # the network has seen none of them, so the machines do not either
-        return unseen[:pictures], np.setdiff1d(np.arange(N), unseen)
+    """Positions of images that neither the networks nor the machines see, and of the others."""
+    N = len(corpus)
+    known = [network.unseen(corpus) for network in networks]
+    common = None if any(u is None for u in known) else _common(known)  # type: ignore[arg-type]
+    if common is not None and len(common):
+        # the networks have seen none of them, so the machines do not either
+        return common[:pictures], np.setdiff1d(np.arange(N), common)
     if N < 2:
         raise ValueError(f"the corpus {corpus.name!r} has one image; none can be held out")
+    names = ", ".join(network.name for network in networks)
     say(
-        f"nobody knows which images of {corpus.name} the network {network.name!r} was trained on: "
-        "those that are held out here it may have seen"
+        f"nobody knows which images of {corpus.name} {names} was trained on: those that are held "
+        "out here it may have seen"
     )
     order = np.random.default_rng(seed).permutation(N)
     held = np.sort(order[: min(pictures, N // 2)])
     return held, np.setdiff1d(np.arange(N), held)
+
+
+def _common(positions: list[np.ndarray]) -> np.ndarray:
+    found = positions[0]
+    for others in positions[1:]:
+        found = np.intersect1d(found, others)
+    return found
+
+
+def forward_pictures(corpus: Corpus, held: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
+    """Held-out images and their standard noise, float32."""
+    x = torch.from_numpy(np.array(corpus.images[held])).float() / 127.5 - 1
+    return x, torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
 
 
 class _Comparing:
@@ -293,16 +309,15 @@ class _Comparing:
 
     def forward(self, levels: np.ndarray, held: np.ndarray) -> list[Part]:
         """Held-out images with noise."""
-        x = torch.from_numpy(np.array(self.corpus.images[held])).float() / 127.5 - 1
-        eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(self.seed))
-        answers = [self.network.denoise(x + float(s) * eps, float(s)) for s in levels]
-        truth = np.stack([_squared(D, x) for D in answers])
+        x, eps = forward_pictures(self.corpus, held, self.seed)
+        said = [answers(self.network, x + float(s) * eps, float(s)) for s in levels]
+        truth = np.stack([_squared(D, x) for D in said])
         parts = [Part("forward", "network", levels.tolist(), {"truth": truth})]
         for label, machine in self.machines.items():
             found = []
-            for sigma, D in zip(levels.tolist(), answers, strict=True):
+            for sigma, D in zip(levels.tolist(), said, strict=True):
                 key = ["forward", self.asked[label], sigma, held.tolist()]
-                E = self.pieces.get(key, lambda s=sigma, m=machine: _batches(m, x + s * eps, s))  # type: ignore[misc]
+                E = self.pieces.get(key, lambda s=sigma, m=machine: answers(m, x + s * eps, s))  # type: ignore[misc]
                 found.append(agreement(D.numpy(), E.numpy()) | {"truth": _squared(E, x)})
                 self.progress.advance()
             parts.append(Part("forward", label, levels.tolist(), _stacked(found)))
@@ -323,16 +338,16 @@ class _Comparing:
                 "network": np.stack([D[0].numpy() for _, D, _ in points])}  # fmt: skip
         parts = []
         for label, machine in self.machines.items():
-            found, answers = [], []
+            found, drawn = [], []
             machine.prepare(None, sigmas)
             for k, (y, D, sigma) in enumerate(points):
                 key = ["reverse", self.asked[label], self._way(count), k]
-                E = self.pieces.get(key, lambda y=y, s=sigma, m=machine: _batches(m, y, s))  # type: ignore[misc]
+                E = self.pieces.get(key, lambda y=y, s=sigma, m=machine: answers(m, y, s))  # type: ignore[misc]
                 found.append(agreement(D.numpy(), E.numpy()))
-                answers.append(E[0].float().numpy())
+                drawn.append(E[0].float().numpy())
                 self.progress.advance()
             parts.append(Part("reverse", label, sigmas, _stacked(found)))
-            path[label] = np.stack(answers)
+            path[label] = np.stack(drawn)
         return parts, path
 
     def samples(self, count: int) -> tuple[list[Part], dict[str, np.ndarray]]:
@@ -367,8 +382,10 @@ class _Comparing:
         return [type(self.schedule).__name__, vars(self.schedule), self.sampler, self.steps, count]
 
 
-def _batches(machine: Machine, y: Tensor, sigma: float) -> Tensor:
-    return torch.cat([machine.denoise(some, sigma) for some in y.split(BATCH)]).float()
+def answers(denoiser: Network | Machine, y: Tensor, sigma: float) -> Tensor:
+    """D, batch by batch."""
+    with torch.no_grad():
+        return torch.cat([denoiser.denoise(some, sigma) for some in y.split(BATCH)]).float()
 
 
 def _squared(D: Tensor, x: Tensor) -> np.ndarray:

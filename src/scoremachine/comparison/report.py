@@ -13,6 +13,7 @@ import numpy as np
 
 from scoremachine import drawing, tables
 from scoremachine.comparison.agreement import Summary
+from scoremachine.comparison.bias import Bias
 from scoremachine.comparison.parts import Comparison, Part
 from scoremachine.files import written
 
@@ -54,6 +55,47 @@ def write(found: Comparison, out: Path, page: bool = False) -> list[Path]:
     with written(out / "compare.json") as temporary:
         temporary.write_text(json.dumps(as_json(found), indent=1) + "\n")
     return [*files[:4], out / "compare.json", *files[4:]]
+
+
+def write_bias(found: Bias, out: Path) -> list[Path]:
+    """Writes bias.png, bias-pictures.png and bias.json; returns what was written."""
+    drawing.save_bias(found, out / "bias.png")
+    heads = [f"{sigma:.3g}" for sigma in found.sigmas]
+    noisy, ideal, *differences = found.pictures
+    noisy = noisy / np.sqrt(1 + np.asarray(found.sigmas)[:, None, None, None] ** 2)
+    largest = np.abs(differences).max((0, 2, 3, 4))[:, None, None, None]
+    shown = [("what is denoised", noisy), ("ideal", ideal)]
+    shown += [
+        (f"{name} - ideal", d / largest) for name, d in zip(found.labels, differences, strict=True)
+    ]
+    drawing.save_rows(
+        [(name, drawing.to_uint8(x)) for name, x in shown], heads, out / "bias-pictures.png"
+    )
+    record = {name: value.tolist() if isinstance(value, np.ndarray) else value
+              for name, value in vars(found).items() if name != "pictures"}  # fmt: skip
+    with written(out / "bias.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    return [out / "bias.png", out / "bias-pictures.png", out / "bias.json"]
+
+
+def print_bias(found: Bias) -> None:
+    """Prints sizes, and how alike the differences are, by noise level."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="D - D_ideal: root mean square; mean cosine with that of the networks")
+    table.add_column("")
+    for sigma in found.sigmas:
+        table.add_column(f"{sigma:.3g}", justify="right")
+    for label, sizes in zip(found.labels, found.sizes, strict=True):
+        table.add_row(f"{label}: size", *(f"{v:.3f}" for v in sizes.mean(1)))
+    if found.networks > 1:
+        table.add_row("networks: cosine of pairs", *(f"{v:.3f}" for v in found.among_networks()))
+    for label, row in zip(found.labels[found.networks :], found.to_networks(), strict=True):
+        table.add_row(f"{label}: cosine", *(f"{v:.3f}" for v in row))
+    console = Console()
+    console = console if console.is_terminal else Console(width=40 + 12 * len(found.sigmas))
+    console.print(table)
 
 
 def summaries(part: Part) -> list[dict[str, Summary]]:

@@ -153,6 +153,15 @@ class Network(Denoiser):
         parts = [self(x_t[k : k + BATCH], t[k : k + BATCH]).mean for k in range(0, len(y), BATCH)]
         return torch.cat(parts).to(y) if parts else y.clone()
 
+    def check_corpus(self, corpus: Corpus) -> None:
+        """ValueError unless a corpus has pictures of its shape."""
+        if corpus.shape != self.shape:
+            raise ValueError(
+                f"the network {self.name!r} was made for pictures of shape {self.shape}, and "
+                f"{corpus.name!r} has {corpus.shape}: open the corpus with size="
+                f"{min(self.shape[1:])}"
+            )
+
     def time(self, sigma: float) -> float:
         """The time of a noise level."""
         t = time_of(self.schedule, sigma)

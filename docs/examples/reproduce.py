@@ -1,0 +1,113 @@
+"""Trains small networks on MNIST and CIFAR-10, compares machines with them, and writes the docs.
+
+    make reproduce                                       # an hour on two cores
+    python docs/examples/reproduce.py --seeds 64 --images 2000      # hours: narrower intervals
+
+Interrupted, it goes on where it was. Needs the images as zips, mnist-train.zip and
+cifar10-train.zip, in --data. With --docs, the tables and pictures of docs/ are made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+import scoremachine as sm
+from scoremachine.comparison import report
+from scoremachine.networks.network import CARD, WEIGHTS
+from scoremachine.run import compare_network, train_network
+
+ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS_OF = ROOT / "src" / "scoremachine" / "networks" / "weights"
+
+
+class Case(NamedTuple):
+    """A network, and what it is compared with."""
+
+    data: str
+    network: str
+    steps: int
+    machines: tuple[str, ...]
+    samples: int = 20  # noise levels that a sample visits
+
+
+MNIST = ("gaussian", "pca", "ls:kamb-mnist-resnet", "els:kamb-mnist-resnet", "pspc", "ls", "els")
+CIFAR10 = ("gaussian", "pca", "ls:kamb-cifar10-resnet", "els:kamb-cifar10-resnet", "pspc", "ls")
+CASES = (
+    Case("mnist", "resnet", 6000, MNIST),
+    Case("cifar10", "resnet", 6000, CIFAR10),
+    Case("cifar10", "unet", 3000, ("gaussian", "pca", "ls", "ls+h", "pspc", "pspc+h"), 10),
+)
+SHIPPED = ("mnist-resnet", "cifar10-resnet")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--seeds", type=int, default=8, help="samples of each")
+    parser.add_argument("--pictures", type=int, default=16, help="held-out images")
+    parser.add_argument("--images", type=int, default=1000, help="that els is made of")
+    parser.add_argument("--only", default="", help="cases by commas, as mnist-resnet")
+    parser.add_argument("--docs", action="store_true", help="write docs/ and the weights too")
+    options = parser.parse_args()
+    pages = []
+    for case in CASES:
+        name = f"{case.data}-{case.network}"
+        if options.only and name not in options.only.split(","):
+            continue
+        archive = options.data / f"{case.data}-train.zip"
+        if not archive.exists():
+            sys.exit(f"there is no {archive}: say with --data where the images are")
+        corpus = sm.Corpus.open(archive, size=32)
+        how = sm.Training(steps=case.steps, seconds=None)
+        network = train_network(corpus, case.network, options.out / name, how, True, {})
+        network.name = name
+        folder = options.out / f"{name}-compared"
+        found = compare_network(
+            network, case.machines, corpus, folder, True, pictures=options.pictures,
+            count=options.seeds, steps=case.samples, everywhere=options.images,
+        )  # fmt: skip
+        pages.append((name, found, folder))
+    if options.docs:
+        write_docs(pages, options.out)
+
+
+def write_docs(pages: list[tuple[str, sm.Comparison, Path]], out: Path) -> None:
+    """Tables and pictures of docs/, and the networks that come with the package."""
+    lines = ["# Machines against networks: tables", "",
+             "Made by `make reproduce`; [what they say](networks.md).", ""]  # fmt: skip
+    for name, found, folder in pages:
+        trained = found.settings["card"]["training"]
+        lines += [
+            f"## {name}",
+            "",
+            f"{trained['parameters']:,} parameters, {trained['steps']:,} steps of "
+            f"{trained['batch']} pictures; machines of {trained['images']:,} images, `els` of "
+            f"{max(m['images'] for k, m in found.settings['machines'].items() if 'els' in k):,}."
+            if any("els" in k for k in found.settings["machines"])
+            else f"{trained['parameters']:,} parameters, {trained['steps']:,} steps of "
+            f"{trained['batch']} pictures; machines of {trained['images']:,} images.",
+            "",
+            report.markdown(found),
+        ]
+        for picture in ("samples", "compare", "way"):
+            to = ROOT / "docs" / "pictures" / f"{name}-{picture}.png"
+            shutil.copy(folder / f"{picture}.png", to)
+            if to.stat().st_size > 250_000:
+                Image.open(to).convert("P", palette=Image.Palette.ADAPTIVE).save(to, optimize=True)
+    (ROOT / "docs" / "networks-tables.md").write_text("\n".join(lines))
+    for name in SHIPPED:
+        if name in [page[0] for page in pages]:
+            (WEIGHTS_OF / name).mkdir(parents=True, exist_ok=True)
+            for file in (WEIGHTS, CARD):
+                shutil.copy(out / name / file, WEIGHTS_OF / name / file)
+
+
+if __name__ == "__main__":
+    main()
