@@ -206,7 +206,7 @@ def test_damaged_folders_are_refused(corpus, tmp_path):
     good = card.read_text()
     for bad, words in [
         ("{", "is no JSON"),
-        ("[]", "expected an object"),
+        ("[]", "holds list"),
         ("{}", "no card of a network"),
         (good.replace('"width": 16', '"width": 32'), "cannot be read"),
     ]:

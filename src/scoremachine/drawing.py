@@ -294,6 +294,8 @@ def save_bias(found: Bias, path: Path) -> None:
         style = "-" if k < found.networks else "--"
         axes.plot(found.sigmas, found.sizes[k].mean(1), style, label=label, lw=1.3)
     axes.set(xscale="log", xlabel="noise level sigma", ylabel="root mean square of D - D_ideal")
+    axes.set_xticks(found.sigmas, [f"{sigma:.3g}" for sigma in found.sigmas])
+    axes.minorticks_off()
     axes.legend(fontsize=7)
     axes.grid(alpha=0.2)
     panels = right.subplots(math.ceil(K / 3), min(K, 3), squeeze=False).ravel()

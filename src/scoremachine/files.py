@@ -1,12 +1,14 @@
-"""Writing files so that nothing half-written ever has its final name."""
+"""Files: none half-written ever has its final name, and JSON that says what is wrong with it."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -28,6 +30,19 @@ def written(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_json(path: Path, expected: str) -> dict[str, Any]:
+    """An object from a JSON file; a ValueError that says what was expected where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError:
+        raise ValueError(f"there is no {path}; {expected}") from None
+    except ValueError:
+        raise ValueError(f"{path} is no JSON; {expected}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}; {expected}")
+    return found
 
 
 def _umask() -> int:

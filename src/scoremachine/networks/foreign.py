@@ -10,6 +10,7 @@ import torch
 from azula.noise import Schedule
 from torch import Tensor
 
+from scoremachine.files import read_json
 from scoremachine.progress import say
 
 UNET, BINARY = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
@@ -70,14 +71,12 @@ def read_diffusers(folder: Path) -> tuple[Any, str, DiscreteSchedule, tuple[int,
     Raises:
         ValueError: For another class, weights that are a pickle, or without diffusers.
     """
-    from scoremachine.networks.network import read_json
-
     home = folder / "unet" if (folder / "unet" / "config.json").exists() else folder
     if not (home / "config.json").exists():
         raise ValueError(
             f"{folder} is a pipeline of diffusers without a unet; only UNet2DModel can be read"
         )
-    config = read_json(home / "config.json")
+    config = read_json(home / "config.json", "expected the configuration of a UNet2DModel")
     kind = config.get("_class_name")
     if kind != "UNet2DModel":
         raise ValueError(
@@ -116,7 +115,7 @@ def read_diffusers(folder: Path) -> tuple[Any, str, DiscreteSchedule, tuple[int,
         say(f"{folder} does not say how it adds noise: taken to be as DDPM does, predicting noise")
         scheduler = scheduler_of()
     else:
-        known = read_json(noise / "scheduler_config.json")
+        known = read_json(noise / "scheduler_config.json", "expected a scheduler of diffusers")
         scheduler = scheduler_of.from_config(known)
     prediction = PREDICTIONS.get(scheduler.config.prediction_type)
     if prediction is None:

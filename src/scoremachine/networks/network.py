@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scoremachine.corpus import Corpus
-from scoremachine.files import written
+from scoremachine.files import read_json, written
 from scoremachine.machines.machine import checked
 from scoremachine.names import check_name
 from scoremachine.networks.architectures import architecture
@@ -28,6 +28,10 @@ from scoremachine.sample import SCHEDULES, time_of
 BUILT_IN = Path(__file__).parent / "weights"
 WEIGHTS, CARD = "network.safetensors", "network.json"
 LAYOUT = 1  # of a card
+NO_NETWORK = (
+    f"a network is one of those that come along ({{}}), a folder with {WEIGHTS} and {CARD}, as "
+    "scoremachine train writes it, or a folder of diffusers"
+)
 BATCH = 64  # pictures that go through a network together
 PREDICTIONS = ("x0", "eps", "v")
 
@@ -252,7 +256,7 @@ class Network(Denoiser):
         folder = BUILT_IN / name if name in built_in() else Path(name)
         if not (folder / CARD).exists() and is_diffusers(folder):
             return cls._of_diffusers(folder)
-        card = read_json(folder / CARD)
+        card = read_json(folder / CARD, NO_NETWORK.format(", ".join(built_in()) or "none"))
         if card.get("layout") != LAYOUT or "architecture" not in card:
             raise ValueError(
                 f"{folder / CARD} is no card of a network (layout {card.get('layout')!r}; expected "
@@ -294,19 +298,3 @@ class Network(Denoiser):
 def built_in() -> list[str]:
     """The networks that come with the package."""
     return sorted(path.parent.name for path in BUILT_IN.glob(f"*/{CARD}"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file; ValueError where there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except OSError:
-        raise ValueError(
-            f"there is no {path}; a network is one of {', '.join(built_in()) or 'none'}, a folder "
-            f"with {WEIGHTS} and {CARD}, as scoremachine train writes it, or a folder of diffusers"
-        ) from None
-    except ValueError:
-        raise ValueError(f"{path} is no JSON; expected the card of a network") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}; expected an object")
-    return found
