@@ -28,6 +28,7 @@ from scoremachine.schedules import check_integer
 
 LEVELS = 10  # noise levels of the forward process, unless others are asked for
 BATCH = 8  # pictures that go together
+WAYS = 16  # of the network, at most, that machines follow
 EVERYWHERE = 2000  # images that machines which look at every position are made of
 
 
@@ -169,6 +170,7 @@ def compare(
     schedule: Schedule | None = None,
     everywhere: int = EVERYWHERE,
     kept: Path | None = None,
+    ways: int = WAYS,
 ) -> Comparison:
     """Measures how well machines predict a network.
 
@@ -183,11 +185,12 @@ def compare(
             says it has not seen are held out, or else some that are drawn.
         sigmas: Noise levels of the forward process; None: ten from 0.05 to 20.
         pictures: How many images are held out.
-        count: How many samples, and ways.
-        steps, sampler, schedule: Of these; schedule None: the network's own.
+        count: How many samples.
+        steps, sampler, schedule: Of these, and of the ways; schedule None: the network's own.
         seed: Of all noise.
         everywhere: How many images at most machines are made of that look at every position.
         kept: A folder where finished pieces wait in case of an interruption.
+        ways: How many of the network's ways are followed: the first of its samples.
 
     Raises:
         ValueError: For pictures of another shape, unknown names, or noise levels that the network
@@ -196,6 +199,7 @@ def compare(
     check_integer("pictures", pictures)
     check_integer("count", count)
     check_integer("steps", steps)
+    check_integer("ways", ways)
     check_integer("everywhere", everywhere)
     check_name("sampler", sampler, SAMPLERS)
     network.check_corpus(corpus)
@@ -217,8 +221,8 @@ def compare(
     with bar("Comparing", total=total) as progress, torch.no_grad():
         one.progress = progress
         parts = one.forward(levels, held)
-        ways, path = one.reverse(count)
-        parts += ways
+        followed, path = one.reverse(min(ways, count))
+        parts += followed
         more, samples = one.samples(count)
         parts += more
     nearest, distances = _nearest(samples, corpus.subset(source))
