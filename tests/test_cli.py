@@ -487,3 +487,15 @@ def test_bias_compares_networks_with_the_ideal(inside, tmp_path):
     assert done.returncode == 2
     assert "nowhere" in done.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_study_refuses_senseless_words(inside, tmp_path):
+    for words, says in [
+        (["--steps", 0], "steps is 0"),
+        (["--limit", 4], "at least 8"),
+        (["--data", "digit"], "did you mean 'digits'"),
+    ]:
+        done = inside("study", "--data", "digits", "--out", tmp_path / "none", *words)
+        assert done.returncode == 2
+        assert says in done.stderr
+        assert not (tmp_path / "none").exists()

@@ -473,6 +473,41 @@ def compare(
 
 
 @app.command()
+def study(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder to write to; the same one goes on.")],
+    machine: Annotated[str, typer.Option(help="Machines by commas, as for compare.")] = "els,ls",
+    steps: Annotated[int, typer.Option(help="How long a network is trained.")] = 2000,
+    count: Annotated[int, typer.Option(help="How many samples are drawn of each.")] = 16,
+    pictures: Annotated[int, typer.Option(help="How many held-out images are denoised.")] = 16,
+    everywhere: Annotated[
+        int,
+        typer.Option(help="Images, at most, of machines that look at every position (els, es)."),
+    ] = 1000,
+    seed: Seed = 0,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure when the theory holds: by images, training time and kind of network. Hours."""
+    from scoremachine import progress
+    from scoremachine.run import study_networks
+
+    with progress.quiet(quiet):
+        corpus = _corpus(data, size, grayscale, limit, strict)
+        try:
+            study_networks(
+                corpus, out, machine.split(","), steps=steps, count=count, pictures=pictures,
+                everywhere=everywhere, seed=seed,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on after what is finished", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+@app.command()
 def bias(
     networks: Annotated[
         str, typer.Option(help="Networks by commas, trained on the same images: see compare.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -14,6 +15,7 @@ from scoremachine.files import written
 if TYPE_CHECKING:
     from scoremachine.calibration import Calibration
     from scoremachine.comparison.bias import Bias
+    from scoremachine.comparison.cells import Row
     from scoremachine.comparison.parts import Comparison
     from scoremachine.errors import Errors
     from scoremachine.schedules import LevelSchedule
@@ -313,5 +315,39 @@ def save_bias(found: Bias, path: Path) -> None:
         axes.set_xticks(range(n), found.labels, rotation=90, fontsize=6)
         axes.set_yticks(range(n), found.labels if k % 3 == 0 else [""] * n, fontsize=6)
     right.suptitle("cosine between differences", fontsize=9)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=90)
+
+
+def save_study(rows: Sequence[Row], path: Path) -> None:
+    """Draws r^2 of samples with its interval: by images, by steps, by kind of network."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
+    machines = list(dict.fromkeys(row.machine for row in rows))
+    colours = dict(zip(machines, colormaps["tab10"].colors * 3, strict=False))  # type: ignore[attr-defined]
+    for axes, group in zip(panels, ("images", "steps", "network"), strict=True):
+        for m, machine in enumerate(machines):
+            some = [r for r in rows if r.cell.group == group and r.machine == machine]
+            if not some:
+                continue
+            middle = np.array([r.r2.median for r in some])
+            ends = np.abs(np.array([r.r2.interval for r in some]).T - middle)
+            shown: dict[str, Any] = {"color": colours[machine], "label": machine, "capsize": 2}
+            if group == "network":
+                places = np.arange(len(some)) + 0.12 * (m - (len(machines) - 1) / 2)
+                axes.errorbar(places, middle, ends, fmt="o", ms=4, **shown)
+                names = [r.cell.label for r in some]
+                axes.set_xticks(range(len(some)), names, rotation=35, ha="right", fontsize=7)
+            else:
+                places = np.array([getattr(r.cell, group) for r in some])
+                axes.errorbar(places, middle, ends, marker="o", ms=4, lw=1.2, **shown)
+                axes.set_xscale("log")
+        what = {"images": "training images", "steps": "steps of training", "network": ""}
+        axes.set(ylim=(0, 1.02), xlabel=what[group], ylabel="r² of samples with the machine's")
+        axes.grid(alpha=0.2)
+    panels[0].legend(fontsize=8)
     with written(path) as temporary:
         figure.savefig(temporary, dpi=90)

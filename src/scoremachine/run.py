@@ -18,7 +18,16 @@ from torch import Tensor
 from scoremachine import calibration, drawing, tables
 from scoremachine._version import __version__
 from scoremachine.calibration import Calibration, Exchange, parts_for
-from scoremachine.comparison import Bias, Comparison, Entrant, compare, report, shared_bias
+from scoremachine.comparison import (
+    Bias,
+    Comparison,
+    Entrant,
+    Row,
+    compare,
+    report,
+    shared_bias,
+    study,
+)
 from scoremachine.corpus import Corpus
 from scoremachine.errors import Errors, denoising_errors, fewer
 from scoremachine.files import written
@@ -383,6 +392,17 @@ def compare_network(
     report.print_tables(found)
     print(f"{files[-1]}")
     return found
+
+
+def study_networks(
+    corpus: Corpus, out: Path, machines: Sequence[str], **settings: Any
+) -> list[Row]:
+    """Trains the study's networks, and writes what `report.write_study` says to `out`."""
+    rows = study(corpus, Path(out), machines, **settings)
+    files = report.write_study(rows, Path(out))
+    print(files[0].read_text())
+    print(f"{files[-1]}")
+    return rows
 
 
 def measure_bias(

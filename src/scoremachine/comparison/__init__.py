@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from scoremachine.comparison.agreement import MEASURES, Summary, agreement
 from scoremachine.comparison.bias import Bias, shared_bias
+from scoremachine.comparison.cells import Cell, Row, study
 from scoremachine.comparison.parts import Comparison, Entrant, Part, compare
 
 __all__ = [
     "MEASURES",
     "Bias",
+    "Cell",
     "Comparison",
     "Entrant",
     "Part",
+    "Row",
     "Summary",
     "agreement",
     "compare",
     "shared_bias",
+    "study",
 ]

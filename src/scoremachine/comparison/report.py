@@ -6,6 +6,8 @@ import base64
 import html
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from scoremachine import drawing, tables
 from scoremachine.comparison.agreement import Summary
 from scoremachine.comparison.bias import Bias
+from scoremachine.comparison.cells import Row, markdown_rows
 from scoremachine.comparison.parts import Comparison, Part
 from scoremachine.files import written
 
@@ -55,6 +58,29 @@ def write(found: Comparison, out: Path, page: bool = False) -> list[Path]:
     with written(out / "compare.json") as temporary:
         temporary.write_text(json.dumps(as_json(found), indent=1) + "\n")
     return [*files[:4], out / "compare.json", *files[4:]]
+
+
+QUESTIONS = {
+    "images": "How many images it was trained on",
+    "steps": "How long it was trained",
+    "network": "What kind of network it is",
+}
+
+
+def write_study(rows: Sequence[Row], out: Path) -> list[Path]:
+    """Writes study.md, study.json and study.png; returns what was written."""
+    lines: list[str] = []
+    for group, title in QUESTIONS.items():
+        header, cells = markdown_rows(rows, group)
+        if cells:
+            lines += [f"### {title}", "", *tables.markdown(header, cells), ""]
+    with written(out / "study.md") as temporary:
+        temporary.write_text("\n".join(lines))
+    record = [plain(asdict(row)) for row in rows]
+    with written(out / "study.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    drawing.save_study(rows, out / "study.png")
+    return [out / "study.md", out / "study.json", out / "study.png"]
 
 
 def write_bias(found: Bias, out: Path) -> list[Path]:
@@ -109,27 +135,29 @@ def summaries(part: Part) -> list[dict[str, Summary]]:
 def as_json(found: Comparison) -> dict[str, Any]:
     """Settings, and every number: of every picture, and summarised. No number is null."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, float):
-            return value if math.isfinite(value) else None
-        if isinstance(value, Summary):
-            return {k: plain(v) for k, v in vars(value).items()}
-        if isinstance(value, tuple | list):
-            return [plain(v) for v in value]
-        return value
-
     parts = [
         {
             "part": p.part,
             "label": p.label,
             "sigmas": p.sigmas,
-            "summaries": [{k: plain(v) for k, v in row.items()} for row in summaries(p)],
+            "summaries": [{k: plain(vars(v)) for k, v in row.items()} for row in summaries(p)],
             "pictures": {k: plain(v.tolist()) for k, v in p.measures.items()},
         }
         for p in found.parts
     ]
     nearest = {k: plain(v.tolist()) for k, v in found.distances.items()}
     return {"settings": found.settings, "parts": parts, "distance_to_nearest": nearest}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: numbers that are none become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(v) for v in value]
+    return value
 
 
 def csv(found: Comparison) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -45,7 +45,8 @@ class Training:
         batch: Pictures a step.
         rate: Learning rate of Adam, after a warm-up; weights are averaged instead of it falling.
         seed: Of weights, pictures, times and noise.
-        held_out: Images left out, for others to compare on; None: 256, at most a tenth.
+        held_out: How many images are left out for comparisons, at most a tenth; or their positions;
+            None: 256, at most a tenth.
         precision: Of products: "float32", "bfloat16", or "auto": bfloat16 where it is fast.
         device: "cpu", "cuda", or "auto".
     """
@@ -55,7 +56,7 @@ class Training:
     batch: int = 64
     rate: float = 1e-3
     seed: int = 0
-    held_out: int | None = None
+    held_out: int | Sequence[int] | None = None
     precision: str = "auto"
     device: str = "auto"
 
@@ -79,6 +80,16 @@ class Training:
             raise ValueError("device is 'cuda', and PyTorch finds no such device; use 'cpu'")
         if self.precision == "auto":
             self.precision = "bfloat16" if _bfloat16_is_fast(self.device) else "float32"
+
+    def left_out(self, N: int) -> np.ndarray:
+        """Positions of the images, of N, that are not trained on."""
+        if self.held_out is not None and not isinstance(self.held_out, int):
+            positions = np.unique(np.asarray(self.held_out, dtype=np.int64))
+            if len(positions) and not 0 <= positions[0] <= positions[-1] < N:
+                raise ValueError(f"held_out names images outside 0 to {N - 1}")
+            return positions
+        count = min(HELD_OUT if self.held_out is None else self.held_out, N // 10)
+        return np.sort(np.random.default_rng(self.seed).permutation(N)[:count])
 
     def settings(self) -> dict[str, Any]:
         """What decides the result of a step."""
@@ -185,9 +196,10 @@ def train(
     """
     how = training or Training()
     N = len(corpus)
-    held = min(HELD_OUT if how.held_out is None else how.held_out, N // 10)
-    order = np.random.default_rng(how.seed).permutation(N)
-    seen, unseen = np.sort(order[held:]), np.sort(order[:held])
+    unseen = how.left_out(N)
+    seen = np.setdiff1d(np.arange(N), unseen)
+    if not len(seen):
+        raise ValueError(f"all {N} images are held out; leave some to train on")
     with torch.random.fork_rng():
         torch.manual_seed(how.seed)
         network = Network.made(architecture, corpus.shape, **settings)
@@ -195,6 +207,7 @@ def train(
     average = deepcopy(network).requires_grad_(False)
     # steps do not differ in kind, so that Adam can be told its rate each time
     state = State(network, average, torch.optim.Adam(network.parameters(), lr=how.rate))
+    held = len(unseen) if how.held_out is None or isinstance(how.held_out, int) else unseen.tolist()
     asked = {"architecture": architecture, "settings": network.card["settings"],
              "corpus": corpus.key, "images": N, "held_out": held, **how.settings()}  # fmt: skip
     folder = None if out is None else Path(out)
