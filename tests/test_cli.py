@@ -499,3 +499,18 @@ def test_study_refuses_senseless_words(inside, tmp_path):
         assert done.returncode == 2
         assert says in done.stderr
         assert not (tmp_path / "none").exists()
+
+
+def test_quality_judges_networks_and_machines(inside, tmp_path):
+    teach(inside, tmp_path / "n")
+    words = ["--data", "digits", "--limit", 60, "--networks", tmp_path / "n", "--count", 3]
+    done = inside(
+        "quality", *words, "--machine", "gaussian", "--steps", 3, "--out", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| held-out images |" in done.stdout
+    assert Image.open(tmp_path / "out" / "quality.png").size[0] > 100
+    done = inside("quality", *words, "--count", 1, "--out", tmp_path / "none")
+    assert done.returncode == 2
+    assert "count two or more" in done.stderr
+    assert not (tmp_path / "none").exists()

@@ -34,7 +34,7 @@ def corpus():
     return random_corpus(3, 40, 3, 8, 8)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", SMALL)
 def test_every_network_trains_and_comes_back_from_its_folder(name, corpus, tmp_path):
     network = train(corpus, name, tmp_path, brief(), **SMALL[name])
     again = Network.load(tmp_path)
@@ -47,6 +47,10 @@ def test_every_network_trains_and_comes_back_from_its_folder(name, corpus, tmp_p
     assert names == {
         "network.safetensors", "network.json", "loss.csv", "loss.png", "training.safetensors"
     }  # fmt: skip
+
+
+def test_there_are_no_networks_but_these():
+    assert set(ARCHITECTURES) == {*SMALL, "vae"}
 
 
 def test_training_denoises_better_and_better():

@@ -364,7 +364,7 @@ def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="The folder to write to.")],
     network: Annotated[
-        str, typer.Option(help="resnet, unet, unet-attention, dit or mlp.")
+        str, typer.Option(help="resnet, unet, unet-attention, dit, mlp or vae.")
     ] = "resnet",
     budget: Annotated[
         str | None, typer.Option(help="How long to train, as 90s, 10m or 1h; 10m unless --steps.")
@@ -386,7 +386,7 @@ def train(
             "--set",
             metavar="NAME=VALUE",
             help="Settings of the network: width, depth, padding, normalised (resnet), levels, "
-            "blocks, attention (unet), patch, heads (dit). Can be given again.",
+            "blocks, attention (unet), patch, heads (dit), latent (vae). Can be given again.",
         ),
     ] = None,
     resume: Annotated[
@@ -470,6 +470,47 @@ def compare(
         except KeyboardInterrupt:
             print("interrupted: the same command goes on after what is finished", file=sys.stderr)
             raise SystemExit(130) from None
+
+
+@app.command()
+def quality(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    networks: Annotated[
+        str | None, typer.Option(help="Networks by commas, VAEs too: see compare and train.")
+    ] = None,
+    machine: Annotated[
+        str, typer.Option(help="Machines by commas, as for compare.")
+    ] = "ls,els,pspc,smoothed",
+    count: Annotated[int, typer.Option(help="How many pictures of each.")] = 64,
+    steps: Annotated[int, typer.Option(help="How many noise levels to visit.")] = 20,
+    everywhere: Annotated[
+        int,
+        typer.Option(help="Images, at most, of machines that look at every position (els, es)."),
+    ] = 1000,
+    seed: Seed = 0,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Judge samples of machines, networks and VAEs: how good, how new, how varied."""
+    from scoremachine import progress
+    from scoremachine.networks import Network
+    from scoremachine.run import judge_samples
+
+    with progress.quiet(quiet):
+        where = data, size, grayscale, limit, strict
+        if networks is None:
+            every, corpus = [], _corpus(*where)
+        else:
+            first, *others = networks.split(",")
+            loaded, corpus = _network(first, *where)
+            every = [loaded, *map(Network.load, others)]
+        names = machine.split(",") if machine else []
+        settings = {"count": count, "steps": steps, "seed": seed, "everywhere": everywhere}
+        judge_samples(every, names, corpus, out, **settings)
 
 
 @app.command()

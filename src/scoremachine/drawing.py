@@ -183,8 +183,8 @@ def save_losses(steps: list[int], losses: list[float], path: Path) -> None:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, lw=1)
-    axes.set(xlabel="step", ylabel="weighted squared error of D")
-    if losses:
+    axes.set(xlabel="step", ylabel="loss")
+    if losses and min(losses) > 0:
         axes.set(yscale="log")
     axes.grid(alpha=0.2, which="both")
     with written(path) as temporary:

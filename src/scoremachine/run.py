@@ -22,8 +22,10 @@ from scoremachine.comparison import (
     Bias,
     Comparison,
     Entrant,
+    Quality,
     Row,
     compare,
+    qualities,
     report,
     shared_bias,
     study,
@@ -403,6 +405,17 @@ def study_networks(
     print(files[0].read_text())
     print(f"{files[-1]}")
     return rows
+
+
+def judge_samples(
+    networks: Sequence[Network], machines: Sequence[str], corpus: Corpus, out: Path, **settings: Any
+) -> list[Quality]:
+    """Draws and judges pictures, and writes what `report.write_quality` says to `out`."""
+    found = qualities(networks, machines, corpus, **settings)
+    files = report.write_quality(found, Path(out))
+    print(files[0].read_text())
+    print(f"{files[-1]}")
+    return found
 
 
 def measure_bias(

@@ -6,6 +6,7 @@ from scoremachine.comparison.agreement import MEASURES, Summary, agreement
 from scoremachine.comparison.bias import Bias, shared_bias
 from scoremachine.comparison.cells import Cell, Row, study
 from scoremachine.comparison.parts import Comparison, Entrant, Part, compare
+from scoremachine.comparison.quality import Quality, qualities
 
 __all__ = [
     "MEASURES",
@@ -14,10 +15,12 @@ __all__ = [
     "Comparison",
     "Entrant",
     "Part",
+    "Quality",
     "Row",
     "Summary",
     "agreement",
     "compare",
+    "qualities",
     "shared_bias",
     "study",
 ]

@@ -260,26 +260,28 @@ def apart(
     """Positions of images that neither the networks nor the machines see, and of the others."""
     N = len(corpus)
     known = [network.unseen(corpus) for network in networks]
-    common = None if any(u is None for u in known) else _common(known)  # type: ignore[arg-type]
+    common = _common(known) if known else None
     if common is not None and len(common):
         # the networks have seen none of them, so the machines do not either
         return common[:pictures], np.setdiff1d(np.arange(N), common)
     if N < 2:
         raise ValueError(f"the corpus {corpus.name!r} has one image; none can be held out")
-    names = ", ".join(network.name for network in networks)
-    say(
-        f"nobody knows which images of {corpus.name} {names} was trained on: those that are held "
-        "out here it may have seen"
-    )
+    if networks:
+        names = ", ".join(network.name for network in networks)
+        say(
+            f"nobody knows which images of {corpus.name} {names} was trained on: those that are "
+            "held out here it may have seen"
+        )
     order = np.random.default_rng(seed).permutation(N)
     held = np.sort(order[: min(pictures, N // 2)])
     return held, np.setdiff1d(np.arange(N), held)
 
 
-def _common(positions: list[np.ndarray]) -> np.ndarray:
+def _common(positions: list[np.ndarray | None]) -> np.ndarray | None:
+    """What is in all of them; None where one is unknown."""
     found = positions[0]
     for others in positions[1:]:
-        found = np.intersect1d(found, others)
+        found = None if found is None or others is None else np.intersect1d(found, others)
     return found
 
 

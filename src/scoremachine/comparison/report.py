@@ -18,6 +18,7 @@ from scoremachine.comparison.agreement import Summary
 from scoremachine.comparison.bias import Bias
 from scoremachine.comparison.cells import Row, markdown_rows
 from scoremachine.comparison.parts import Comparison, Part
+from scoremachine.comparison.quality import Quality
 from scoremachine.files import written
 
 COLUMNS = 8  # pictures in a row
@@ -58,6 +59,38 @@ def write(found: Comparison, out: Path, page: bool = False) -> list[Path]:
     with written(out / "compare.json") as temporary:
         temporary.write_text(json.dumps(as_json(found), indent=1) + "\n")
     return [*files[:4], out / "compare.json", *files[4:]]
+
+
+def quality_table(found: Sequence[Quality]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows."""
+    header = ["", "kernel distance", "to nearest training image", "variety", "seconds a picture"]
+    rows = []
+    for q in found:
+        far = Summary.of(q.nearest)
+        took = q.seconds / len(q.pictures)
+        rows.append([
+            q.label, f"{1e3 * q.kernel_distance:.2f} ± {1e3 * q.spread:.2f}",
+            f"{far.median:.3f} ({far.low:.3f} to {far.high:.3f})", f"{q.variety:.2f}",
+            f"{took:.2f}" if math.isfinite(took) else "",
+        ])  # fmt: skip
+    return header, rows
+
+
+def write_quality(found: Sequence[Quality], out: Path) -> list[Path]:
+    """Writes quality.md, quality.json and quality.png; returns what was written."""
+    header, rows = quality_table(found)
+    said = "Kernel distances times 1,000; to nearest: median and quartiles."
+    with written(out / "quality.md") as temporary:
+        temporary.write_text("\n".join([*tables.markdown(header, rows), "", said, ""]))
+    record = [
+        {k: plain(v.tolist() if isinstance(v, np.ndarray) else v)
+         for k, v in vars(q).items() if k != "pictures"} for q in found
+    ]  # fmt: skip
+    with written(out / "quality.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    n = min(COLUMNS, *(len(q.pictures) for q in found))
+    drawing.save_rows([(q.label, q.pictures[:n]) for q in found], [""] * n, out / "quality.png")
+    return [out / "quality.md", out / "quality.json", out / "quality.png"]
 
 
 QUESTIONS = {

@@ -18,6 +18,7 @@ from azula.nn.vit import ViT
 from torch import Tensor, nn
 
 from scoremachine.names import check_name, unknown
+from scoremachine.networks.vae import VAE
 
 Shape = tuple[int, int, int]
 
@@ -185,6 +186,7 @@ ARCHITECTURES: dict[str, Any] = {
     "unet-attention": unet_attention,
     "dit": dit,
     "mlp": MLP,
+    "vae": VAE,
 }
 
 

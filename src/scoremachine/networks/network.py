@@ -23,7 +23,8 @@ from scoremachine.machines.machine import checked
 from scoremachine.names import check_name
 from scoremachine.networks.architectures import architecture
 from scoremachine.networks.foreign import is_diffusers, read_diffusers, refuse_plugin
-from scoremachine.sample import SCHEDULES, time_of
+from scoremachine.networks.vae import VAE, Autoencoder
+from scoremachine.sample import SCHEDULES, generate, time_of
 
 BUILT_IN = Path(__file__).parent / "weights"
 WEIGHTS, CARD = "network.safetensors", "network.json"
@@ -157,6 +158,13 @@ class Network(Denoiser):
         parts = [self(x_t[k : k + BATCH], t[k : k + BATCH]).mean for k in range(0, len(y), BATCH)]
         return torch.cat(parts).to(y) if parts else y.clone()
 
+    def draw(self, count: int, steps: int = 20, seed: int = 0, sampler: str = "ddim") -> Tensor:
+        """New pictures, (count, C, H, W): `scoremachine.generate`, or what a VAE draws."""
+        if isinstance(self.denoiser, Autoencoder):
+            return self.denoiser.draw(count, seed)
+        with torch.no_grad():
+            return generate(self, count, steps, seed, sampler, shape=self.shape).float()
+
     def check_corpus(self, corpus: Corpus) -> None:
         """ValueError unless a corpus has pictures of its shape."""
         if corpus.shape != self.shape:
@@ -215,12 +223,14 @@ class Network(Denoiser):
 
     @classmethod
     def made(cls, name: str, shape: tuple[int, int, int], **settings: Any) -> Network:
-        """A network of `ARCHITECTURES`, untrained, preconditioned as in EDM by azula."""
+        """A network of `ARCHITECTURES`, untrained; denoisers are preconditioned as in EDM."""
         module, chosen = architecture(name, shape, **settings)
         # convolutions are faster so
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         card = {"layout": LAYOUT, "architecture": name, "shape": list(shape), "settings": chosen,
                 "schedule": "cosine"}  # fmt: skip
+        if isinstance(module, VAE):
+            return cls(Autoencoder(module), shape, name, card)
         return cls(KarrasDenoiser(module, CosineSchedule()), shape, name, card)
 
     def save(self, folder: str | Path) -> None:

@@ -184,7 +184,7 @@ def train(
 
     Arguments:
         corpus: The images; some are held out, see `Training`.
-        architecture: "resnet", "unet", "unet-attention", "dit" or "mlp".
+        architecture: "resnet", "unet", "unet-attention", "dit", "mlp", or "vae" for pictures alone.
         out: A folder for network.safetensors, network.json (its card), loss.csv, loss.png and a
             checkpoint; None: nothing is written.
         training: How; None: 600 seconds.
