@@ -479,7 +479,7 @@ def test_bias_compares_networks_with_the_ideal(inside, tmp_path):
     both = f"{tmp_path / 'one'},{tmp_path / 'two'}"
     done = inside("bias", *words, "--networks", both, "--pictures", 2, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "resnet-2: size" in done.stdout
+    assert "two: size" in done.stdout
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "bias.png", "bias-pictures.png", "bias.json"
     }  # fmt: skip

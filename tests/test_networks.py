@@ -41,7 +41,7 @@ def test_every_network_trains_and_comes_back_from_its_folder(name, corpus, tmp_p
     y, sigma = noised(corpus, [0.3, 2.0])
     assert torch.equal(network.denoise(y, sigma), again.denoise(y, sigma))
     assert again.card == json.loads((tmp_path / "network.json").read_text())
-    assert again.name == name
+    assert again.name == tmp_path.name
     assert again.parameters_count == again.card["training"]["parameters"]
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {

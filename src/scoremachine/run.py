@@ -439,7 +439,7 @@ def measure_bias(
 
 
 def measure_sensitivity(
-    network: Network | None,
+    networks: Sequence[Network],
     machines: Sequence[str],
     corpus: Corpus,
     out: Path,
@@ -450,7 +450,7 @@ def measure_sensitivity(
     everywhere: int,
 ) -> list[Sensitivity]:
     """Measures what denoisers look at, prints widths, writes sensitivity.csv, .npz and .png."""
-    denoisers: dict[str, Network | Machine] = {} if network is None else {network.name: network}
+    denoisers: dict[str, Network | Machine] = {network.name: network for network in networks}
     for entrant in map(Entrant.of, machines):
         some = corpus.subset(fewer(entrant.name, corpus.indices(), everywhere))
         denoisers[entrant.label] = build(entrant.name, some, **entrant.settings)

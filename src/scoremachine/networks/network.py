@@ -195,10 +195,8 @@ class Network(Denoiser):
     @functools.cached_property
     def key(self) -> str:
         """A digest of its weights; where it has none, nobody knows it again, and it is drawn."""
-        digest = hashlib.sha256(self.name.encode())
         weights = self.state_dict()
-        if not weights:
-            digest.update(uuid.uuid4().bytes)
+        digest = hashlib.sha256(b"" if weights else uuid.uuid4().bytes)
         for name, value in sorted(weights.items()):
             digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -282,7 +280,7 @@ class Network(Denoiser):
                 f"{folder} holds a network that cannot be read ({str(error).splitlines()[0]}): "
                 "the file is cut short, or the card is another network's"
             ) from None
-        network.card, network.name = card, card.get("name", card["architecture"])
+        network.card, network.name = card, folder.resolve().name
         network.schedule = network.denoiser.schedule = SCHEDULES[card["schedule"]]()
         return network.eval().requires_grad_(False)
 

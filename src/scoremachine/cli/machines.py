@@ -1,0 +1,275 @@
+"""The commands about machines. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scoremachine.cli.words import (
+    AugmentText,
+    Bandwidth,
+    BoundaryName,
+    ClassName,
+    Data,
+    Grayscale,
+    KernelName,
+    Limit,
+    MachineName,
+    MachineNames,
+    PatchSize,
+    Quiet,
+    Seed,
+    Settings,
+    Size,
+    Strict,
+    WindowName,
+    any_number,
+    corpus_of,
+    interruptible,
+    known_schedule,
+    machine_of,
+    names_of,
+    networks_and_corpus,
+    number,
+    pairs,
+    settings_of,
+)
+
+
+def generate(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    machine: MachineName = "els",
+    count: Annotated[int, typer.Option(help="How many pictures.")] = 16,
+    steps: Annotated[int, typer.Option(help="How many noise levels to visit.")] = 20,
+    seed: Seed = 0,
+    sampler: Annotated[str, typer.Option(help="ddim, ddpm, euler or heun.")] = "ddim",
+    schedule: Annotated[str, typer.Option(help="vp, cosine, edm or rectified.")] = "vp",
+    patch_size: PatchSize = None,
+    bandwidth: Bandwidth = "0",
+    boundary: BoundaryName = None,
+    window: WindowName = None,
+    augment: AugmentText = None,
+    others: Settings = None,
+    label: ClassName = None,
+    batch: Annotated[int, typer.Option(help="Pictures computed together.")] = 8,
+    start: Annotated[
+        float,
+        typer.Option(
+            help="Start at this time: 0 is noise; above, training images with noise (1 - T) / T."
+        ),
+    ] = 0.0,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="Also write a GIF of x_t and D.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the pictures already finished.")
+    ] = False,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    kernel: KernelName = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Generate new pictures: samples.png, samples.npz and run.json in --out."""
+    from scoremachine import progress
+    from scoremachine.run import Run
+
+    with progress.quiet(quiet):
+        corpus = corpus_of(data, size, grayscale, limit, strict)
+        settings = settings_of(patch_size, bandwidth, boundary, window, augment, others, kernel)
+        built = machine_of(machine, corpus, schedule, settings)
+        where = sampler, schedule, label, batch, trajectory, start
+        run = Run(out, built, count, steps, seed, *where)
+        with interruptible(
+            lambda: (
+                f"{run.finished()} of {count} pictures are finished; the same command with "
+                "--resume goes on after them"
+            )
+        ):
+            seconds = run.go(resume)
+    print(f"{count} pictures in {seconds:.1f} s: {out / 'samples.png'}")
+
+
+def denoise(
+    file: Annotated[Path, typer.Argument(help="A picture, or a float .npy in [-1, 1].")],
+    sigma: Annotated[float, typer.Option(help="The noise level, in units of [-1, 1].")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("runs/denoise"),
+    machine: MachineName = "ls",
+    noisy: Annotated[
+        bool, typer.Option("--noisy", help="The picture is noisy already: add no noise.")
+    ] = False,
+    seed: Seed = 0,
+    patch_size: PatchSize = None,
+    bandwidth: Bandwidth = "0",
+    boundary: BoundaryName = None,
+    window: WindowName = None,
+    augment: AugmentText = None,
+    others: Settings = None,
+    label: ClassName = None,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    kernel: KernelName = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Denoise a picture: denoised.png (noisy beside denoised) and denoised.npz in --out."""
+    from scoremachine import progress
+    from scoremachine.run import denoise_file
+
+    with progress.quiet(quiet):
+        corpus = corpus_of(data, size, grayscale, limit, strict)
+        settings = settings_of(patch_size, bandwidth, boundary, window, augment, others, kernel)
+        built = machine_of(machine, corpus, "vp", settings)
+        denoise_file(file, built, sigma, out, noisy=noisy, seed=seed, label=label)
+    print(f"{out / 'denoised.png'}")
+
+
+def calibrate(
+    data: Data,
+    machine: MachineName = "ls",
+    held_out: Annotated[int, typer.Option(help="Images that choose; as many others report.")] = 16,
+    steps: Annotated[int, typer.Option(help="How many EDM noise levels.")] = 18,
+    beside: Annotated[
+        str | None, typer.Option(help="A published schedule to print beside.")
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose what is nearest to this trained network's D instead, and print beside it "
+            "what denoises best, and what either costs the other."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for calibration.png and calibration.json.")
+    ] = Path("runs/calibration"),
+    boundary: BoundaryName = None,
+    window: WindowName = None,
+    augment: AugmentText = None,
+    others: Settings = None,
+    seed: Seed = 0,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    kernel: KernelName = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Choose locality and bandwidth per noise level by denoising held-out images."""
+    from scoremachine import progress
+    from scoremachine.machines import kind_of
+    from scoremachine.run import calibrate_corpus
+    from scoremachine.schedules import LOCALITIES
+
+    with progress.quiet(quiet):
+        other = None
+        if beside is not None:
+            other = LOCALITIES[kind_of(machine).locality or "patch_size"].named(beside)
+        settings = settings_of(None, None, boundary, window, augment, others, kernel)
+        where = data, size, grayscale, limit, strict
+        teachers, corpus = networks_and_corpus([network] if network else [], *where)
+        calibrate_corpus(corpus, machine, held_out, steps, seed, other, out, settings, *teachers)
+
+
+def index(
+    data: Data,
+    patch_size: Annotated[
+        str, typer.Option("--patch-size", help="Sizes, as 3,7,11, or a published schedule's name.")
+    ],
+    boundary: BoundaryName = None,
+    label: ClassName = None,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build the indexes of patches that els searches, which it would build when it needs them."""
+    from scoremachine import progress
+
+    with progress.quiet(quiet):
+        corpus = corpus_of(data, size, grayscale, limit, strict)
+        images = corpus.indices(label)
+        settings = {"search": "bounded"} | ({} if boundary is None else {"boundary": boundary})
+        for part in patch_size.split(","):
+            P = number(part.strip(), int, part.strip())
+            machine = machine_of("els", corpus, "vp", {"patch_size": P} | settings)
+            machine.local_at(1.0)
+            for each in sorted({int(value) for value in machine.patch_size.values}):
+                folders = machine.index(each, images)
+                files = [file.stat().st_size for folder in folders for file in folder.iterdir()]
+                print(f"{each} x {each}: {sum(files) / 1e6:,.1f} MB in {folders[0].parent}")
+
+
+def zoo(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    machines: MachineNames = None,
+    count: Annotated[int, typer.Option(help="How many pictures each.")] = 8,
+    steps: Annotated[int, typer.Option(help="How many noise levels to visit.")] = 18,
+    seed: Seed = 0,
+    sampler: Annotated[str, typer.Option(help="ddim, ddpm, euler or heun.")] = "ddim",
+    schedule: Annotated[str, typer.Option(help="vp, cosine, edm or rectified.")] = "edm",
+    label: ClassName = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after what is already finished.")
+    ] = False,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw every machine's samples from the same noise, with the nearest training images."""
+    from scoremachine import progress
+    from scoremachine.run import zoo as draw
+
+    with progress.quiet(quiet):
+        names = names_of(machines)
+        known_schedule(schedule)
+        corpus = corpus_of(data, size, grayscale, limit, strict)
+        settings = count, steps, seed, sampler, schedule, label, resume
+        with interruptible(
+            lambda: "the same command with --resume goes on after the pictures that are finished"
+        ):
+            seconds = draw(corpus, out, names, *settings)
+    print(f"{len(names)} machines in {seconds:.0f} s: {out / 'zoo.png'}")
+
+
+def denoising_error(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path(
+        "runs/denoising-error"
+    ),
+    machines: MachineNames = None,
+    steps: Annotated[int, typer.Option(help="How many EDM noise levels.")] = 18,
+    choosing: Annotated[int, typer.Option(help="Held-out images that calibrate.")] = 16,
+    reporting: Annotated[int, typer.Option(help="Other held-out images, that report.")] = 32,
+    published: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MACHINE=SCHEDULE",
+            help="Measure also as published, as pspc=pspc-cifar10. Can be given again.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure every machine's held-out denoising error per noise level: table, CSV and plot."""
+    from scoremachine import progress
+    from scoremachine.run import measure_errors
+
+    with progress.quiet(quiet):
+        names = names_of(machines)
+        also = [(name, any_number(value)) for name, value in pairs(published)]
+        corpus = corpus_of(data, size, grayscale, limit, strict)
+        measure_errors(corpus, out, names, steps, choosing, reporting, seed, also)
