@@ -173,11 +173,12 @@ def test_calibration_needs_three_images():
 def test_towards_a_network_that_is_a_machine_it_finds_its_size():
     corpus = stripes(120, 9)
     network = Network(sm.build("ls", corpus, patch_size=5), corpus.shape)
-    network.card = {"training": {"corpus_key": corpus.key, "held_out": list(range(0, 120, 6))}}
+    unseen = list(range(0, 120, 6))
+    network.card = {"training": {"corpus_digest": corpus.digest, "held_out": unseen}}
     sigmas = [0.1, 0.7, 3.0]
     parts = parts_for(sm.build("ls", corpus), 8, 0, network)
-    assert set(parts[2]) | set(parts[3]) <= set(range(0, 120, 6))
-    assert not set(parts[1]) & set(range(0, 120, 6))
+    assert set(parts[2]) | set(parts[3]) <= set(unseen)
+    assert not set(parts[1]) & set(unseen)
     source = corpus.subset(parts[1])
     network.denoiser = sm.build("ls", source, patch_size=5)  # which has seen none of them
     found = sm.calibrate(corpus, "ls", sigmas, held_out=8, network=network)

@@ -109,11 +109,11 @@ def test_truth_is_the_error_to_the_clean_picture(found, corpus):
 
 def test_images_that_the_network_has_not_seen_are_held_out(corpus):
     network = as_network(sm.build("gaussian", corpus))
-    network.card = {"training": {"held_out": [3, 5, 8], "corpus_key": corpus.key}}
+    network.card = {"training": {"held_out": [3, 5, 8], "corpus_digest": corpus.digest}}
     found = compare(network, ["gaussian"], corpus, pictures=2, count=1, steps=2)
     assert found.settings["held_out"] == [3, 5]
     assert found.settings["machines"]["gaussian"]["images"] == 57
-    network.card["training"]["corpus_key"] = "of another corpus"
+    network.card["training"]["corpus_digest"] = "of another corpus"
     found = compare(network, ["gaussian"], corpus, pictures=2, count=1, steps=2)
     assert found.settings["machines"]["gaussian"]["images"] == 58
 

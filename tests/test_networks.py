@@ -13,6 +13,7 @@ from azula.noise import CosineSchedule, VPSchedule
 import scoremachine as sm
 from conftest import noised, random_corpus
 from scoremachine.networks import ARCHITECTURES, Network, Training, foreign, train, training
+from scoremachine.networks.network import BUILT_IN, built_in
 
 SMALL = {
     "resnet": {"width": 8, "depth": 1},
@@ -294,3 +295,31 @@ def test_folders_of_diffusers_that_cannot_be_read_are_refused(tmp_path):
 def test_plug_ins_of_azula_are_refused_with_the_reason(name, says):
     with pytest.raises(ValueError, match=says):
         Network.load(name)
+
+
+def test_networks_that_come_along_are_small_and_whole():
+    assert built_in() == ["cifar10-resnet", "mnist-resnet"]
+    for name in built_in():
+        network = Network.load(name)
+        assert network.name == name
+        assert len(network.card["training"]["held_out"]) == 256
+        files = list((BUILT_IN / name).iterdir())
+        assert sum(path.stat().st_size for path in files) < 2e6
+        y = torch.zeros(1, *network.shape)
+        assert torch.isfinite(network.denoise(y, 1.0)).all()
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["mnist-resnet", "cifar10-resnet"])
+def test_networks_that_come_along_beat_the_wiener_filter_on_what_they_have_not_seen(
+    name, data_folder
+):
+    corpus = sm.Corpus.open(data_folder / f"{name.removesuffix('-resnet')}-train.zip", size=32)
+    network = Network.load(name)
+    unseen = network.unseen(corpus)
+    assert len(unseen) == 256
+    x = torch.from_numpy(np.array(corpus.images[unseen[:32]])).float() / 127.5 - 1
+    y = x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    wiener = sm.build("gaussian", corpus.subset(np.arange(5000)))
+    errors = [float((d.denoise(y, 0.5) - x).square().mean()) for d in (network, wiener)]
+    assert errors[0] < 0.8 * errors[1]

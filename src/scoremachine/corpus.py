@@ -204,9 +204,12 @@ class Corpus:
 
     @functools.cached_property
     def key(self) -> str:
-        """What identifies the content, as hexadecimal digits."""
-        if self._key is not None:
-            return self._key
+        """What identifies the content, as hexadecimal digits: cheap where it comes from a file."""
+        return self.digest if self._key is None else self._key
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of the pixels: the same however they were come by."""
         content = hashlib.sha256(repr(self.images.shape).encode())
         for image in self.images:
             content.update(image)

@@ -76,7 +76,8 @@ NetworkName = Annotated[
     str,
     typer.Option(
         "--network",
-        help="A folder that scoremachine train wrote, or one of diffusers with safetensors.",
+        help="One that comes along (mnist-resnet, cifar10-resnet), a folder that scoremachine "
+        "train wrote, or one of diffusers with safetensors.",
     ),
 ]
 Bandwidth = Annotated[str, typer.Option(help="The bandwidth h: a number or auto.")]

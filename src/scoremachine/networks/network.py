@@ -215,7 +215,7 @@ class Network(Denoiser):
     def unseen(self, corpus: Corpus) -> np.ndarray | None:
         """Positions of the images of a corpus that it has not been trained on; None: unknown."""
         training = self.card.get("training", {})
-        if training.get("corpus_key") != corpus.key or not training["held_out"]:
+        if training.get("corpus_digest") != corpus.digest or not training["held_out"]:
             return None
         return np.asarray(training["held_out"], dtype=np.int64)
 

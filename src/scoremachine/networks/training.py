@@ -209,7 +209,7 @@ def train(
     state = State(network, average, torch.optim.Adam(network.parameters(), lr=how.rate))
     held = len(unseen) if how.held_out is None or isinstance(how.held_out, int) else unseen.tolist()
     asked = {"architecture": architecture, "settings": network.card["settings"],
-             "corpus": corpus.key, "images": N, "held_out": held, **how.settings()}  # fmt: skip
+             "corpus": corpus.digest, "images": N, "held_out": held, **how.settings()}  # fmt: skip
     folder = None if out is None else Path(out)
     if folder is not None and resume and (folder / CHECKPOINT).exists():
         state.load(folder / CHECKPOINT, asked)
@@ -230,8 +230,9 @@ def train(
     keep()
     result = state.average.to("cpu").eval()
     result.card["training"] = {
-        **how.settings(), "corpus": corpus.name, "corpus_key": corpus.key, "images": len(seen),
-        "held_out": unseen.tolist(), "steps": state.step, "seconds": round(state.seconds, 1),
+        **how.settings(), "corpus": corpus.name, "corpus_digest": corpus.digest,
+        "images": len(seen), "held_out": unseen.tolist(), "steps": state.step,
+        "seconds": round(state.seconds, 1),
         "device": how.device, "loss": state.losses[-1] if state.losses else None,
         "parameters": result.parameters_count,
     }  # fmt: skip
