@@ -36,8 +36,9 @@ class Case(NamedTuple):
     samples: int = 20  # noise levels that a sample visits
 
 
-MNIST = ("gaussian", "pca", "ls:kamb-mnist-resnet", "els:kamb-mnist-resnet", "pspc", "ls", "els")
-CIFAR10 = ("gaussian", "pca", "ls:kamb-cifar10-resnet", "els:kamb-cifar10-resnet", "pspc", "ls")
+MNIST = ("gaussian", "pca", "ls:kamb-mnist-resnet", "pspc", "els:kamb-mnist-resnet")
+CIFAR10 = ("gaussian", "pca", "ls:kamb-cifar10-resnet", "ls", "ls+h", "pspc",
+           "els:kamb-cifar10-resnet")  # fmt: skip
 CASES = (
     Case("mnist", "resnet", 6000, MNIST),
     Case("cifar10", "resnet", 6000, CIFAR10),
@@ -84,15 +85,21 @@ def write_docs(pages: list[tuple[str, sm.Comparison, Path]], out: Path) -> None:
              "Made by `make reproduce`; [what they say](networks.md).", ""]  # fmt: skip
     for name, found, folder in pages:
         trained = found.settings["card"]["training"]
+        most = max(m["images"] for m in found.settings["machines"].values())
+        made_of = "; ".join(
+            f"`{label}` of {m['images']:,}"
+            for label, m in found.settings["machines"].items()
+            if m["images"] < most
+        )
         lines += [
             f"## {name}",
             "",
             f"{trained['parameters']:,} parameters, {trained['steps']:,} steps of "
-            f"{trained['batch']} pictures; machines of {trained['images']:,} images, `els` of "
-            f"{max(m['images'] for k, m in found.settings['machines'].items() if 'els' in k):,}."
-            if any("els" in k for k in found.settings["machines"])
-            else f"{trained['parameters']:,} parameters, {trained['steps']:,} steps of "
-            f"{trained['batch']} pictures; machines of {trained['images']:,} images.",
+            f"{trained['batch']} pictures. Machines of {most:,} images"
+            + (f"; {made_of}." if made_of else "."),
+            "",
+            f"![Samples of {name} and of machines from the same noise]"
+            f"(pictures/{name}-samples.png)",
             "",
             report.markdown(found),
         ]

@@ -213,8 +213,7 @@ def compare(
         raise ValueError("there is no machine to compare with; give at least one")
     network = network.under(schedule)
     schedule = network.schedule
-    for machine in made.values():
-        machine.schedule = schedule
+    made = {label: m.remade(m.corpus, schedule=schedule) for label, m in made.items()}
     pieces = Pieces(kept, [network.key, corpus.key, seed])
     one = _Comparing(network, made, corpus, pieces, schedule, sampler, steps, seed)
     total = len(made) * (len(levels) + steps + 1) + 1
