@@ -55,7 +55,7 @@ def test_measures_are_what_their_names_say(seed, n):
 
 
 def test_pictures_of_one_value_have_no_correlation():
-    flat = np.full((1, 1, 2, 2), 0.5)
+    flat = np.full((1, 3, 32, 32), 0.1)  # whose mean is not exact
     same, other = agreement(flat, flat), agreement(flat, flat + 0.1)
     assert [same[m][0] for m in ("mse", "cosine", "r", "r2", "R2")] == [0, 1, 1, 1, 1]
     assert np.isnan(other["r"][0])
@@ -216,7 +216,14 @@ def test_a_bias_is_what_sets_a_denoiser_apart_from_the_ideal(corpus):
 
 def test_a_bias_is_drawn_and_kept(corpus, tmp_path):
     networks = [as_network(sm.build(n, corpus, patch_size=3)) for n in ("ls", "pspc")]
-    found = shared_bias(networks, ["gaussian"], corpus, [2.0, 0.5], pictures=3)
+    ask = [networks, ["gaussian", "ls"], corpus, [2.0, 0.5], 3]
+    found = shared_bias(*ask, kept=tmp_path / "kept")
+    known = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert len(known) == 2 * (1 + 4)
+    again = shared_bias(*ask, kept=tmp_path / "kept")  # finds everything there
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == known
+    assert np.array_equal(again.cosines, found.cosines)
+    tmp_path = tmp_path / "out"
     files = report.write_bias(found, tmp_path)
     assert sorted(p.name for p in files) == sorted(p.name for p in tmp_path.iterdir())
     kept = json.loads((tmp_path / "bias.json").read_text())

@@ -173,6 +173,47 @@ def test_predictions_of_the_same_thing_are_the_same(schedule):
         )
 
 
+def test_a_key_is_of_all_that_decides_an_answer(corpus):
+    module = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def f(prediction, schedule=None):
+        class Answer(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.module = module
+
+            def forward(self, x_t, t):
+                return self.module(x_t)
+
+        return Network.of(Answer(), corpus.shape, prediction, schedule)
+
+    keys = {f("eps").key, f("x0").key, f("eps", CosineSchedule()).key}
+    assert len(keys) == 3
+    assert f("eps").key in keys
+    network = f("eps")
+    before = network.key
+    with torch.no_grad():
+        module.weight.add_(1)
+    assert network.key != before
+    assert network.to(torch.bfloat16).key not in keys
+    one, two = (Network.of(lambda x, t: x, corpus.shape) for _ in range(2))
+    assert one.key == one.key != two.key
+
+
+def test_a_network_that_is_still_trained_can_be_calibrated_towards(corpus):
+    network = Network.of(torch.nn.Identity(), corpus.shape)
+    layer = torch.nn.Conv2d(3, 3, 1)
+    network = Network.of(lambda x, t: layer(x), corpus.shape)
+    found = sm.calibrate(corpus, "ls", [0.5], 4, values=[3], bandwidths=[], network=network)
+    assert found.chosen == [3]
+
+
+def test_a_folder_comes_before_what_comes_along(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = train(corpus, "mlp", "mnist-resnet", brief(), **SMALL["mlp"])
+    assert Network.load("mnist-resnet").key == mine.key
+
+
 def test_what_cannot_work_is_refused_with_a_sentence(corpus, tmp_path):
     shape = corpus.shape
     for call, words in [
@@ -188,6 +229,13 @@ def test_what_cannot_work_is_refused_with_a_sentence(corpus, tmp_path):
         (lambda: Training(seconds=-1.0), "seconds are -1"),
         (lambda: Training(rate=2.0), "rate is 2"),
         (lambda: Training(batch=0), "batch is 0"),
+        (lambda: Training(held_out=-5), "held_out is -5"),
+        (lambda: Training(held_out=[99]).left_out(40), "outside 0 to 39"),
+        (lambda: Network.made("dit", shape, heads=3), "multiples of the heads"),
+        (lambda: Network.made("resnet", shape, width=9), "widths are even"),
+        (lambda: Network.made("resnet", shape, width=28, normalised=True), "multiples of 8"),
+        (lambda: Network.made("mlp", (1, 8, 8)).check_corpus(corpus), "grayscale=True"),
+        (lambda: train(corpus, "mlp", None, brief(held_out=range(40))), "all 40 images"),
         (lambda: Training(seed=-1), "seed is -1"),
         (lambda: Training(precision="half"), "no precision is called"),
         (lambda: Network.load(tmp_path / "nowhere"), "there is no"),
@@ -214,6 +262,7 @@ def test_damaged_folders_are_refused(corpus, tmp_path):
         ("[]", "holds list"),
         ("{}", "no card of a network"),
         (good.replace('"width": 16', '"width": 32'), "cannot be read"),
+        (good.replace("cosine", "sine"), "cannot be read"),
     ]:
         card.write_text(bad)
         with pytest.raises(ValueError, match=words):
@@ -223,6 +272,8 @@ def test_damaged_folders_are_refused(corpus, tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         Network.load(tmp_path)
     checkpoint = tmp_path / "training.safetensors"
+    with pytest.raises(ValueError, match="of 4 steps"):
+        train(corpus, "mlp", tmp_path, brief(2), resume=True, **SMALL["mlp"])
     with pytest.raises(ValueError, match="another rate"):
         train(corpus, "mlp", tmp_path, brief(9, rate=0.1), resume=True, **SMALL["mlp"])
     checkpoint.write_bytes(b"nothing")
@@ -230,11 +281,12 @@ def test_damaged_folders_are_refused(corpus, tmp_path):
         train(corpus, "mlp", tmp_path, brief(9), resume=True, **SMALL["mlp"])
 
 
-def test_a_loss_that_is_not_a_number_ends_the_training(corpus, monkeypatch):
-    monkeypatch.setattr(training, "LOSSES", 2)
+@pytest.mark.parametrize("steps", [3, 60])
+def test_a_loss_that_is_not_a_number_ends_the_training(corpus, monkeypatch, tmp_path, steps):
     monkeypatch.setattr(training, "_step", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(ValueError, match="lower than"):
-        train(corpus, "mlp", None, brief(9), **SMALL["mlp"])
+        train(corpus, "mlp", tmp_path, brief(steps), **SMALL["mlp"])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
@@ -323,3 +375,25 @@ def test_networks_that_come_along_beat_the_wiener_filter_on_what_they_have_not_s
     wiener = sm.build("gaussian", corpus.subset(np.arange(5000)))
     errors = [float((d.denoise(y, 0.5) - x).square().mean()) for d in (network, wiener)]
     assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"_class_name": "ScoreSdeVeScheduler"}, "noise levels of DDPM"),
+        ({"rebuild": 1, "beta_schedule": "exp"}, "no scheduler that can be read"),
+        ({"rescale_betas_zero_snr": True}, "pure noise"),
+    ],
+)
+def test_schedulers_of_diffusers_that_are_not_ddpm_s_are_refused(tmp_path, changed, says):
+    pytest.importorskip("diffusers")
+    _, model_of = foreign._classes()
+    model_of(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
+        layers_per_block=1, down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    known = {"_class_name": "DDPMScheduler", "num_train_timesteps": 100}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(known | changed))
+    with pytest.raises(ValueError, match=says):
+        Network.load(tmp_path)

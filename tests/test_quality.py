@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import scoremachine as sm
+from scoremachine import drawing
 from scoremachine.comparison import qualities, report
 from scoremachine.comparison.quality import features, kernel_distance, variety
 from scoremachine.networks import Network, Training, train
@@ -77,6 +78,17 @@ def test_everybody_is_judged_beside_the_images_themselves(tmp_path):
     assert all(path.exists() for path in files)
     assert json.loads(files[1].read_text())[0]["seconds"] is None
     assert "| mlp |" in files[0].read_text()
+
+
+def test_machines_draw_with_their_bandwidth_on_the_schedule_of_the_networks():
+    corpus = sm.Corpus.open("digits", limit=80)
+    wide, plain = (sm.build("ls", corpus, patch_size=3, bandwidth=h) for h in (0.2, 0.0))
+    one, two = (qualities([], [m], corpus, count=3, steps=4)[1].pictures for m in (wide, plain))
+    assert not np.array_equal(one, two)
+    network = train(corpus, "mlp", None, BRIEF, width=16, depth=1)
+    beside = qualities([network], [plain], corpus, count=3, steps=4)[2].pictures
+    cosine = sm.generate(plain.remade(corpus, schedule=network.schedule), 3, 4)
+    assert np.array_equal(beside, drawing.to_uint8(cosine.numpy()))
 
 
 def test_too_few_pictures_are_refused():

@@ -75,3 +75,7 @@ def test_senseless_numbers_are_refused():
     ]:
         with pytest.raises(ValueError, match=words):
             sensitivity(machine, corpus, **({"sigmas": [1.0]} | options))
+
+
+def test_a_map_of_zeros_has_no_width():
+    assert Sensitivity("blind", [1.0], np.zeros((1, 9, 9))).width(0) == 0

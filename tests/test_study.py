@@ -52,16 +52,28 @@ def test_a_study_trains_compares_and_goes_on(tmp_path, monkeypatch):
     assert files[0].read_text().count("`ls:3`") == len(CELLS)
 
 
+def test_a_study_goes_on_with_nothing_but_itself(tmp_path):
+    corpus, other = sm.Corpus.open("digits", limit=40), sm.Corpus.open("faces", size=8, limit=40)
+    ask = [tmp_path, ["gaussian"], 4, CELLS[2:3], 2, 2]
+    study(corpus, *ask, training=brief())
+    with pytest.raises(ValueError, match="another corpus_digest"):
+        study(other, *ask, training=brief())
+    with pytest.raises(ValueError, match=r"another .*seed"):
+        study(corpus, *ask, seed=1, training=brief())
+    with pytest.raises(ValueError, match="of 4 steps"):
+        study(corpus, tmp_path, ["gaussian"], 2, CELLS[1:2], 2, 2, training=brief())
+
+
 def test_cells_ask_three_questions():
-    found = cells(60_000, 2000, 32)
+    found = cells(60_000, 2000, (32, 32))
     assert {cell.group for cell in found} == {"images", "steps", "network"}
     assert [c.images for c in found if c.group == "images"] == [
         100, 300, 1_000, 3_000, 10_000, 59_936
     ]  # fmt: skip
     assert max(c.steps for c in found) == 2000
     assert "dit" in {c.network for c in found}
-    assert "dit" not in {c.network for c in cells(1000, 20, 9)}
-    assert np.all([c.images <= 40 for c in cells(50, 20, 8)])
+    assert "dit" not in {c.network for c in cells(1000, 20, (9, 9))}
+    assert np.all([c.images <= 40 for c in cells(50, 20, (8, 8))])
 
 
 def test_senseless_studies_are_refused(tmp_path):

@@ -20,7 +20,7 @@ from PIL import Image
 import scoremachine as sm
 from scoremachine.comparison import report
 from scoremachine.networks.network import CARD, WEIGHTS
-from scoremachine.run import compare_network, train_network
+from scoremachine.run import train_network
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS_OF = ROOT / "src" / "scoremachine" / "networks" / "weights"
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases by commas, as mnist-resnet")
     parser.add_argument("--docs", action="store_true", help="write docs/ and the weights too")
     options = parser.parse_args()
-    pages = []
+    pages, pieces = [], options.out / ".unfinished"
     for case in CASES:
         name = f"{case.data}-{case.network}"
         if options.only and name not in options.only.split(","):
@@ -70,13 +70,16 @@ def main() -> None:
         network = train_network(corpus, case.network, options.out / name, how, True, {})
         network.name = name
         folder = options.out / f"{name}-compared"
-        found = compare_network(
-            network, case.machines, corpus, folder, True, pictures=options.pictures,
-            count=options.seeds, steps=case.samples, everywhere=options.images,
+        found = sm.compare(
+            network, case.machines, corpus, pictures=options.pictures, count=options.seeds,
+            steps=case.samples, everywhere=options.images, kept=pieces,
         )  # fmt: skip
+        report.write(found, folder, page=True)
+        report.print_tables(found)
         pages.append((name, found, folder))
     if options.docs:
         write_docs(pages, options.out)
+    shutil.rmtree(pieces, ignore_errors=True)
 
 
 def write_docs(pages: list[tuple[str, sm.Comparison, Path]], out: Path) -> None:

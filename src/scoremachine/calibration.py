@@ -230,7 +230,10 @@ def _measure(
     def target(pictures: Pictures, sigma: float) -> torch.Tensor | None:
         """What D should be, where that is not the clean picture."""
         x, eps = pictures
-        return None if network is None else network.denoise(x + sigma * eps, sigma)
+        if network is None:
+            return None
+        with torch.no_grad():
+            return network.denoise(x + sigma * eps, sigma)
 
     rounds = len(values) + len(bandwidths) + (1 if values else 2)  # h = 0 is known by then
     with bar(f"Calibrating {machine.name}", total=len(sigmas) * rounds) as progress:

@@ -21,7 +21,6 @@ from scoremachine.calibration import Calibration, Exchange, parts_for
 from scoremachine.comparison import (
     Bias,
     Comparison,
-    Entrant,
     Quality,
     Row,
     compare,
@@ -30,6 +29,7 @@ from scoremachine.comparison import (
     shared_bias,
     study,
 )
+from scoremachine.comparison.parts import apart, entered
 from scoremachine.corpus import Corpus
 from scoremachine.errors import Errors, denoising_errors, fewer
 from scoremachine.files import written
@@ -450,16 +450,18 @@ def measure_sensitivity(
     everywhere: int,
 ) -> list[Sensitivity]:
     """Measures what denoisers look at, prints widths, writes sensitivity.csv, .npz and .png."""
+    for network in networks:
+        network.check_corpus(corpus)
+    held, source = apart(networks, corpus, check_integer("count", count), seed)
     denoisers: dict[str, Network | Machine] = {network.name: network for network in networks}
-    for entrant in map(Entrant.of, machines):
-        some = corpus.subset(fewer(entrant.name, corpus.indices(), everywhere))
-        denoisers[entrant.label] = build(entrant.name, some, **entrant.settings)
+    denoisers |= entered(machines, corpus, source, everywhere)
     if not denoisers:
         raise ValueError("there is neither a network nor a machine to look at; give one")
     found, sizes = [], {}
     with bar("Differentiating", total=len(denoisers)) as progress:
         for label, denoiser in denoisers.items():
-            found.append(sensitivity(denoiser, corpus, sigmas, label, count, pixels, seed))
+            unseen = corpus.subset(held)
+            found.append(sensitivity(denoiser, unseen, sigmas, label, count, pixels, seed))
             if isinstance(denoiser, BoxMachine):
                 sizes[label] = [denoiser.local_at(sigma) for sigma in sigmas]
             progress.advance()

@@ -44,11 +44,13 @@ class Sensitivity:
     def width(self, k: int, share: float = SHARE) -> int:
         """The side of the least centred square that holds a share of the map: odd, in pixels.
 
-        What a patch size would be, were the denoiser a machine of boxes.
+        What a patch size would be, were the denoiser a machine of boxes. 0 for a map of zeros.
         """
         m = self.maps[k]
         a, b = (n // 2 for n in m.shape)
         total = m.sum()
+        if not total > 0:
+            return 0
         for r in range(max(a, b) + 1):
             inside = m[max(0, a - r) : a + r + 1, max(0, b - r) : b + r + 1].sum()
             if inside >= share * total * (1 - 1e-9):  # sums are rounded
@@ -69,7 +71,8 @@ def sensitivity(
 
     Arguments:
         denoiser: A machine or a network.
-        corpus: Where the images come from.
+        corpus: Where the images come from: no source of the machine, nor seen by the network, for
+            a denoiser that knows an image by heart looks at nothing.
         sigmas: Noise levels.
         label: What to call it.
         count: How many images.

@@ -48,7 +48,7 @@ def train(
     rate: Annotated[float, typer.Option(help="The learning rate of Adam.")] = 1e-3,
     held_out: Annotated[
         int | None,
-        typer.Option(help="Images left out for compare; 256, at most a tenth, unless given."),
+        typer.Option(help="Images left out for compare: 256 unless given; at most a tenth."),
     ] = None,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

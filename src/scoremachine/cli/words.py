@@ -130,13 +130,8 @@ def networks_and_corpus(
     from scoremachine.networks import Network
 
     networks = [Network.load(name) for name in names]
-    corpus = corpus_of(data, size, grayscale, limit, strict)
     C, H, W = networks[0].shape
-    if size is None and corpus.shape[1:] != (H, W):
-        corpus = corpus_of(data, (H, W), grayscale, limit, strict)
-    if C == 1 and corpus.shape[0] != C:
-        corpus = corpus_of(data, size or (H, W), True, limit, strict)
-    return networks, corpus
+    return networks, corpus_of(data, size or (H, W), grayscale or C == 1, limit, strict)
 
 
 def parts_of(text: str | None) -> list[str]:

@@ -25,14 +25,16 @@ def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
     """
     a, b = (np.asarray(v, dtype=np.float64).reshape(len(v), -1) for v in (a, b))
     mse = ((a - b) ** 2).mean(1)
+    flat = (np.ptp(a, axis=1) == 0) | (np.ptp(b, axis=1) == 0)
     around, other = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         cosine = (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
         r = (around * other).sum(1) / np.sqrt((around**2).sum(1) * (other**2).sum(1))
         r_squared = 1 - mse * a.shape[1] / (around**2).sum(1)
+    r = np.where(flat, np.nan, r)
+    r_squared = np.where(np.ptp(a, axis=1) == 0, np.nan, r_squared)
     equal = mse == 0
     r, r_squared, cosine = (np.where(equal, 1.0, v) for v in (r, r_squared, cosine))
-    r_squared = np.where(np.isfinite(r_squared), r_squared, np.nan)
     return {"mse": mse, "cosine": cosine, "r": r, "r2": r**2, "R2": r_squared}
 
 

@@ -6,6 +6,7 @@ much the same size and the same look. Here that is a number for every pair, mach
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,9 @@ def shared_bias(
     denoisers |= made
     if len(denoisers) < 2:
         raise ValueError("there is one denoiser; two or more can be alike: give another")
-    pieces = Pieces(kept, [corpus.key, seed, held.tolist()])
+    pieces = Pieces(kept, [corpus.key, seed, held.tolist(), ideal.settings()])
+    # before "auto" is replaced by what it stands for
+    asked = [d.key if isinstance(d, Network) else d.settings() for d in denoisers.values()]
     differences: list[np.ndarray] = []
     shown = []
     with bar("Comparing", total=len(levels) * (1 + len(denoisers))) as progress:
@@ -113,8 +116,7 @@ def shared_bias(
             D_ideal = pieces.get(["ideal", sigma], lambda y=y, s=sigma: answers(ideal, y, s))  # type: ignore[misc]
             progress.advance()
             at = []
-            for denoiser in denoisers.values():
-                who = denoiser.key if isinstance(denoiser, Network) else denoiser.settings()
+            for who, denoiser in zip(map(json.dumps, asked), denoisers.values(), strict=True):
                 D = pieces.get([who, sigma], lambda y=y, s=sigma, d=denoiser: answers(d, y, s))  # type: ignore[misc]
                 at.append((D - D_ideal).double().flatten(1).numpy())
                 progress.advance()

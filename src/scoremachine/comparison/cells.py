@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,7 +70,7 @@ class Row:
     nearest: float
 
 
-def cells(N: int, steps: int, side: int) -> list[Cell]:
+def cells(N: int, steps: int, sides: Sequence[int]) -> list[Cell]:
     """The study of a corpus of N images: sizes of the set, times, and kinds of networks."""
     most = N - min(HELD_OUT, N // 4)
     sizes = [n for n in (100, 300, 1_000, 3_000, 10_000) if n < most]
@@ -84,7 +85,7 @@ def cells(N: int, steps: int, side: int) -> list[Cell]:
         ("group normalisation", "resnet", {"normalised": True}),
         ("MLP", "mlp", {}),
     ]
-    if side % 4 == 0:
+    if not any(side % 4 for side in sides):
         variants[5:5] = [
             ("U-Net", "unet", {}),
             ("U-Net, attention", "unet-attention", {}),
@@ -132,7 +133,7 @@ def study(
     order = np.random.default_rng(seed).permutation(N)
     held, rest = order[: min(HELD_OUT, N // 4)], order[min(HELD_OUT, N // 4) :]
     rows: list[Row] = []
-    todo = list(chosen if chosen is not None else cells(N, steps, corpus.shape[1]))
+    todo = list(chosen if chosen is not None else cells(N, steps, corpus.shape[1:]))
     with bar("Studying", total=len(todo)) as progress:
         # longer trainings of the same network go on from shorter ones
         for cell in sorted(todo, key=lambda c: c.steps):
@@ -159,7 +160,16 @@ def _trained(cell: Cell, part: Corpus, how: Training, out: Path) -> tuple[Networ
     folder = out / what
     finished = folder / f"{cell.steps}"
     if (finished / "network.json").exists():
-        return Network.load(finished), finished
+        network = Network.load(finished)
+        known = network.card["training"]
+        asked = {**how.settings(), "corpus_digest": part.digest, "steps": cell.steps}
+        differing = [name for name, value in asked.items() if known.get(name) != value]
+        if differing:
+            raise ValueError(
+                f"{finished} holds a network of another {', '.join(differing)}; going on needs the "
+                "same study: repeat the command, or choose another --out"
+            )
+        return network, finished
     network = train(part, cell.network, folder, how, True, **dict(cell.settings))
     network.save(finished)
     return network, finished
@@ -176,7 +186,7 @@ def _measured(
     seed: int,
     folder: Path,
 ) -> list[Row]:
-    asked = [list(machines), count, pictures, everywhere, seed]
+    asked = [list(machines), count, pictures, everywhere, seed, network.key, part.digest]
     path = folder / "compared.json"
     if path.exists():
         kept = json.loads(path.read_text())
@@ -202,6 +212,7 @@ def _measured(
         })  # fmt: skip
     with written(path) as temporary:
         temporary.write_text(json.dumps({"asked": asked, "rows": rows}))
+    shutil.rmtree(folder / ".unfinished", ignore_errors=True)
     return [_row(cell, fields) for fields in rows]
 
 

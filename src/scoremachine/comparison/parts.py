@@ -240,13 +240,15 @@ def entered(
 ) -> dict[str, Machine]:
     """Machines by label, made of the images at `source` where they are named."""
     made: dict[str, Machine] = {}
+    whole = corpus.subset(source)  # one copy for all
     for each in machines:
         if isinstance(each, Machine):
             label, machine = each.name, each
         else:
             entrant = Entrant.of(each)
-            some = corpus.subset(fewer(entrant.name, source, everywhere))
-            label, machine = entrant.label, build(entrant.name, some, **entrant.settings)
+            some = fewer(entrant.name, source, everywhere)
+            part = whole if len(some) == len(source) else corpus.subset(some)
+            label, machine = entrant.label, build(entrant.name, part, **entrant.settings)
         if label in made:
             raise ValueError(f"{label} is there twice; give every machine once")
         made[label] = machine
@@ -260,17 +262,19 @@ def apart(
     N = len(corpus)
     known = [network.unseen(corpus) for network in networks]
     common = _common(known) if known else None
-    if common is not None and len(common):
+    if common is not None and len(common) >= 2:
         # the networks have seen none of them, so the machines do not either
         return common[:pictures], np.setdiff1d(np.arange(N), common)
     if N < 2:
         raise ValueError(f"the corpus {corpus.name!r} has one image; none can be held out")
     if networks:
         names = ", ".join(network.name for network in networks)
-        say(
-            f"nobody knows which images of {corpus.name} {names} was trained on: those that are "
-            "held out here it may have seen"
+        why = (
+            f"nobody knows which images of {corpus.name} {names} was trained on"
+            if common is None
+            else f"{names} left out too few images of {corpus.name} in common"
         )
+        say(f"{why}: those that are held out here may have been seen")
     order = np.random.default_rng(seed).permutation(N)
     held = np.sort(order[: min(pictures, N // 2)])
     return held, np.setdiff1d(np.arange(N), held)

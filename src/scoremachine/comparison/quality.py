@@ -105,7 +105,7 @@ def qualities(
         machines: As `compare`'s.
         corpus: The images; held-out ones are what the pictures are held against.
         count: How many pictures of each, >= 2.
-        steps: Noise levels that a picture visits.
+        steps: Noise levels that a picture visits, on the first network's schedule if there is one.
         seed: Of all noise.
         everywhere: Images, at most, of machines that look at every position.
 
@@ -127,6 +127,9 @@ def qualities(
             "larger corpus"
         )
     made = entered(machines, corpus, source, everywhere)
+    if networks:  # everybody goes the same way
+        schedule = networks[0].schedule
+        made = {label: m.remade(m.corpus, schedule=schedule) for label, m in made.items()}
     ideal = build("ideal", corpus.subset(source))
     assert isinstance(ideal, IdealScore)
     real = np.asarray(corpus.images[held])
@@ -145,12 +148,13 @@ def qualities(
 
     found = [judged(UNSEEN, real[one], known[other], math.nan)]
     with bar("Drawing", total=len(networks) + len(made)) as progress:
-        for label, denoiser in [*((n.name, n) for n in networks), *made.items()]:
+        everybody: list[tuple[str, Network | Machine]] = [(n.name, n) for n in networks]
+        for label, denoiser in [*everybody, *made.items()]:
             start = time.perf_counter()
             if isinstance(denoiser, Network):
                 x = denoiser.draw(count, steps, seed)
             else:
-                x = generate(denoiser, count, steps, seed)
+                x = generate(denoiser, count, steps, seed, bandwidth=denoiser.bandwidth)
             found.append(
                 judged(label, drawing.to_uint8(x.numpy()), known, time.perf_counter() - start)
             )

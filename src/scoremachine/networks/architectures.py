@@ -213,4 +213,20 @@ def architecture(name: str, shape: Shape, **settings: Any) -> tuple[nn.Module, d
         if type(value) is int and value < (0 if setting == "attention" else 1):
             raise ValueError(f"{setting} is {value!r}; expected a positive whole number")
     chosen = {**known, **settings}
-    return make(shape, **chosen), chosen
+    try:
+        return make(shape, **chosen), chosen
+    except (AssertionError, RuntimeError) as error:
+        raise _no_such(name, chosen, error) from None
+    except ValueError as error:
+        if "num_groups" in str(error):  # torch's own words
+            raise _no_such(name, chosen, error) from None
+        raise
+
+
+def _no_such(name: str, chosen: dict[str, Any], error: Exception) -> ValueError:
+    said = ", ".join(f"{k}={v}" for k, v in chosen.items())
+    why = f" ({error})" if str(error) else ""
+    return ValueError(
+        f"there is no network {name!r} with {said}{why}: widths are even, multiples of 8 where "
+        "they are normalised, and multiples of the heads of attention"
+    )

@@ -15,6 +15,15 @@ from scoremachine.progress import say
 
 UNET, BINARY = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+)
 PICKLES = ("adm", "edm", "eldm", "jit", "vdm")  # azula's plug-ins whose weights are pickles
 LATENT = ("flux", "sana", "sd")  # those that denoise no pixels
 
@@ -116,12 +125,25 @@ def read_diffusers(folder: Path) -> tuple[Any, str, DiscreteSchedule, tuple[int,
         scheduler = scheduler_of()
     else:
         known = read_json(noise / "scheduler_config.json", "expected a scheduler of diffusers")
-        scheduler = scheduler_of.from_config(known)
+        if known.get("_class_name") not in SCHEDULERS:
+            raise ValueError(
+                f"{noise} adds noise as {known.get('_class_name')} does; only schedulers with the "
+                f"noise levels of DDPM can be read: {', '.join(SCHEDULERS)}"
+            )
+        try:
+            scheduler = scheduler_of.from_config(known)
+        except Exception as error:
+            raise ValueError(f"{noise} holds no scheduler that can be read ({error})") from None
     prediction = PREDICTIONS.get(scheduler.config.prediction_type)
     if prediction is None:
         raise ValueError(
             f"{noise} predicts {scheduler.config.prediction_type!r}; expected one of "
             f"{', '.join(PREDICTIONS)}"
+        )
+    left = scheduler.alphas_cumprod
+    if not bool(((left > 0) & (left < 1)).all()):
+        raise ValueError(
+            f"{noise} has a step of pure noise (zero terminal SNR); D has no place for it there"
         )
     H, W = (side, side) if isinstance(side, int) else side
     schedule = DiscreteSchedule(scheduler.alphas_cumprod.double().numpy())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import uuid
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from azula.denoise import Denoiser, DiracPosterior, KarrasDenoiser, Posterior
+from azula.nn.utils import get_module_dtype
 from azula.noise import CosineSchedule, Schedule, VPSchedule
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -48,7 +48,8 @@ class Predicted(Denoiser):
                                                                 (Salimans & Ho 2202.00512)
 
     Arguments:
-        f: Takes x_t (B, C, H, W) and what `times` makes of t (B,); returns the shape of x_t.
+        f: Takes x_t (B, C, H, W) and what `times` makes of t (B,), in the type of its parameters
+            or float32; returns the shape of x_t.
         prediction: "x0", "eps" or "v".
         schedule: An azula schedule.
         times: What f calls the time t in [0, 1]; None: t itself.
@@ -71,13 +72,16 @@ class Predicted(Denoiser):
         t = torch.as_tensor(t).to(x_t.device)
         alpha, sigma = (v.to(x_t).reshape(-1, 1, 1, 1) for v in self.schedule(t))
         t = (t if self.times is None else self.times(t)).expand(len(x_t))
-        f = self.f(x_t, t, **kwargs)
+        # None for a module without parameters
+        kind = get_module_dtype(self.f) if isinstance(self.f, nn.Module) else torch.float32
+        f = self.f(x_t.to(kind), t.to(kind), **kwargs)
         if not isinstance(f, Tensor) or f.shape != x_t.shape:
             shape = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
             raise ValueError(
                 f"the network answers {shape} to pictures of shape {tuple(x_t.shape)}; expected "
                 "a tensor of the same shape"
             )
+        f = f.to(x_t)
         if self.prediction == "eps":
             f = (x_t - sigma * f) / alpha
         elif self.prediction == "v":
@@ -126,6 +130,7 @@ class Network(Denoiser):
         self.denoiser, self.schedule = denoiser, denoiser.schedule
         C, H, W = shape
         self.shape, self.name, self.card = (C, H, W), name, card or {}
+        self._drawn = uuid.uuid4().bytes
 
     @classmethod
     def of(
@@ -152,7 +157,7 @@ class Network(Denoiser):
             ValueError: As `Machine.denoise`, or for a noise level outside the network's schedule.
         """
         _, levels = checked(y, sigma, self.shape, f"the network {self.name!r} was made for")
-        t = torch.tensor([self.time(float(s)) for s in levels], dtype=torch.float64)
+        t = torch.tensor([self.time(float(s)) for s in levels], dtype=torch.float64).to(y.device)
         alpha, _ = self.schedule(t)
         x_t = alpha.to(y).reshape(-1, 1, 1, 1) * y
         parts = [self(x_t[k : k + BATCH], t[k : k + BATCH]).mean for k in range(0, len(y), BATCH)]
@@ -168,10 +173,14 @@ class Network(Denoiser):
     def check_corpus(self, corpus: Corpus) -> None:
         """ValueError unless a corpus has pictures of its shape."""
         if corpus.shape != self.shape:
+            C, H, W = self.shape
+            how = f"size={H if H == W else (H, W)}" if corpus.shape[1:] != (H, W) else ""
+            if corpus.shape[0] != C:
+                gray = "grayscale=True" if C == 1 else f"pictures of {C} channels"
+                how = f"{how} and {gray}" if how else gray
             raise ValueError(
                 f"the network {self.name!r} was made for pictures of shape {self.shape}, and "
-                f"{corpus.name!r} has {corpus.shape}: open the corpus with size="
-                f"{min(self.shape[1:])}"
+                f"{corpus.name!r} has {corpus.shape}: open the corpus with {how}"
             )
 
     def time(self, sigma: float) -> float:
@@ -192,13 +201,23 @@ class Network(Denoiser):
             return self
         return Network(Under(self, schedule), self.shape, self.name, self.card)
 
-    @functools.cached_property
+    @property
     def key(self) -> str:
-        """A digest of its weights; where it has none, nobody knows it again, and it is drawn."""
+        """A digest of all that decides its answers: weights, card, prediction and schedule.
+
+        A network without weights is known by a number drawn when it is made.
+        """
         weights = self.state_dict()
-        digest = hashlib.sha256(b"" if weights else uuid.uuid4().bytes)
+        digest = hashlib.sha256(b"" if weights else self._drawn)
         for name, value in sorted(weights.items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+            whole = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(name.encode() + whole.numpy().tobytes())
+        prediction = getattr(self.denoiser, "prediction", type(self.denoiser).__name__)
+        ends = torch.linspace(0, 1, 9, dtype=torch.float64)
+        levels = [v.tolist() for v in self.schedule(ends)]
+        training = self.card.get("training", {})
+        known = [self.card.get(k) for k in ("architecture", "settings")] + [training]
+        digest.update(json.dumps([prediction, levels, known], default=str).encode())
         return digest.hexdigest()[:16]
 
     def levels(self) -> tuple[float, float]:
@@ -215,7 +234,7 @@ class Network(Denoiser):
     def unseen(self, corpus: Corpus) -> np.ndarray | None:
         """Positions of the images of a corpus that it has not been trained on; None: unknown."""
         training = self.card.get("training", {})
-        if training.get("corpus_digest") != corpus.digest or not training["held_out"]:
+        if training.get("corpus_digest") != corpus.digest:
             return None
         return np.asarray(training["held_out"], dtype=np.int64)
 
@@ -253,15 +272,17 @@ class Network(Denoiser):
         """A network from a folder that `save` or diffusers wrote, or one that comes along.
 
         Arguments:
-            name: One of `built_in()`; or a folder: `save`'s, or that of a UNet2DModel of diffusers
-                or its pipeline, with safetensors.
+            name: A folder: `save`'s, or that of a UNet2DModel of diffusers or its pipeline, with
+                safetensors; or, where there is no folder of that name, one of `built_in()`.
 
         Raises:
             ValueError: Where there is no such network, or a damaged one, or a pickle.
         """
         if str(name).startswith("azula:"):
             refuse_plugin(str(name))
-        folder = BUILT_IN / name if name in built_in() else Path(name)
+        folder = Path(name)
+        if not folder.is_dir() and name in built_in():
+            folder = BUILT_IN / name
         if not (folder / CARD).exists() and is_diffusers(folder):
             return cls._of_diffusers(folder)
         card = read_json(folder / CARD, NO_NETWORK.format(", ".join(built_in()) or "none"))
@@ -273,6 +294,7 @@ class Network(Denoiser):
         try:
             network = cls.made(card["architecture"], tuple(card["shape"]), **card["settings"])
             network.backbone.load_state_dict(load_file(folder / WEIGHTS))
+            network.schedule = network.denoiser.schedule = SCHEDULES[card["schedule"]]()
         except ValueError:
             raise
         except Exception as error:
@@ -281,7 +303,6 @@ class Network(Denoiser):
                 "the file is cut short, or the card is another network's"
             ) from None
         network.card, network.name = card, folder.resolve().name
-        network.schedule = network.denoiser.schedule = SCHEDULES[card["schedule"]]()
         return network.eval().requires_grad_(False)
 
     @classmethod

@@ -62,6 +62,8 @@ class Training:
 
     def __post_init__(self) -> None:
         check_integer("batch", self.batch)
+        if isinstance(self.held_out, int | np.integer) and self.held_out < 0:
+            raise ValueError(f"held_out is {self.held_out}; expected how many images, 0 or more")
         check_name("precision", self.precision, PRECISIONS)
         check_name("device", self.device, ("auto", "cpu", "cuda"))
         if self.steps is not None:
@@ -83,7 +85,7 @@ class Training:
 
     def left_out(self, N: int) -> np.ndarray:
         """Positions of the images, of N, that are not trained on."""
-        if self.held_out is not None and not isinstance(self.held_out, int):
+        if self.held_out is not None and not isinstance(self.held_out, int | np.integer):
             positions = np.unique(np.asarray(self.held_out, dtype=np.int64))
             if len(positions) and not 0 <= positions[0] <= positions[-1] < N:
                 raise ValueError(f"held_out names images outside 0 to {N - 1}")
@@ -98,6 +100,7 @@ class Training:
             "rate": self.rate,
             "seed": self.seed,
             "precision": self.precision,
+            "device": self.device,
         }
 
 
@@ -118,6 +121,7 @@ class State:
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)  # of LOSSES steps each
+    recent: list[float] = field(default_factory=list)  # of the steps since
 
     def tensors(self) -> dict[str, Tensor]:
         """All that goes on a disk."""
@@ -129,7 +133,8 @@ class State:
 
     def save(self, path: Path, asked: dict[str, Any]) -> None:
         """Writes a checkpoint."""
-        note = {"asked": asked, "step": self.step, "seconds": self.seconds, "losses": self.losses}
+        note = {"asked": asked, "step": self.step, "seconds": self.seconds,
+                "losses": self.losses, "recent": self.recent}  # fmt: skip
         with written(path) as temporary:
             save_file(self.tensors(), temporary, metadata={"training": json.dumps(note)})
 
@@ -165,6 +170,7 @@ class State:
             moments.setdefault(int(k), {})[which] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.step, self.seconds, self.losses = note["step"], note["seconds"], note["losses"]
+        self.recent = note.get("recent", [])
 
 
 def train(
@@ -180,7 +186,7 @@ def train(
     It minimises the mean squared error of D, weighted as in EDM (Karras et al. 2206.00364), at
     times that fall evenly on azula's CosineSchedule, and gives the average of the weights on the
     way (Karras et al. 2312.02696). Everything drawn at step k comes from (seed, k), so an
-    interrupted training that goes on ends bit for bit as one that was not.
+    interrupted training that goes on ends bit for bit as one that was not, on a CPU.
 
     Arguments:
         corpus: The images; some are held out, see `Training`.
@@ -192,7 +198,8 @@ def train(
         settings: Of the network, as width and depth.
 
     Raises:
-        ValueError: For an unknown name or setting, or a corpus of one image.
+        ValueError: For an unknown name or setting, a corpus all of which is held out, or a
+            checkpoint of another training, or of more steps.
     """
     how = training or Training()
     N = len(corpus)
@@ -207,12 +214,21 @@ def train(
     average = deepcopy(network).requires_grad_(False)
     # steps do not differ in kind, so that Adam can be told its rate each time
     state = State(network, average, torch.optim.Adam(network.parameters(), lr=how.rate))
-    held = len(unseen) if how.held_out is None or isinstance(how.held_out, int) else unseen.tolist()
+    held = (
+        len(unseen)
+        if how.held_out is None or isinstance(how.held_out, int | np.integer)
+        else unseen.tolist()
+    )
     asked = {"architecture": architecture, "settings": network.card["settings"],
              "corpus": corpus.digest, "images": N, "held_out": held, **how.settings()}  # fmt: skip
     folder = None if out is None else Path(out)
     if folder is not None and resume and (folder / CHECKPOINT).exists():
         state.load(folder / CHECKPOINT, asked)
+        if how.steps is not None and state.step > how.steps:
+            raise ValueError(
+                f"{folder} holds a training of {state.step:,} steps; ask for as many or more, or "
+                "choose another --out"
+            )
     kept = time.monotonic()
 
     def keep() -> None:
@@ -222,18 +238,20 @@ def train(
     try:
         for _ in _steps(state, how, corpus, seen):
             if time.monotonic() - kept > EVERY:
+                _check(state, how)
                 keep()
                 kept = time.monotonic()
     except KeyboardInterrupt:
         keep()
         raise
+    _check(state, how)
     keep()
     result = state.average.to("cpu").eval()
     result.card["training"] = {
         **how.settings(), "corpus": corpus.name, "corpus_digest": corpus.digest,
         "images": len(seen), "held_out": unseen.tolist(), "steps": state.step,
         "seconds": round(state.seconds, 1),
-        "device": how.device, "loss": state.losses[-1] if state.losses else None,
+        "loss": state.losses[-1] if state.losses else None,
         "parameters": result.parameters_count,
     }  # fmt: skip
     if folder is not None:
@@ -246,7 +264,6 @@ def _steps(state: State, how: Training, corpus: Corpus, seen: np.ndarray) -> Ite
     """Steps until it is time to stop."""
     by_time = how.steps is None
     total = how.seconds if by_time else how.steps
-    recent: list[Tensor] = []
     with bar("Training", total=total) as progress:
         progress.advance(state.seconds if by_time else state.step)
         while not (
@@ -255,11 +272,11 @@ def _steps(state: State, how: Training, corpus: Corpus, seen: np.ndarray) -> Ite
         ):
             start = time.perf_counter()
             with _whole():
-                recent.append(_step(state, how, corpus, seen))
+                state.recent.append(float(_step(state, how, corpus, seen)))
                 state.step += 1
                 if state.step % LOSSES == 0:
-                    state.losses.append(float(torch.stack(recent[-LOSSES:]).mean()))
-                    recent.clear()
+                    state.losses.append(float(np.mean(state.recent)))
+                    state.recent.clear()
                     _check(state, how)
                 took = time.perf_counter() - start
                 state.seconds += took
@@ -268,9 +285,10 @@ def _steps(state: State, how: Training, corpus: Corpus, seen: np.ndarray) -> Ite
 
 
 def _check(state: State, how: Training) -> None:
-    if not math.isfinite(state.losses[-1]):
+    latest = [*state.losses[-1:], *state.recent]
+    if not all(map(math.isfinite, latest)):
         raise ValueError(
-            f"the loss is {state.losses[-1]} at step {state.step}: train again with a rate lower "
+            f"the loss is {latest[-1]} at step {state.step}: train again with a rate lower "
             f"than {how.rate}"
         )
 
