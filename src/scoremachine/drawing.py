@@ -345,9 +345,12 @@ def save_study(rows: Sequence[Row], path: Path) -> None:
                 places = np.array([getattr(r.cell, group) for r in some])
                 axes.errorbar(places, middle, ends, marker="o", ms=4, lw=1.2, **shown)
                 axes.set_xscale("log")
+                axes.set_xticks(places, [f"{place:,}" for place in places], fontsize=7)
+                axes.minorticks_off()
         what = {"images": "training images", "steps": "steps of training", "network": ""}
         axes.set(ylim=(0, 1.02), xlabel=what[group], ylabel="r² of samples with the machine's")
         axes.grid(alpha=0.2)
-    panels[0].legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, loc="lower right")
     with written(path) as temporary:
         figure.savefig(temporary, dpi=90)
