@@ -387,21 +387,31 @@ def test_a_network_is_trained_and_compared(inside, tmp_path):
         assert Image.open(tmp_path / "out" / name).size[0] > 100
 
 
-def test_an_interrupted_training_is_resumed(tmp_path):
+def test_an_interrupted_training_is_resumed(inside, tmp_path):
     words = [
-        sys.executable, "-m", "scoremachine", "train", "--data", "digits", "--set", "width=16",
+        "train", "--data", "digits", "--limit", "60", "--set", "width=8", "--set", "depth=1",
         "--precision", "float32", "--out", str(tmp_path / "n"),
     ]  # fmt: skip
-    process = subprocess.Popen([*words, "--budget", "10m"], stderr=subprocess.PIPE, text=True)
-    time.sleep(12)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    eager = (
+        "import sys; from scoremachine import cli; from scoremachine.networks import training; "
+        "training.EVERY = 0.0; sys.argv[0] = 'scoremachine'; cli.main()"
+    )  # keeps a checkpoint of every step
+    process = subprocess.Popen(
+        [sys.executable, "-c", eager, *words, "--budget", "1h"], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "n" / "training.safetensors").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "--resume" in said
     assert {p.name for p in (tmp_path / "n").iterdir()} == {"training.safetensors"}
-    done = subprocess.run(
-        [*words, "--budget", "1s", "--resume"], capture_output=True, text=True, timeout=120
-    )
+    done = inside(*words, "--budget", "1s", "--resume")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "n" / "network.safetensors").exists()
 
