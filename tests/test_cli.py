@@ -153,6 +153,16 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def started(command):
+    """A process that hears Ctrl-C, even where the tests themselves were started not to."""
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 def long_run(out, *words):
     return [
         sys.executable, "-m", "scoremachine", "generate", "--data", "digits", "--machine", "els",
@@ -164,7 +174,7 @@ def long_run(out, *words):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, how):
     out = tmp_path / "run"
-    process = subprocess.Popen(long_run(out), stderr=subprocess.PIPE, text=True)
+    process = started(long_run(out))
     try:
         deadline = time.monotonic() + 120
         while len(list(out.glob(".unfinished/[0-9]*.npz"))) < 3 and time.monotonic() < deadline:
@@ -396,9 +406,7 @@ def test_an_interrupted_training_is_resumed(inside, tmp_path):
         "import sys; from scoremachine import cli; from scoremachine.networks import training; "
         "training.EVERY = 0.0; sys.argv[0] = 'scoremachine'; cli.main()"
     )  # keeps a checkpoint of every step
-    process = subprocess.Popen(
-        [sys.executable, "-c", eager, *words, "--budget", "1h"], stderr=subprocess.PIPE, text=True
-    )
+    process = started([sys.executable, "-c", eager, *words, "--budget", "1h"])
     try:
         deadline = time.monotonic() + 200
         while not (tmp_path / "n" / "training.safetensors").exists():
