@@ -215,8 +215,9 @@ class Network(Denoiser):
         prediction = getattr(self.denoiser, "prediction", type(self.denoiser).__name__)
         ends = torch.linspace(0, 1, 9, dtype=torch.float64)
         levels = [v.tolist() for v in self.schedule(ends)]
+        known = [self.card.get(name) for name in ("architecture", "settings")]
         training = self.card.get("training", {})
-        known = [self.card.get(k) for k in ("architecture", "settings")] + [training]
+        known += [training.get(name) for name in ("corpus_digest", "held_out")]
         digest.update(json.dumps([prediction, levels, known], default=str).encode())
         return digest.hexdigest()[:16]
 
