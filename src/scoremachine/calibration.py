@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from scoremachine.corpus import Corpus
-from scoremachine.files import written
+from scoremachine.files import write_text
 from scoremachine.progress import bar, say
 from scoremachine.schedules import (
     LOCALITIES,
@@ -170,8 +170,7 @@ def calibrate(
         parts = parts_for(machine, held_out, seed, network)
     unfinished = path.with_name(f"{path.stem}-unfinished.json")
     found = _measure(machine, levels, parts, candidates, hs, seed, unfinished, network)
-    with written(path) as temporary:
-        temporary.write_text(json.dumps(asdict(found)))
+    write_text(path, json.dumps(asdict(found)))
     unfinished.unlink(missing_ok=True)
     return found
 
@@ -263,8 +262,7 @@ def _measure(
         progress.advance(len(levels) * rounds)
         for sigma in map(float, sigmas[len(levels) :]):
             levels.append(level(sigma))
-            with written(unfinished) as temporary:
-                temporary.write_text(json.dumps(levels))
+            write_text(unfinished, json.dumps(levels))
     columns = ("value_errors", "bandwidth_errors", "chosen", "chosen_bandwidths")
     found = {
         column: [level[column] for level in levels if column in level]

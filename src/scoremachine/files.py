@@ -32,6 +32,12 @@ def written(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text whole."""
+    with written(path) as temporary:
+        temporary.write_text(text)
+
+
 def read_json(path: Path, expected: str) -> dict[str, Any]:
     """An object from a JSON file; a ValueError that says what was expected where there is none."""
     try:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -137,11 +137,15 @@ class HeatMaps:
             for time in times:
                 t = torch.tensor(float(time))
                 alpha, sigma = denoiser.schedule(t)
+
+                def mean(x_t: Tensor, t: Tensor = t) -> Tensor:
+                    return denoiser(x_t, t).mean
+
                 total = torch.zeros(H * W, H * W, dtype=torch.float64)
                 for x_t in alpha * x + sigma * eps:
                     for start in range(0, C * H * W, batch):
                         d = torch.arange(start, min(start + batch, C * H * W))
-                        g = _gradients(denoiser, x_t, t, d) * alpha
+                        g = gradients(mean, x_t, d) * alpha
                         total.index_add_(0, d % (H * W), (g.double() ** 2).sum(1).flatten(1))
                         progress.advance(len(d))
                 maps.append((total / len(x)).float().numpy())
@@ -149,9 +153,9 @@ class HeatMaps:
         return cls(sigmas, np.stack(maps))
 
 
-def _gradients(denoiser: Denoiser, x_t: Tensor, t: Tensor, d: Tensor) -> Tensor:
-    """The gradients of the outputs d by the input, (n, C, H, W)."""
-    copies = x_t.expand(len(d), *x_t.shape).clone().requires_grad_()
+def gradients(f: Callable[[Tensor], Tensor], x: Tensor, d: Tensor) -> Tensor:
+    """The gradients of the outputs d (n,) of f by its input x (C, H, W): (n, C, H, W)."""
+    copies = x.expand(len(d), *x.shape).clone().requires_grad_()
     with torch.enable_grad():
-        mean = denoiser(copies, t).mean.flatten(1)
-        return torch.autograd.grad(mean.gather(1, d[:, None]).sum(), copies)[0]
+        outputs = f(copies).flatten(1)
+        return torch.autograd.grad(outputs.gather(1, d[:, None]).sum(), copies)[0]

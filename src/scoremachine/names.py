@@ -1,9 +1,10 @@
-"""Names that nobody knows: an error that says which are known, and which was probably meant."""
+"""Words: names that nobody knows, and which were probably meant; numbers, where they are some."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 def unknown(met: str, name: object, known: Iterable[str], near: Iterable[str] = ()) -> str:
@@ -18,3 +19,16 @@ def check_name(what: str, name: object, known: Iterable[str]) -> None:
     """Raises a ValueError unless `name` is known; `what` is what it names, as "machine"."""
     if name not in (known := list(known)):
         raise ValueError(unknown(f"no {what} is called {name!r}", name, known))
+
+
+def number(text: str, kind: type, otherwise: Any) -> Any:
+    """`text` as a number of a kind, or else what it is otherwise."""
+    try:
+        return kind(text)
+    except ValueError:
+        return otherwise
+
+
+def any_number(text: str) -> Any:
+    """`text` as an int or a float, where it is one."""
+    return number(text, int, number(text, float, text))

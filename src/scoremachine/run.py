@@ -32,7 +32,7 @@ from scoremachine.comparison import (
 from scoremachine.comparison.parts import apart, entered
 from scoremachine.corpus import Corpus
 from scoremachine.errors import Errors, denoising_errors, fewer
-from scoremachine.files import written
+from scoremachine.files import write_text, written
 from scoremachine.machines import BoxMachine, IdealScore, Machine, build
 from scoremachine.machines.machine import Label
 from scoremachine.names import check_name
@@ -138,8 +138,7 @@ class Run:
                     )
                 return path == record
         shutil.rmtree(self.unfinished, ignore_errors=True)
-        with written(notes) as temporary:
-            temporary.write_text(json.dumps(asked))
+        write_text(notes, json.dumps(asked))
         return False
 
     def _kept(self, i: int) -> Path:
@@ -204,8 +203,7 @@ class Run:
             "seconds_generating": round(generating, 3),
             "versions": versions(),
         }
-        with written(self.out / "run.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
+        write_text(self.out / "run.json", json.dumps(record, indent=2) + "\n")
         shutil.rmtree(self.unfinished, ignore_errors=True)
 
 
@@ -293,21 +291,20 @@ def calibrate_corpus(
     prototype = build(machine, corpus, **settings)
     if network is not None:
         sigmas = sigmas[(sigmas >= network.levels()[0]) & (sigmas <= network.levels()[1])]
-    parts = parts_for(prototype, held_out, seed, network)
-    asked: dict[str, Any] = {"seed": seed, "parts": parts}
-    found = calibration.calibrate(prototype, sigmas, held_out, **asked, network=network)
-    exchange = None
-    if network is not None and found.chosen:
-        truth = calibration.calibrate(prototype, sigmas, held_out, **asked)
-        exchange, beside = Exchange.of(truth, found), beside or truth.locality
-    target = () if network is None else (f"the network {network.name}",)
-    tables.print_calibration(found, beside, *target)
+    found = calibration.calibrate(prototype, sigmas, held_out, seed=seed, network=network)
+    target, exchange = tables.TRUTH, None
+    if network is not None:
+        target = f"the network {network.name}"
+        if found.chosen:
+            parts = parts_for(prototype, held_out, seed, network)
+            truth = calibration.calibrate(prototype, sigmas, held_out, seed=seed, parts=parts)
+            exchange, beside = Exchange.of(truth, found), beside or truth.locality
+    tables.print_calibration(found, beside, target)
     if exchange is not None:
         tables.print_exchange(exchange)
     if out is not None:
         record = asdict(found) | ({"exchange": asdict(exchange)} if exchange else {})
-        with written(Path(out) / "calibration.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(Path(out) / "calibration.json", json.dumps(record, indent=1) + "\n")
         drawing.save_calibration(found, Path(out) / "calibration.png", beside)
         print(f"curves: {Path(out) / 'calibration.png'}")
     return found
@@ -365,7 +362,7 @@ def train_network(
     resume: bool,
     settings: dict[str, Any],
 ) -> Network:
-    """Trains a network into `out`, and says how well it denoises what it has not seen."""
+    """Trains a network into `out`, and says for how long."""
     network = train(corpus, architecture, out, how, resume, **settings)
     trained = network.card["training"]
     print(
@@ -454,19 +451,17 @@ def measure_sensitivity(
         network.check_corpus(corpus)
     held, source = apart(networks, corpus, check_integer("count", count), seed)
     denoisers: dict[str, Network | Machine] = {network.name: network for network in networks}
-    denoisers |= entered(machines, corpus, source, everywhere)
+    denoisers |= entered(machines, source, everywhere)
     if not denoisers:
         raise ValueError("there is neither a network nor a machine to look at; give one")
-    found, sizes = [], {}
+    found, sizes, unseen = [], {}, corpus.subset(held)
     with bar("Differentiating", total=len(denoisers)) as progress:
         for label, denoiser in denoisers.items():
-            unseen = corpus.subset(held)
             found.append(sensitivity(denoiser, unseen, sigmas, label, count, pixels, seed))
             if isinstance(denoiser, BoxMachine):
                 sizes[label] = [denoiser.local_at(sigma) for sigma in sigmas]
             progress.advance()
-    with written(Path(out) / "sensitivity.csv") as temporary:
-        temporary.write_text(tables.sensitivities_csv(found, sizes))
+    write_text(Path(out) / "sensitivity.csv", tables.sensitivities_csv(found, sizes))
     with written(Path(out) / "sensitivity.npz") as temporary, temporary.open("wb") as file:
         maps: dict[str, Any] = {s.label: s.maps for s in found}
         np.savez_compressed(file, sigmas=np.asarray(sigmas), **maps)
@@ -489,10 +484,8 @@ def measure_errors(
     """Measures, prints the table, and writes denoising-error.csv, .md and .png to `out`."""
     sigmas = edm_sigmas(check_integer("steps", steps))
     found = denoising_errors(corpus, machines, sigmas, choosing, reporting, seed, published)
-    with written(Path(out) / "denoising-error.csv") as temporary:
-        temporary.write_text(tables.errors_csv(found))
-    with written(Path(out) / "denoising-error.md") as temporary:
-        temporary.write_text(tables.errors_markdown(found))
+    write_text(Path(out) / "denoising-error.csv", tables.errors_csv(found))
+    write_text(Path(out) / "denoising-error.md", tables.errors_markdown(found))
     drawing.save_errors(found, Path(out) / "denoising-error.png")
     tables.print_errors(found)
     print(f"curves: {Path(out) / 'denoising-error.png'}")

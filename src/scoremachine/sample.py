@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from scoremachine.machines.machine import Label, Machine
 from scoremachine.names import check_name
 from scoremachine.progress import bar
-from scoremachine.schedules import BandwidthSchedule, check_bandwidth, check_integer
+from scoremachine.schedules import BandwidthSchedule, check_bandwidth, check_integer, check_seed
 
 
 class EDMSchedule(Schedule):
@@ -177,8 +177,7 @@ def generate_batches(
     """
     check_integer("steps", steps)
     check_integer("batch", batch)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed is {seed!r}; expected a whole number that is 0 or more")
+    check_seed(seed)
     check_name("sampler", sampler, SAMPLERS)
     check_start(start)
     if not (label is None or isinstance(label, int | str)):

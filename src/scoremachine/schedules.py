@@ -18,6 +18,12 @@ def check_integer(what: str, value: object) -> int:
     return int(value)
 
 
+def check_seed(seed: object) -> None:
+    """ValueError unless a seed is a whole number that is 0 or more."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed is {seed!r}; expected a whole number that is 0 or more")
+
+
 def edm_sigmas(
     steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> np.ndarray:

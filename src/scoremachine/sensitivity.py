@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scoremachine.corpus import Corpus
+from scoremachine.heatmaps import gradients
 from scoremachine.progress import bar
 from scoremachine.schedules import check_integer
 
@@ -100,21 +102,13 @@ def sensitivity(
             pairs = np.zeros_like(squares)
             for y, outputs in zip(x + sigma * eps, asked, strict=True):
                 for first in range(0, len(outputs), BATCH):
-                    some = outputs[first : first + BATCH]
-                    for d, g in zip(some, _gradients(denoiser, y, sigma, some), strict=True):
-                        i, j = divmod(int(d) % (H * W), W)
+                    some = torch.from_numpy(outputs[first : first + BATCH])
+                    found = gradients(partial(denoiser.denoise, sigma=sigma), y, some)
+                    for d, g in zip(some.tolist(), found, strict=True):
+                        i, j = divmod(d % (H * W), W)
                         at = slice(H - 1 - i, 2 * H - 1 - i), slice(W - 1 - j, 2 * W - 1 - j)
                         squares[at] += (g.double() ** 2).sum(0).numpy()
                         pairs[at] += 1
                     progress.advance(len(some))
             maps.append(squares / np.maximum(pairs, 1))
     return Sensitivity(label, levels, np.stack(maps))
-
-
-def _gradients(denoiser: Denoises, y: Tensor, sigma: float, outputs: np.ndarray) -> Tensor:
-    """The gradients of some outputs by y, (n, C, H, W)."""
-    copies = y.expand(len(outputs), *y.shape).clone().requires_grad_()
-    with torch.enable_grad():
-        D = denoiser.denoise(copies, sigma).flatten(1)
-        chosen = D.gather(1, torch.from_numpy(outputs)[:, None]).sum()
-        return torch.autograd.grad(chosen, copies)[0]

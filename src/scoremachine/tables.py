@@ -9,13 +9,17 @@ import numpy as np
 from scoremachine.errors import Errors, ties
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from scoremachine.calibration import Calibration, Exchange
     from scoremachine.schedules import LevelSchedule
     from scoremachine.sensitivity import Sensitivity
 
+TRUTH = "the clean picture"
+
 
 def print_calibration(
-    c: Calibration, beside: LevelSchedule | None = None, target: str = "the clean picture"
+    c: Calibration, beside: LevelSchedule | None = None, target: str = TRUTH
 ) -> None:
     """Prints a row per noise level: what was chosen, and the error to `target` on other images."""
     from rich.console import Console
@@ -43,6 +47,14 @@ def print_calibration(
         row += [_mean_with_error(c.plain_errors[k]), _mean_with_error(c.errors[k])]
         table.add_row(*row)
     Console().print(table)
+
+
+def show(table: Table, width: int) -> None:
+    """Prints a table; where there is no terminal to fit into, as wide as it needs."""
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=width)).print(table)
 
 
 def print_exchange(e: Exchange) -> None:
@@ -81,7 +93,6 @@ def sensitivities_csv(found: list[Sensitivity], sizes: dict[str, list[Any]]) -> 
 
 def print_sensitivities(found: list[Sensitivity], sizes: dict[str, list[Any]]) -> None:
     """Prints a row per denoiser: the width of its map at each noise level, and its own size."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -95,9 +106,7 @@ def print_sensitivities(found: list[Sensitivity], sizes: dict[str, list[Any]]) -
     for s in found:
         own = [f" ({v:g})" for v in sizes[s.label]] if s.label in sizes else [""] * len(s.sigmas)
         table.add_row(s.label, *(f"{s.width(k)}{own[k]}" for k in range(len(s.sigmas))))
-    console = Console()
-    console = console if console.is_terminal else Console(width=30 + 12 * len(found[0].sigmas))
-    console.print(table)
+    show(table, 30 + 12 * len(found[0].sigmas))
 
 
 def errors_csv(found: list[Errors]) -> str:
@@ -117,7 +126,6 @@ def errors_csv(found: list[Errors]) -> str:
 
 def print_errors(found: list[Errors]) -> None:
     """Prints a row per machine and way, a column per noise level; the best and ties are marked."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -130,9 +138,7 @@ def print_errors(found: list[Errors]) -> None:
     for e, tied in zip(found, ties(found), strict=True):
         cells = [f"{m:.2g}" + ("*" if t else " ") for m, t in zip(e.mean, tied, strict=True)]
         table.add_row(e.label, *cells)
-    console = Console()
-    console = console if console.is_terminal else Console(width=40 + 12 * len(found[0].sigmas))
-    console.print(table)
+    show(table, 40 + 12 * len(found[0].sigmas))
 
 
 def errors_markdown(found: list[Errors]) -> str:

@@ -25,17 +25,16 @@ from scoremachine.cli.words import (
     Size,
     Strict,
     WindowName,
-    any_number,
     corpus_of,
     interruptible,
     known_schedule,
     machine_of,
     names_of,
     networks_and_corpus,
-    number,
     pairs,
     settings_of,
 )
+from scoremachine.names import any_number, number
 
 
 def generate(

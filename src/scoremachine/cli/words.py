@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scoremachine.names import check_name
+from scoremachine.names import any_number, check_name, number
 
 if TYPE_CHECKING:
     from scoremachine.corpus import Corpus
@@ -102,21 +102,15 @@ Machines = Annotated[
         "pspc:pspc-cifar10; +h for a calibrated bandwidth, as ls+h.",
     ),
 ]
-Networks = Annotated[
-    str | None,
-    typer.Option(help="Networks by commas, trained on the same images; see --network of compare."),
-]
 
 
 @contextmanager
-def interruptible(sentence: str | Callable[[], str]) -> Iterator[None]:
+def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
     """Ctrl-C ends the block with a sentence and exit code 130."""
     try:
         yield
     except KeyboardInterrupt:
-        print(
-            f"interrupted: {sentence if isinstance(sentence, str) else sentence()}", file=sys.stderr
-        )
+        print(f"interrupted: {sentence()}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -227,14 +221,3 @@ def pairs(texts: list[str] | None) -> list[tuple[str, str]]:
             raise ValueError(f"{text!r} names no value; expected NAME=VALUE")
         pairs.append((name.strip(), value.strip()))
     return pairs
-
-
-def number(text: str, kind: type, otherwise: Any) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        return otherwise
-
-
-def any_number(text: str) -> Any:
-    return number(text, int, number(text, float, text))

@@ -8,7 +8,6 @@ import numpy as np
 from scipy.stats import bootstrap
 
 DRAWS = 2000  # of a bootstrap
-MEASURES = ("mse", "cosine", "r", "r2", "R2")
 
 
 def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:

@@ -93,8 +93,8 @@ def shared_bias(
         for sigma in levels:
             network.time(sigma)
     held, source = apart(networks, corpus, pictures, seed)
-    made = entered(machines, corpus, source, everywhere)
-    ideal = build("ideal", corpus.subset(source))
+    made = entered(machines, source, everywhere)
+    ideal = build("ideal", source)
     x, eps = forward_pictures(corpus, held, seed)
     denoisers: dict[str, Network | Machine] = {}
     for network in networks:

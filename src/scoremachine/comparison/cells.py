@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from scoremachine.comparison.agreement import Summary
-from scoremachine.comparison.parts import answers, compare
+from scoremachine.comparison.parts import answers, compare, forward_pictures
 from scoremachine.corpus import Corpus
-from scoremachine.files import written
+from scoremachine.files import write_text
 from scoremachine.networks.network import Network
 from scoremachine.networks.training import Training, train
 from scoremachine.progress import bar
@@ -210,8 +209,7 @@ def _measured(
             "unseen": _error(network, part, unseen, seed),
             "nearest": float(found.distances["network"].mean()),
         })  # fmt: skip
-    with written(path) as temporary:
-        temporary.write_text(json.dumps({"asked": asked, "rows": rows}))
+    write_text(path, json.dumps({"asked": asked, "rows": rows}))
     shutil.rmtree(folder / ".unfinished", ignore_errors=True)
     return [_row(cell, fields) for fields in rows]
 
@@ -226,8 +224,7 @@ def _row(cell: Cell, fields: dict[str, Any]) -> Row:
 
 def _error(network: Network, corpus: Corpus, index: np.ndarray, seed: int) -> float:
     """The network's mean squared error on some images at noise level `MEMORY`."""
-    x = torch.from_numpy(np.array(corpus.images[index])).float() / 127.5 - 1
-    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    x, eps = forward_pictures(corpus, index, seed)
     D = answers(network, x + MEMORY * eps, MEMORY)
     return float(((D - x) ** 2).mean())
 

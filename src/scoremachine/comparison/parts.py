@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -14,13 +15,13 @@ import torch
 from azula.noise import Schedule
 from torch import Tensor
 
-from scoremachine.comparison.agreement import MEASURES, agreement
+from scoremachine.comparison.agreement import Summary, agreement
 from scoremachine.corpus import Corpus
 from scoremachine.errors import best_or_tied, fewer
 from scoremachine.files import written
 from scoremachine.heatmaps import UNREADABLE
 from scoremachine.machines import IdealScore, Machine, build, kind_of
-from scoremachine.names import check_name
+from scoremachine.names import any_number, check_name
 from scoremachine.networks.network import Network
 from scoremachine.progress import bar, say
 from scoremachine.sample import SAMPLERS, generate_batches, walk
@@ -62,17 +63,8 @@ class Entrant:
         if colon:
             if kind.locality is None:
                 raise ValueError(f"{kind.name} has no locality: use {kind.name!r} without a colon")
-            settings[kind.locality] = _number(value)
+            settings[kind.locality] = any_number(value)
         return cls(text.strip(), kind.name, settings)
-
-
-def _number(text: str) -> Any:
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text
 
 
 @dataclass
@@ -91,6 +83,14 @@ class Part:
     label: str
     sigmas: list[float]
     measures: dict[str, np.ndarray]
+
+    @functools.cached_property
+    def summaries(self) -> list[dict[str, Summary]]:
+        """Of every noise level, by measure."""
+        return [
+            {name: Summary.of(values[k]) for name, values in self.measures.items()}
+            for k in range(len(self.sigmas))
+        ]
 
 
 @dataclass
@@ -208,7 +208,7 @@ def compare(
     for sigma in levels:
         network.time(float(sigma))  # refuses what it does not know
     held, source = apart([network], corpus, pictures, seed)
-    made = entered(machines, corpus, source, everywhere)
+    made = entered(machines, source, everywhere)
     if not made:
         raise ValueError("there is no machine to compare with; give at least one")
     network = network.under(schedule)
@@ -224,7 +224,7 @@ def compare(
         parts += followed
         more, samples = one.samples(count)
         parts += more
-    nearest, distances = _nearest(samples, corpus.subset(source))
+    nearest, distances = _nearest(samples, source)
     settings = {
         "network": network.name, "network_key": network.key, "card": network.card,
         "machines": {k: m.settings() | {"images": len(m.corpus)} for k, m in made.items()},
@@ -236,18 +236,18 @@ def compare(
 
 
 def entered(
-    machines: Sequence[str | Machine], corpus: Corpus, source: np.ndarray, everywhere: int
+    machines: Sequence[str | Machine], source: Corpus, everywhere: int
 ) -> dict[str, Machine]:
-    """Machines by label, made of the images at `source` where they are named."""
+    """Machines by label, made of the source where they are named."""
     made: dict[str, Machine] = {}
-    whole = corpus.subset(source)  # one copy for all
+    whole = source.indices()
     for each in machines:
         if isinstance(each, Machine):
             label, machine = each.name, each
         else:
             entrant = Entrant.of(each)
-            some = fewer(entrant.name, source, everywhere)
-            part = whole if len(some) == len(source) else corpus.subset(some)
+            some = fewer(entrant.name, whole, everywhere)
+            part = source if len(some) == len(whole) else source.subset(some)
             label, machine = entrant.label, build(entrant.name, part, **entrant.settings)
         if label in made:
             raise ValueError(f"{label} is there twice; give every machine once")
@@ -257,14 +257,14 @@ def entered(
 
 def apart(
     networks: Sequence[Network], corpus: Corpus, pictures: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of images that neither the networks nor the machines see, and of the others."""
+) -> tuple[np.ndarray, Corpus]:
+    """Positions of images that neither the networks nor the machines see, and all others."""
     N = len(corpus)
     known = [network.unseen(corpus) for network in networks]
     common = _common(known) if known else None
     if common is not None and len(common) >= 2:
         # the networks have seen none of them, so the machines do not either
-        return common[:pictures], np.setdiff1d(np.arange(N), common)
+        return common[:pictures], corpus.subset(np.setdiff1d(np.arange(N), common))
     if N < 2:
         raise ValueError(f"the corpus {corpus.name!r} has one image; none can be held out")
     if networks:
@@ -277,7 +277,7 @@ def apart(
         say(f"{why}: those that are held out here may have been seen")
     order = np.random.default_rng(seed).permutation(N)
     held = np.sort(order[: min(pictures, N // 2)])
-    return held, np.setdiff1d(np.arange(N), held)
+    return held, corpus.subset(np.setdiff1d(np.arange(N), held))
 
 
 def _common(positions: list[np.ndarray | None]) -> np.ndarray | None:
@@ -415,6 +415,3 @@ def _nearest(
         places, far = ideal.nearest(torch.from_numpy(x).clamp(-1, 1))
         images[label], distances[label] = np.asarray(source.images[places.numpy()]), far.numpy()
     return images, distances
-
-
-__all__ = ["MEASURES", "Comparison", "Entrant", "Part", "compare"]

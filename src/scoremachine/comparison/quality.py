@@ -126,11 +126,11 @@ def qualities(
             f"{len(held)} images are held out; expected at least 4: train with more, or use a "
             "larger corpus"
         )
-    made = entered(machines, corpus, source, everywhere)
+    made = entered(machines, source, everywhere)
     if networks:  # everybody goes the same way
         schedule = networks[0].schedule
         made = {label: m.remade(m.corpus, schedule=schedule) for label, m in made.items()}
-    ideal = build("ideal", corpus.subset(source))
+    ideal = build("ideal", source)
     assert isinstance(ideal, IdealScore)
     real = np.asarray(corpus.images[held])
     known = features(real)

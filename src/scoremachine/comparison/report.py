@@ -17,9 +17,9 @@ from scoremachine import drawing, tables
 from scoremachine.comparison.agreement import Summary
 from scoremachine.comparison.bias import Bias
 from scoremachine.comparison.cells import Row, markdown_rows
-from scoremachine.comparison.parts import Comparison, Part
+from scoremachine.comparison.parts import Comparison
 from scoremachine.comparison.quality import Quality
-from scoremachine.files import written
+from scoremachine.files import write_text
 
 COLUMNS = 8  # pictures in a row
 TITLES = {
@@ -33,7 +33,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto;
 table {{ border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }}
 td, th {{ padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd; }}
 td:first-child, th:first-child {{ text-align: left; }}
-img {{ max-width: 100%; }} .best {{ font-weight: bold; }} small {{ color: #666; }}
+img {{ max-width: 100%; }} small {{ color: #666; }}
 </style></head><body>
 <h1>{title}</h1>
 {body}
@@ -47,17 +47,14 @@ def write(found: Comparison, out: Path, page: bool = False) -> list[Path]:
     Returns what was written, the page last if it was asked for.
     """
     files = [out / name for name in ("compare.csv", "compare.png", "samples.png", "way.png")]
-    with written(files[0]) as temporary:
-        temporary.write_text(csv(found))
+    write_text(files[0], csv(found))
     drawing.save_comparison(found, files[1])
     drawing.save_zoo(rows(found), files[2])
     drawing.save_way(found, files[3])
     if page:
         files.append(out / "report.html")
-        with written(files[-1]) as temporary:
-            temporary.write_text(html_page(found, files[1:4]))
-    with written(out / "compare.json") as temporary:
-        temporary.write_text(json.dumps(as_json(found), indent=1) + "\n")
+        write_text(files[-1], html_page(found, files[1:4]))
+    write_text(out / "compare.json", json.dumps(as_json(found), indent=1) + "\n")
     return [*files[:4], out / "compare.json", *files[4:]]
 
 
@@ -80,14 +77,12 @@ def write_quality(found: Sequence[Quality], out: Path) -> list[Path]:
     """Writes quality.md, quality.json and quality.png; returns what was written."""
     header, rows = quality_table(found)
     said = "Kernel distances times 1,000; to nearest: median and quartiles."
-    with written(out / "quality.md") as temporary:
-        temporary.write_text("\n".join([*tables.markdown(header, rows), "", said, ""]))
+    write_text(out / "quality.md", "\n".join([*tables.markdown(header, rows), "", said, ""]))
     record = [
         {k: plain(v.tolist() if isinstance(v, np.ndarray) else v)
          for k, v in vars(q).items() if k != "pictures"} for q in found
     ]  # fmt: skip
-    with written(out / "quality.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(out / "quality.json", json.dumps(record, indent=1) + "\n")
     n = min(COLUMNS, *(len(q.pictures) for q in found))
     drawing.save_rows([(q.label, q.pictures[:n]) for q in found], [""] * n, out / "quality.png")
     return [out / "quality.md", out / "quality.json", out / "quality.png"]
@@ -107,11 +102,9 @@ def write_study(rows: Sequence[Row], out: Path) -> list[Path]:
         header, cells = markdown_rows(rows, group)
         if cells:
             lines += [f"### {title}", "", *tables.markdown(header, cells), ""]
-    with written(out / "study.md") as temporary:
-        temporary.write_text("\n".join(lines))
+    write_text(out / "study.md", "\n".join(lines))
     record = [plain(asdict(row)) for row in rows]
-    with written(out / "study.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(out / "study.json", json.dumps(record, indent=1) + "\n")
     drawing.save_study(rows, out / "study.png")
     return [out / "study.md", out / "study.json", out / "study.png"]
 
@@ -132,14 +125,12 @@ def write_bias(found: Bias, out: Path) -> list[Path]:
     )
     record = {name: value.tolist() if isinstance(value, np.ndarray) else value
               for name, value in vars(found).items() if name != "pictures"}  # fmt: skip
-    with written(out / "bias.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(out / "bias.json", json.dumps(record, indent=1) + "\n")
     return [out / "bias.png", out / "bias-pictures.png", out / "bias.json"]
 
 
 def print_bias(found: Bias) -> None:
     """Prints sizes, and how alike the differences are, by noise level."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="D - D_ideal: root mean square; mean cosine with that of the networks")
@@ -152,28 +143,17 @@ def print_bias(found: Bias) -> None:
         table.add_row("networks: cosine of pairs", *(f"{v:.3f}" for v in found.among_networks()))
     for label, row in zip(found.labels[found.networks :], found.to_networks(), strict=True):
         table.add_row(f"{label}: cosine", *(f"{v:.3f}" for v in row))
-    console = Console()
-    console = console if console.is_terminal else Console(width=40 + 12 * len(found.sigmas))
-    console.print(table)
-
-
-def summaries(part: Part) -> list[dict[str, Summary]]:
-    """Of every noise level, by measure."""
-    return [
-        {name: Summary.of(values[k]) for name, values in part.measures.items()}
-        for k in range(len(part.sigmas))
-    ]
+    tables.show(table, 40 + 12 * len(found.sigmas))
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
-    """Settings, and every number: of every picture, and summarised. No number is null."""
-
+    """Settings, and every number: of every picture, and summarised; null where there is none."""
     parts = [
         {
             "part": p.part,
             "label": p.label,
             "sigmas": p.sigmas,
-            "summaries": [{k: plain(vars(v)) for k, v in row.items()} for row in summaries(p)],
+            "summaries": [{k: plain(vars(v)) for k, v in row.items()} for row in p.summaries],
             "pictures": {k: plain(v.tolist()) for k, v in p.measures.items()},
         }
         for p in found.parts
@@ -197,7 +177,7 @@ def csv(found: Comparison) -> str:
     """A line per part, machine, noise level and measure."""
     lines = ["part,machine,sigma,measure,median,quartile_low,quartile_high,low,high,pictures"]
     for part in found.parts:
-        for sigma, row in zip(part.sigmas, summaries(part), strict=True):
+        for sigma, row in zip(part.sigmas, part.summaries, strict=True):
             for name, s in row.items():
                 numbers = (s.median, s.low, s.high, *s.interval)
                 cells = ",".join(f"{v:.6g}" for v in numbers)
@@ -207,7 +187,7 @@ def csv(found: Comparison) -> str:
 
 def rows(found: Comparison) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """The samples of all, the network's first, with the nearest training images."""
-    of = {p.label: summaries(p)[0] for p in found.of("samples")}
+    of = {p.label: p.summaries[0] for p in found.of("samples")}
     made = []
     for label, x in found.samples.items():
         alike = f"\nr^2 {of[label]['r2'].median:.2f}" if label in of else ""
@@ -226,7 +206,7 @@ def table(found: Comparison, part: str) -> tuple[list[str], list[list[str]], np.
                   "to nearest image"]  # fmt: skip
         cells = []
         for p in parts:
-            s = summaries(p)[0]
+            s = p.summaries[0]
             r2, far = s["r2"], found.distances[p.label].mean()
             cells.append([
                 p.label, f"{r2.median:.3f}", f"{r2.interval[0]:.3f} to {r2.interval[1]:.3f}",
@@ -235,7 +215,7 @@ def table(found: Comparison, part: str) -> tuple[list[str], list[list[str]], np.
             ])  # fmt: skip
         return header, cells, found.best(part)
     header = ["", *(f"{sigma:.3g}" for sigma in parts[0].sigmas)]
-    cells = [[p.label, *(f"{s['R2'].median:.3f}" for s in summaries(p))] for p in parts]
+    cells = [[p.label, *(f"{s['R2'].median:.3f}" for s in p.summaries)] for p in parts]
     return header, cells, found.best(part)
 
 
@@ -269,10 +249,8 @@ def _caption(found: Comparison, part: str) -> str:
 
 def print_tables(found: Comparison) -> None:
     """Prints the three tables."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
     for part, title in TITLES.items():
         header, cells, best = table(found, part)
         shown = Table(title=title, caption=_caption(found, part).replace("marked", "*"))
@@ -280,8 +258,7 @@ def print_tables(found: Comparison) -> None:
             shown.add_column(name, justify="right" if k else "left")
         for m, row in enumerate(cells):
             shown.add_row(row[0], *_marked(row[1:], best[m], part, "{}*"))
-        wide = console if console.is_terminal else Console(width=40 + 12 * len(header))
-        wide.print(shown)
+        tables.show(shown, 40 + 12 * len(header))
 
 
 def html_page(found: Comparison, pictures: list[Path]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from azula.noise import Schedule
-from torch import Tensor
+from torch import Tensor, nn
 
 from scoremachine.files import read_json
 from scoremachine.progress import say
@@ -51,6 +51,17 @@ class DiscreteSchedule(Schedule):
         return t * (len(self.log_ratios) - 1)
 
 
+class Sample(nn.Module):
+    """What a model of diffusers answers, as a tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x_t: Tensor, step: Tensor) -> Tensor:
+        return self.model(x_t, step).sample
+
+
 def refuse_plugin(name: str) -> None:
     """Raises the ValueError that says why azula:PLUGIN[:CARD] is no network here."""
     plugin = name.split(":")[1]
@@ -72,8 +83,8 @@ def is_diffusers(folder: Path) -> bool:
     return (folder / "model_index.json").exists() or (folder / "config.json").exists()
 
 
-def read_diffusers(folder: Path) -> tuple[Any, str, DiscreteSchedule, tuple[int, int, int]]:
-    """A UNet2DModel from a folder of it or of its pipeline: model, prediction, schedule, shape.
+def read_diffusers(folder: Path) -> tuple[Sample, str, DiscreteSchedule, tuple[int, int, int]]:
+    """A UNet2DModel from a folder of it or of its pipeline: module, prediction, schedule, shape.
 
     Nothing is fetched, and only safetensors are read.
 
@@ -147,7 +158,7 @@ def read_diffusers(folder: Path) -> tuple[Any, str, DiscreteSchedule, tuple[int,
         )
     H, W = (side, side) if isinstance(side, int) else side
     schedule = DiscreteSchedule(scheduler.alphas_cumprod.double().numpy())
-    return model, prediction, schedule, (C, H, W)
+    return Sample(model.eval().requires_grad_(False)), prediction, schedule, (C, H, W)
 
 
 def _classes() -> tuple[Any, Any]:

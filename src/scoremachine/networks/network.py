@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scoremachine.corpus import Corpus
-from scoremachine.files import read_json, written
+from scoremachine.files import read_json, write_text, written
 from scoremachine.machines.machine import checked
 from scoremachine.names import check_name
 from scoremachine.networks.architectures import architecture
@@ -260,8 +260,7 @@ class Network(Denoiser):
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.backbone.state_dict().items()}
         with written(Path(folder) / WEIGHTS) as temporary:
             save_file(tensors, temporary)
-        with written(Path(folder) / CARD) as temporary:
-            temporary.write_text(json.dumps(self.card, indent=1) + "\n")
+        write_text(Path(folder) / CARD, json.dumps(self.card, indent=1) + "\n")
 
     @property
     def backbone(self) -> nn.Module:
@@ -308,20 +307,8 @@ class Network(Denoiser):
 
     @classmethod
     def _of_diffusers(cls, folder: Path) -> Network:
-        model, prediction, schedule, shape = read_diffusers(folder)
-        model.eval().requires_grad_(False)
-
-        class Sample(nn.Module):
-            """What diffusers answers, as a tensor."""
-
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = model
-
-            def forward(self, x_t: Tensor, step: Tensor) -> Tensor:
-                return self.model(x_t, step).sample
-
-        denoiser = Predicted(Sample(), prediction, schedule, schedule.step)
+        module, prediction, schedule, shape = read_diffusers(folder)
+        denoiser = Predicted(module, prediction, schedule, schedule.step)
         return cls(denoiser, shape, folder.resolve().name)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +22,11 @@ from torch import Tensor
 
 from scoremachine import drawing
 from scoremachine.corpus import Corpus
-from scoremachine.files import written
+from scoremachine.files import write_text, written
 from scoremachine.names import check_name
 from scoremachine.networks.network import Network
 from scoremachine.progress import bar
-from scoremachine.schedules import check_integer
+from scoremachine.schedules import check_integer, check_seed
 
 CHECKPOINT = "training.safetensors"
 EVERY = 60.0  # seconds between checkpoints
@@ -74,8 +76,7 @@ class Training:
             raise ValueError(f"seconds are {self.seconds!r}; expected a number above 0")
         if not 0 < self.rate < 1:
             raise ValueError(f"rate is {self.rate!r}; expected a learning rate in (0, 1)")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed is {self.seed!r}; expected a whole number that is 0 or more")
+        check_seed(self.seed)
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         elif self.device == "cuda" and not torch.cuda.is_available():
@@ -214,13 +215,9 @@ def train(
     average = deepcopy(network).requires_grad_(False)
     # steps do not differ in kind, so that Adam can be told its rate each time
     state = State(network, average, torch.optim.Adam(network.parameters(), lr=how.rate))
-    held = (
-        len(unseen)
-        if how.held_out is None or isinstance(how.held_out, int | np.integer)
-        else unseen.tolist()
-    )
     asked = {"architecture": architecture, "settings": network.card["settings"],
-             "corpus": corpus.digest, "images": N, "held_out": held, **how.settings()}  # fmt: skip
+             "corpus": corpus.digest, "images": N, "held_out": unseen.tolist(),
+             **how.settings()}  # fmt: skip
     folder = None if out is None else Path(out)
     if folder is not None and resume and (folder / CHECKPOINT).exists():
         state.load(folder / CHECKPOINT, asked)
@@ -296,9 +293,6 @@ def _check(state: State, how: Training) -> None:
 @contextmanager
 def _whole() -> Iterator[None]:
     """Ctrl-C waits until the block is done."""
-    import signal
-    import threading
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -340,6 +334,5 @@ def _step(state: State, how: Training, corpus: Corpus, seen: np.ndarray) -> Tens
 def _write_losses(losses: list[float], batch: int, folder: Path) -> None:
     steps = [(k + 1) * LOSSES for k in range(len(losses))]
     lines = [f"{k},{k * batch},{v:.6g}" for k, v in zip(steps, losses, strict=True)]
-    with written(folder / "loss.csv") as temporary:
-        temporary.write_text("\n".join(["step,images,loss", *lines]) + "\n")
+    write_text(folder / "loss.csv", "\n".join(["step,images,loss", *lines]) + "\n")
     drawing.save_losses(steps, losses, folder / "loss.png")

@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock
 
 from scoremachine.corpus import Corpus
-from scoremachine.files import written
+from scoremachine.files import write_text, written
 from scoremachine.kernels.parts import fill
 from scoremachine.progress import Bar, bar, say
 from scoremachine.search import tree
@@ -332,8 +332,7 @@ def build(source: Source, patches: Patches, folder: Path, progress: Bar | None =
             "furthest": furthest,
             "total": n,
         }
-        with written(part / "meta.json") as temporary:
-            temporary.write_text(json.dumps(meta))
+        write_text(part / "meta.json", json.dumps(meta))
         for name in ("plan.npz", "order", "journal"):
             (part / name).unlink()
         shutil.rmtree(folder, ignore_errors=True)
