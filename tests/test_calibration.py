@@ -13,6 +13,7 @@ import scoremachine as sm
 from conftest import random_corpus
 from scoremachine import calibration
 from scoremachine.calibration import Exchange, parts_for, split
+from scoremachine.comparison.parts import entered
 from scoremachine.networks import Network
 
 
@@ -191,6 +192,35 @@ def test_towards_a_network_that_is_a_machine_it_finds_its_size():
     for k in range(3):
         errors, place = truth.value_errors[k], truth.values.index(5)
         assert exchange.to_truth[k] == errors[place] / min(errors) >= 1
+
+
+def test_a_size_chosen_towards_a_network_for_a_comparison(tmp_path, monkeypatch):
+    """Of a network that is a machine, by the last of the images that it has not seen."""
+    monkeypatch.setenv("SCOREMACHINE_CACHE", str(tmp_path))
+    corpus = stripes(160, 9)
+    unseen = list(range(0, 160, 5))
+    source = corpus.subset(np.setdiff1d(np.arange(160), unseen))
+    made = sm.build("ls", source, patch_size=5, bandwidth=0.04)
+    network = Network(made, corpus.shape, "five")
+    network.card = {"training": {"corpus_digest": corpus.digest, "held_out": unseen}}
+    found = calibration.towards(network, sm.build("ls", source), corpus)
+    assert set(found.chosen) == {5}
+    assert found.source == len(source)
+    # a bandwidth is told apart where weights are not all on one image
+    found = calibration.towards(network, sm.build("ls", source), corpus, bandwidth=True)
+    assert np.allclose(found.errors, 0, atol=1e-12)
+    compared = sm.compare(network, ["ls:network+h", "ls"], corpus, pictures=4, count=2, steps=4)
+    for part in compared.parts:
+        if part.label == "ls:network+h":
+            assert np.allclose(part.measures["R2"], 1, atol=1e-9)
+    assert compared.settings["machines"]["ls:network+h"]["patch_size"]["name"] == "held-out"
+    # and nothing of the choice rests on the images that judge it
+    assert not set(compared.settings["held_out"]) & set(unseen[-16:])
+
+
+def test_a_machine_chosen_towards_no_network():
+    with pytest.raises(ValueError, match="chosen towards a network, which compare and study do"):
+        entered(["ls:network"], random_corpus(), 10)
 
 
 def test_calibrate_towards_a_network_prints_what_either_costs(tmp_path):

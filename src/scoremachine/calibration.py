@@ -33,7 +33,9 @@ from scoremachine.schedules import (
 
 BANDWIDTHS = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2)
 AUTO_SIGMAS = tuple(float(s) for s in np.geomspace(0.02, 20.0, 10))
+TOWARDS_SIGMAS = tuple(float(s) for s in np.geomspace(0.05, 20.0, 16))
 BUDGET = 1e10  # logits of an automatic calibration: half a minute; a quarter as dear each in ELS
+TOWARDS = 20  # times that for one towards a network: what it chooses is measured against it
 CROPS = 96  # at most, of one picture
 LAYOUT = 2  # of the files beside the corpus
 
@@ -118,6 +120,10 @@ class Teacher(Protocol):
     """A trained network, as calibration towards it sees it."""
 
     key: str  # what identifies it
+    name: str
+
+    def levels(self) -> tuple[float, float]:
+        """The least and the greatest noise level that it knows."""
 
     def denoise(self, y: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Its D."""
@@ -156,6 +162,7 @@ def calibrate(
         candidates = sorted({check(value) for value in values})
     asked = [LAYOUT, machine.settings(), levels.tolist(), held_out, candidates, hs, seed]
     if parts is not None:
+        asked.append(parts[0].key)
         asked.append([hashlib.sha256(p.tobytes()).hexdigest() for p in parts[1:]])
     if network is not None:
         asked.append(network.key)
@@ -420,27 +427,69 @@ def automatic_bandwidth(machine: Calibrated) -> BandwidthSchedule:
     return _automatic(machine, "bandwidths", [], BANDWIDTHS).bandwidth
 
 
+def towards(
+    network: Teacher, machine: Calibrated, corpus: Corpus, bandwidth: bool = False
+) -> Calibration:
+    """The locality (and bandwidth) with which a machine agrees best with a network.
+
+    Chosen as Kamb & Ganguli (2412.20292) choose theirs, on the last of the images of `corpus` that
+    the network has not seen, so that the first are free to judge the choice; if it is not known
+    which those are, on images of the machine.
+    """
+    low, high = network.levels()
+    sigmas = [s for s in TOWARDS_SIGMAS if low <= s <= high]
+    held_out = 4 if machine.equivariant else 8
+    values: list[Any] = []
+    what = "bandwidths"
+    if machine.locality is not None:
+        values = machine.candidates()
+        what = str(machine.locality).replace("_", " ") + "s"
+        if machine.locality == PatchSchedule.setting:
+            sizes = {*_spread_sizes(max(corpus.shape[1:])), 15, 19}
+            values = [P for P in values if P in sizes]
+    hs = BANDWIDTHS if bandwidth else (0.0,)
+    subset = _affordable(machine, len(sigmas) * (len(values) + len(hs)) * held_out, TOWARDS)
+    say(
+        f"choosing {what} for {machine.name!r} by agreement with {network.name} on {held_out} "
+        f"held-out pictures, with {len(subset):,} of {len(machine.corpus):,} images (kept for the "
+        "next time)"
+    )
+    unseen = network.unseen(corpus)
+    parts = None
+    if unseen is not None and len(unseen) >= 2:
+        held = min(held_out, len(unseen) // 2)
+        others = corpus.images[unseen[-2 * held :]]
+        n = len(subset)
+        joined = Corpus(np.concatenate([subset.images, others]), name=corpus.name)
+        parts = joined, np.arange(n), n + np.arange(held), n + held + np.arange(held)
+    machine = machine.remade(subset, bandwidth=0.0)
+    return calibrate(machine, sigmas, held_out, values, hs, parts=parts, network=network)
+
+
 def _automatic(
     machine: Calibrated, what: str, values: list[Any], bandwidths: Sequence[float]
 ) -> Calibration:
-    """A calibration at ten levels, on a subset of the corpus that keeps it under a minute.
+    """A calibration at ten levels, on a subset of the corpus that keeps it under a minute."""
+    held_out = 4 if machine.equivariant else 8
+    rounds = len(AUTO_SIGMAS) * (len(values) + len(bandwidths)) * held_out
+    subset = _affordable(machine, rounds)
+    say(
+        f"'auto': choosing {what} for {machine.name!r} by denoising {held_out} held-out pictures "
+        f"with {len(subset):,} of {len(machine.corpus):,} images (kept for the next time)"
+    )
+    return calibrate(machine.remade(subset), AUTO_SIGMAS, held_out, values, bandwidths)
 
-    The subset depends on nothing but shapes, so that one seed stays one result.
+
+def _affordable(machine: Calibrated, rounds: int, times: int = 1) -> Corpus:
+    """So many of a machine's images that denoising `rounds` pictures costs `times` `BUDGET`.
+
+    It depends on nothing but shapes, so that one seed stays one result.
     """
     corpus = machine.corpus
     N, (_, H, W) = len(corpus), corpus.shape
-    held_out = 4 if machine.equivariant else 8
-    rounds = len(AUTO_SIGMAS) * (len(values) + len(bandwidths)) * held_out
     logits, budget = ((H * W) ** 2, 4 * BUDGET) if machine.equivariant else (H * W, BUDGET)
-    n = max(48, round(budget / (logits * rounds * machine.dearness)))
-    subset = corpus
-    if n < N:
-        subset = corpus.subset(np.linspace(0, N - 1, n).astype(np.int64))
-    say(
-        f"'auto': choosing {what} for {machine.name!r} by denoising {held_out} held-out pictures "
-        f"with {len(subset):,} of {N:,} images (kept for the next time)"
-    )
-    return calibrate(machine.remade(subset), AUTO_SIGMAS, held_out, values, bandwidths)
+    n = max(48, round(times * budget / (logits * rounds * machine.dearness)))
+    return corpus.subset(np.linspace(0, N - 1, n).astype(np.int64)) if n < N else corpus
 
 
 def _spread_sizes(side: int) -> list[int]:

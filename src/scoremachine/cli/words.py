@@ -99,7 +99,8 @@ Machines = Annotated[
     typer.Option(
         "--machine",
         help="Machines, by commas: NAME, NAME:SIZE or NAME:SCHEDULE, as ls, els:7 or "
-        "pspc:pspc-cifar10; +h for a calibrated bandwidth, as ls+h.",
+        "pspc:pspc-cifar10; +h for a calibrated bandwidth, as ls+h. compare and study also take "
+        "NAME:network, whose sizes agree best with the network.",
     ),
 ]
 

@@ -15,6 +15,7 @@ import torch
 from azula.noise import Schedule
 from torch import Tensor
 
+from scoremachine.calibration import towards
 from scoremachine.comparison.agreement import Summary, agreement
 from scoremachine.corpus import Corpus
 from scoremachine.errors import best_or_tied, fewer
@@ -38,18 +39,23 @@ class Entrant:
     """A machine as it is compared.
 
     Attributes:
-        label: What it is called in tables: "els:kamb-mnist-resnet", "ls+h".
+        label: What it is called in tables: "els:kamb-mnist-resnet", "ls+h", "els:network".
         name: The machine's name.
         settings: Of `build`.
+        towards: Whether its locality is the one that agrees best with the network, and its
+            bandwidth too if it has one.
     """
 
     label: str
     name: str
     settings: dict[str, Any]
+    towards: bool = False
 
     @classmethod
     def of(cls, text: str) -> Entrant:
         """From NAME[:LOCALITY][+h]: a locality as in `build`, "auto" unless given; h: calibrated.
+
+        Locality "network" stands for what agrees best with the network (`calibration.towards`).
 
         Raises:
             ValueError: For an unknown name, or a locality of a machine that has none.
@@ -63,8 +69,29 @@ class Entrant:
         if colon:
             if kind.locality is None:
                 raise ValueError(f"{kind.name} has no locality: use {kind.name!r} without a colon")
-            settings[kind.locality] = any_number(value)
-        return cls(text.strip(), kind.name, settings)
+            if value != "network":
+                settings[kind.locality] = any_number(value)
+        return cls(text.strip(), kind.name, settings, value == "network")
+
+    def built(self, corpus: Corpus, network: Network | None, everything: Corpus | None) -> Machine:
+        """The machine of a corpus, that is cut out of `everything` that the network knows.
+
+        Raises:
+            ValueError: Without a network to choose towards.
+        """
+        machine = build(self.name, corpus, **self.settings)
+        if not self.towards:
+            return machine
+        if network is None or everything is None:
+            raise ValueError(
+                f"{self.label} is chosen towards a network, which compare and study do; here, give "
+                "a size, a schedule, or nothing"
+            )
+        found = towards(network, machine, everything, machine.bandwidth == "auto")
+        chosen: dict[str, Any] = {str(machine.locality): found.locality}
+        if machine.bandwidth == "auto":
+            chosen["bandwidth"] = found.bandwidth
+        return machine.remade(corpus, **chosen)
 
 
 @dataclass
@@ -180,7 +207,8 @@ def compare(
 
     Arguments:
         network: The network.
-        machines: "NAME[:LOCALITY][+h]" (see `Entrant.of`), or machines, which are used as they are.
+        machines: "NAME[:LOCALITY][+h]" (see `Entrant.of`; LOCALITY "network" agrees best with this
+            one), or machines, which are used as they are.
         corpus: What the network was trained on, or one like it. Images that the network's card
             says it has not seen are held out, or else some that are drawn.
         sigmas: Noise levels of the forward process; None: ten from 0.05 to 20.
@@ -208,7 +236,7 @@ def compare(
     for sigma in levels:
         network.time(float(sigma))  # refuses what it does not know
     held, source = apart([network], corpus, pictures, seed)
-    made = entered(machines, source, everywhere)
+    made = entered(machines, source, everywhere, network, corpus)
     if not made:
         raise ValueError("there is no machine to compare with; give at least one")
     network = network.under(schedule)
@@ -236,9 +264,16 @@ def compare(
 
 
 def entered(
-    machines: Sequence[str | Machine], source: Corpus, everywhere: int
+    machines: Sequence[str | Machine],
+    source: Corpus,
+    everywhere: int,
+    network: Network | None = None,
+    corpus: Corpus | None = None,
 ) -> dict[str, Machine]:
-    """Machines by label, made of the source where they are named."""
+    """Machines by label, made of the source where they are named.
+
+    `network`, trained on `corpus`, is what NAME:network is chosen towards.
+    """
     made: dict[str, Machine] = {}
     whole = source.indices()
     for each in machines:
@@ -248,7 +283,7 @@ def entered(
             entrant = Entrant.of(each)
             some = fewer(entrant.name, whole, everywhere)
             part = source if len(some) == len(whole) else source.subset(some)
-            label, machine = entrant.label, build(entrant.name, part, **entrant.settings)
+            label, machine = entrant.label, entrant.built(part, network, corpus)
         if label in made:
             raise ValueError(f"{label} is there twice; give every machine once")
         made[label] = machine
