@@ -27,7 +27,7 @@ bench-search: $(READY)
 	$(BIN)/python benchmarks/search.py
 
 reproduce: $(READY)
-	$(BIN)/python docs/examples/reproduce.py
+	$(BIN)/python docs/examples/reproduce.py --docs
 
 clean:
 	rm -rf .venv runs

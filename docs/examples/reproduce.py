@@ -1,10 +1,11 @@
 """Trains small networks on MNIST and CIFAR-10, compares machines with them, and writes the docs.
 
-    make reproduce                                       # an hour on two cores
-    python docs/examples/reproduce.py --seeds 64 --images 2000      # hours: narrower intervals
+    make reproduce                          # within an hour on two cores
+    python docs/examples/reproduce.py --longer 4 --images 4000      # a night: narrower intervals
 
 Interrupted, it goes on where it was. Needs the images as zips, mnist-train.zip and
-cifar10-train.zip, in --data. With --docs, the tables and pictures of docs/ are made again.
+cifar10-train.zip, in --data. With --docs, the tables and pictures of docs/ are made again, and the
+networks that come with the package.
 """
 
 from __future__ import annotations
@@ -27,22 +28,23 @@ WEIGHTS_OF = ROOT / "src" / "scoremachine" / "networks" / "weights"
 
 
 class Case(NamedTuple):
-    """A network, and what it is compared with."""
+    """A network, how long it is trained, and what it is compared with."""
 
     data: str
     network: str
     steps: int
     machines: tuple[str, ...]
-    samples: int = 20  # noise levels that a sample visits
+    seeds: int  # samples of each
+    levels: int = 20  # that a sample visits
 
 
-MNIST = ("gaussian", "pca", "ls:kamb-mnist-resnet", "pspc", "els:kamb-mnist-resnet")
-CIFAR10 = ("gaussian", "pca", "ls:kamb-cifar10-resnet", "ls", "ls+h", "pspc",
-           "els:kamb-cifar10-resnet")  # fmt: skip
+MNIST = ("gaussian", "pca", "ls:kamb-mnist-resnet", "ls:network+h", "pspc", "els:network")
+CIFAR10 = ("gaussian", "pca", "ls:kamb-cifar10-resnet", "ls:network+h", "pspc", "els:network")
+UNET = ("gaussian", "pca", "ls", "ls+h", "ls:network+h", "pspc", "pspc+h", "pspc:network+h")
 CASES = (
-    Case("mnist", "resnet", 6000, MNIST),
-    Case("cifar10", "resnet", 6000, CIFAR10),
-    Case("cifar10", "unet", 3000, ("gaussian", "pca", "ls", "ls+h", "pspc", "pspc+h"), 10),
+    Case("mnist", "resnet", 3000, MNIST, 64),
+    Case("cifar10", "resnet", 3000, CIFAR10, 8),
+    Case("cifar10", "unet", 2000, UNET, 8, 10),
 )
 SHIPPED = ("mnist-resnet", "cifar10-resnet")
 
@@ -51,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--seeds", type=int, default=8, help="samples of each")
+    parser.add_argument("--longer", type=int, default=1, help="times the steps and the samples")
     parser.add_argument("--pictures", type=int, default=16, help="held-out images")
     parser.add_argument("--images", type=int, default=1000, help="that els is made of")
     parser.add_argument("--only", default="", help="cases by commas, as mnist-resnet")
@@ -66,13 +68,14 @@ def main() -> None:
         if not archive.exists():
             sys.exit(f"there is no {archive}: say with --data where the images are")
         corpus = sm.Corpus.open(archive, size=32)
-        how = sm.Training(steps=case.steps, seconds=None)
+        how = sm.Training(steps=case.steps * options.longer, seconds=None)
         network = train_network(corpus, case.network, options.out / name, how, True, {})
         network.name = name
         folder = options.out / f"{name}-compared"
         found = sm.compare(
-            network, case.machines, corpus, pictures=options.pictures, count=options.seeds,
-            steps=case.samples, everywhere=options.images, kept=pieces,
+            network, case.machines, corpus, pictures=options.pictures,
+            count=case.seeds * options.longer, steps=case.levels, everywhere=options.images,
+            kept=pieces, ways=8,
         )  # fmt: skip
         report.write(found, folder, page=True)
         report.print_tables(found)

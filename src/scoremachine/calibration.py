@@ -35,7 +35,7 @@ BANDWIDTHS = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2)
 AUTO_SIGMAS = tuple(float(s) for s in np.geomspace(0.02, 20.0, 10))
 TOWARDS_SIGMAS = tuple(float(s) for s in np.geomspace(0.05, 20.0, 16))
 BUDGET = 1e10  # logits of an automatic calibration: half a minute; a quarter as dear each in ELS
-TOWARDS = 20  # times that for one towards a network: what it chooses is measured against it
+TOWARDS = 10  # times that for one towards a network: what it chooses is measured against it
 CROPS = 96  # at most, of one picture
 LAYOUT = 2  # of the files beside the corpus
 
