@@ -432,6 +432,8 @@ def test_an_interrupted_training_is_resumed(inside, tmp_path):
         (["--budget", "0m"], "budget is '0m'"),
         (["--steps", "0"], "steps is 0"),
         (["--set", "widht=8"], "did you mean 'width'"),
+        (["--set", "name=1"], "has no setting 'name'"),
+        (["--set", "out=1"], "has no setting 'out'"),
         (["--set", "width=wide"], "width is 'wide'"),
         (["--rate", "7"], "rate is 7"),
         (["--precision", "half"], "no precision is called"),

@@ -165,6 +165,10 @@ def test_entrants_are_read_from_words():
     assert Entrant.of("pspc:pspc-cifar10").settings == {"patch_size": "pspc-cifar10"}
     assert Entrant.of("pca:0.05").settings == {"threshold": 0.05}
     assert Entrant.of("cfdm").name == "smoothed"
+    soft = Entrant.of("els:9+gaussian+h")
+    assert soft.settings == {"patch_size": 9, "window": "gaussian", "bandwidth": "auto"}
+    assert Entrant.of("ls:network+wiener").towards
+    assert Entrant.of("ls:network+wiener").settings == {"window": "wiener"}
 
 
 def test_what_cannot_work_is_refused_with_a_sentence(corpus):
@@ -173,7 +177,8 @@ def test_what_cannot_work_is_refused_with_a_sentence(corpus):
     for machines, of, options, words in [
         (["lss"], corpus, {}, "did you mean 'ls'"),
         (["gaussian:3"], corpus, {}, "no locality"),
-        (["ls+k"], corpus, {}, "expected NAME"),
+        (["ls+k"], corpus, {}, "expected +h"),
+        (["pca+gaussian"], corpus, {}, "with machines of boxes"),
         (["ls:3", "ls:3"], corpus, {}, "twice"),
         ([], corpus, {}, "at least one"),
         (["ls:big"], corpus, {}, "patch_size"),

@@ -66,9 +66,15 @@ def save_film(frames: np.ndarray, path: Path, columns: int | None = None) -> Non
 
 
 def save_calibration(
-    calibration: Calibration, path: Path, beside: LevelSchedule | None = None
+    calibration: Calibration,
+    path: Path,
+    beside: LevelSchedule | None = None,
+    target: str = "the clean picture",
 ) -> None:
-    """Draws error against size and against bandwidth, a curve per noise level, and the choices."""
+    """Draws error against size and against bandwidth, a curve per noise level, and the choices.
+
+    `target` is what the errors are to; `beside` is another choice.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -87,12 +93,12 @@ def save_calibration(
             left.plot(size, min(row), "o", color=colour, ms=4)
         left.set(
             xlabel=setting,
-            ylabel="held-out mean squared error of D",
+            ylabel=f"mean squared error of D to {target}",
             yscale="log",
             title=f"{c.machine}: error by {setting}",
         )
         left.legend(title="sigma", fontsize=6, title_fontsize=7, ncols=2)
-        middle.step(c.sigmas, c.chosen, where="mid", marker="o", ms=4, label="held-out")
+        middle.step(c.sigmas, c.chosen, where="mid", marker="o", ms=4, label=f"nearest to {target}")
         if beside is not None:
             middle.step(
                 c.sigmas,

@@ -37,9 +37,10 @@ from scoremachine.machines import BoxMachine, IdealScore, Machine, build
 from scoremachine.machines.machine import Label
 from scoremachine.names import check_name
 from scoremachine.networks import Network, Training, train
+from scoremachine.networks.architectures import check_settings
 from scoremachine.progress import bar, say
 from scoremachine.sample import SAMPLERS, SCHEDULES, PictureNoise, check_start, generate_batches
-from scoremachine.schedules import LevelSchedule, check_integer, edm_sigmas
+from scoremachine.schedules import LOCALITIES, LevelSchedule, check_integer, edm_sigmas
 from scoremachine.sensitivity import Sensitivity, sensitivity
 
 
@@ -298,14 +299,17 @@ def calibrate_corpus(
         if found.chosen:
             parts = parts_for(prototype, held_out, seed, network)
             truth = calibration.calibrate(prototype, sigmas, held_out, seed=seed, parts=parts)
-            exchange, beside = Exchange.of(truth, found), beside or truth.locality
+            exchange = Exchange.of(truth, found)
+            if beside is None and truth.setting is not None:
+                kind = LOCALITIES[truth.setting]
+                beside = kind(truth.sigmas, truth.chosen, name=f"nearest to {tables.TRUTH}")
     tables.print_calibration(found, beside, target)
     if exchange is not None:
         tables.print_exchange(exchange)
     if out is not None:
         record = asdict(found) | ({"exchange": asdict(exchange)} if exchange else {})
         write_text(Path(out) / "calibration.json", json.dumps(record, indent=1) + "\n")
-        drawing.save_calibration(found, Path(out) / "calibration.png", beside)
+        drawing.save_calibration(found, Path(out) / "calibration.png", beside, target)
         print(f"curves: {Path(out) / 'calibration.png'}")
     return found
 
@@ -363,6 +367,7 @@ def train_network(
     settings: dict[str, Any],
 ) -> Network:
     """Trains a network into `out`, and says for how long."""
+    check_settings(architecture, settings)
     network = train(corpus, architecture, out, how, resume, **settings)
     trained = network.card["training"]
     print(

@@ -99,8 +99,9 @@ Machines = Annotated[
     typer.Option(
         "--machine",
         help="Machines, by commas: NAME, NAME:SIZE or NAME:SCHEDULE, as ls, els:7 or "
-        "pspc:pspc-cifar10; +h for a calibrated bandwidth, as ls+h. compare and study also take "
-        "NAME:network, whose sizes agree best with the network.",
+        "pspc:pspc-cifar10; +h for a calibrated bandwidth, +gaussian or +wiener for a tapered "
+        "window, as ls+h or els:9+gaussian. compare and study also take NAME:network, whose sizes "
+        "agree best with the network.",
     ),
 ]
 

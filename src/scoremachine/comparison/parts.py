@@ -21,7 +21,8 @@ from scoremachine.corpus import Corpus
 from scoremachine.errors import best_or_tied, fewer
 from scoremachine.files import written
 from scoremachine.heatmaps import UNREADABLE
-from scoremachine.machines import IdealScore, Machine, build, kind_of
+from scoremachine.machines import BoxMachine, IdealScore, Machine, build, kind_of
+from scoremachine.machines.windowed import WINDOWS
 from scoremachine.names import any_number, check_name
 from scoremachine.networks.network import Network
 from scoremachine.progress import bar, say
@@ -53,19 +54,28 @@ class Entrant:
 
     @classmethod
     def of(cls, text: str) -> Entrant:
-        """From NAME[:LOCALITY][+h]: a locality as in `build`, "auto" unless given; h: calibrated.
+        """From NAME[:LOCALITY][+WINDOW][+h]: as in `build`; h: with a calibrated bandwidth.
 
-        Locality "network" stands for what agrees best with the network (`calibration.towards`).
+        The locality is "auto" unless given; "network" stands for what agrees best with the network
+        (`calibration.towards`). The window is that of a machine of boxes: gaussian or wiener.
 
         Raises:
             ValueError: For an unknown name, or a locality of a machine that has none.
         """
-        rest, plus, h = text.strip().partition("+")
-        if plus and h != "h":
-            raise ValueError(f"{text!r} ends in +{h}; expected NAME, NAME:LOCALITY or either +h")
+        rest, *additions = text.strip().split("+")
         name, colon, value = rest.partition(":")
         kind = kind_of(name)
-        settings: dict[str, Any] = {"bandwidth": "auto"} if plus else {}
+        settings: dict[str, Any] = {}
+        for addition in additions:
+            if addition == "h":
+                settings["bandwidth"] = "auto"
+            elif addition in WINDOWS and issubclass(kind, BoxMachine):
+                settings["window"] = addition
+            else:
+                raise ValueError(
+                    f"{text!r} has +{addition}; expected +h, or +gaussian or +wiener with machines "
+                    "of boxes (ls, els, pspc)"
+                )
         if colon:
             if kind.locality is None:
                 raise ValueError(f"{kind.name} has no locality: use {kind.name!r} without a colon")

@@ -23,6 +23,7 @@ from scoremachine.schedules import BandwidthSchedule, PatchSchedule
 from scoremachine.windows import Augment, Box, Collection, Soft, Window, check_window
 
 KEPT_WINDOWS = 64
+WINDOWS = {"box": 1.0, "gaussian": 2.0, "wiener": 10.0}  # how much dearer a logit is
 FAINTEST = 1e-6  # the least weight in a tapered window
 
 
@@ -137,7 +138,7 @@ class BoxMachine(WindowMachine):
         window: str = "box",
         augment: Augment | str | None = None,
     ) -> None:
-        if window not in ("box", "gaussian", "wiener"):
+        if window not in WINDOWS:
             raise ValueError(f"window is {window!r}; expected 'box', 'gaussian' or 'wiener'")
         if isinstance(augment, str):
             augment = Augment.parse(augment)
@@ -146,7 +147,7 @@ class BoxMachine(WindowMachine):
         super().__init__(corpus, patch_size, bandwidth, kernel, schedule)
         self.window, self.augment = window, augment or Augment()
         self.by_noise = window == "wiener"
-        self.dearness = {"box": 1.0, "gaussian": 2.0, "wiener": 10.0}[window] * (
+        self.dearness = WINDOWS[window] * (
             len(self.augment.variants) * (2 * self.augment.shifts + 1) ** 2
         )
 

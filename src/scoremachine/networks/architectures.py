@@ -190,17 +190,16 @@ ARCHITECTURES: dict[str, Any] = {
 }
 
 
-def architecture(name: str, shape: Shape, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """The network called `name` for pictures of a shape (C, H, W), and all of its settings.
+def check_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the network called `name` with their defaults.
 
     Raises:
-        ValueError: For an unknown name or setting, or pictures that do not fit.
+        ValueError: For an unknown name, or settings that it does not have.
     """
     check_name("network", name, ARCHITECTURES)
-    make = ARCHITECTURES[name]
     known = {
         p.name: p.default
-        for p in inspect.signature(make).parameters.values()
+        for p in inspect.signature(ARCHITECTURES[name]).parameters.values()
         if p.default is not inspect.Parameter.empty
     }
     for setting, value in settings.items():
@@ -212,9 +211,19 @@ def architecture(name: str, shape: Shape, **settings: Any) -> tuple[nn.Module, d
             raise ValueError(f"{setting} is {value!r}; expected something like {known[setting]!r}")
         if type(value) is int and value < (0 if setting == "attention" else 1):
             raise ValueError(f"{setting} is {value!r}; expected a positive whole number")
+    return known
+
+
+def architecture(name: str, shape: Shape, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The network called `name` for pictures of a shape (C, H, W), and all of its settings.
+
+    Raises:
+        ValueError: For an unknown name or setting, or pictures that do not fit.
+    """
+    known = check_settings(name, settings)
     chosen = {**known, **settings}
     try:
-        return make(shape, **chosen), chosen
+        return ARCHITECTURES[name](shape, **chosen), chosen
     except (AssertionError, RuntimeError) as error:
         raise _no_such(name, chosen, error) from None
     except ValueError as error:
