@@ -203,17 +203,17 @@ def test_a_size_chosen_towards_a_network_for_a_comparison(tmp_path, monkeypatch)
     made = sm.build("ls", source, patch_size=5, bandwidth=0.04)
     network = Network(made, corpus.shape, "five")
     network.card = {"training": {"corpus_digest": corpus.digest, "held_out": unseen}}
-    found = calibration.towards(network, sm.build("ls", source), corpus)
-    assert set(found.chosen) == {5}
-    assert found.source == len(source)
-    # a bandwidth is told apart where weights are not all on one image
-    found = calibration.towards(network, sm.build("ls", source), corpus, bandwidth=True)
-    assert np.allclose(found.errors, 0, atol=1e-12)
+    sizes, h = calibration.towards(network, sm.build("ls", source), corpus)
+    assert set(sizes.values) == {5}
+    assert set(h.values) == {0}
+    sizes, h = calibration.towards(network, sm.build("ls", source), corpus, bandwidth=True)
+    assert set(sizes.values) == {5}
+    assert h(0.4) == 0.04  # told apart where the weights are not all on one image, nor flat
     compared = sm.compare(network, ["ls:network+h", "ls"], corpus, pictures=4, count=2, steps=4)
     for part in compared.parts:
         if part.label == "ls:network+h":
             assert np.allclose(part.measures["R2"], 1, atol=1e-9)
-    assert compared.settings["machines"]["ls:network+h"]["patch_size"]["name"] == "held-out"
+    assert compared.settings["machines"]["ls:network+h"]["patch_size"]["name"] == "network"
     # and nothing of the choice rests on the images that judge it
     assert not set(compared.settings["held_out"]) & set(unseen[-16:])
 

@@ -35,7 +35,7 @@ BANDWIDTHS = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2)
 AUTO_SIGMAS = tuple(float(s) for s in np.geomspace(0.02, 20.0, 10))
 TOWARDS_SIGMAS = tuple(float(s) for s in np.geomspace(0.05, 20.0, 16))
 BUDGET = 1e10  # logits of an automatic calibration: half a minute; a quarter as dear each in ELS
-TOWARDS = 10  # times that for one towards a network: what it chooses is measured against it
+TOWARDS = 4  # times that for a choice towards a network, which is measured by it
 CROPS = 96  # at most, of one picture
 LAYOUT = 2  # of the files beside the corpus
 
@@ -429,26 +429,25 @@ def automatic_bandwidth(machine: Calibrated) -> BandwidthSchedule:
 
 def towards(
     network: Teacher, machine: Calibrated, corpus: Corpus, bandwidth: bool = False
-) -> Calibration:
-    """The locality (and bandwidth) with which a machine agrees best with a network.
+) -> tuple[LevelSchedule | None, BandwidthSchedule]:
+    """The locality and bandwidth (0 unless asked for) that agree best with a network.
 
     Chosen as Kamb & Ganguli (2412.20292) choose theirs, on the last of the images of `corpus` that
     the network has not seen, so that the first are free to judge the choice; if it is not known
-    which those are, on images of the machine.
+    which those are, on images of the machine. From one noise level to the next below it, the
+    locality falls by two of its candidates at most, or rises by one.
     """
     low, high = network.levels()
-    sigmas = [s for s in TOWARDS_SIGMAS if low <= s <= high]
+    sigmas = sorted((s for s in TOWARDS_SIGMAS if low <= s <= high), reverse=True)
     held_out = 4 if machine.equivariant else 8
-    values: list[Any] = []
-    what = "bandwidths"
+    values, what = machine.candidates(), "bandwidths"
     if machine.locality is not None:
-        values = machine.candidates()
-        what = str(machine.locality).replace("_", " ") + "s"
-        if machine.locality == PatchSchedule.setting:
-            sizes = {*_spread_sizes(max(corpus.shape[1:])), 15, 19}
-            values = [P for P in values if P in sizes]
+        what = machine.locality.replace("_", " ") + "s"
+    if machine.locality == PatchSchedule.setting:
+        sizes = {*_spread_sizes(max(corpus.shape[1:])), 15, 19}
+        values = [P for P in values if P in sizes]
     hs = BANDWIDTHS if bandwidth else (0.0,)
-    subset = _affordable(machine, len(sigmas) * (len(values) + len(hs)) * held_out, TOWARDS)
+    subset = _affordable(machine, len(sigmas) * (4 + len(hs)) * held_out, TOWARDS)
     say(
         f"choosing {what} for {machine.name!r} by agreement with {network.name} on {held_out} "
         f"held-out pictures, with {len(subset):,} of {len(machine.corpus):,} images (kept for the "
@@ -463,7 +462,18 @@ def towards(
         joined = Corpus(np.concatenate([subset.images, others]), name=corpus.name)
         parts = joined, np.arange(n), n + np.arange(held), n + held + np.arange(held)
     machine = machine.remade(subset, bandwidth=0.0)
-    return calibrate(machine, sigmas, held_out, values, hs, parts=parts, network=network)
+    chosen, chosen_bandwidths, near = [], [], values
+    for sigma in sigmas:
+        found = calibrate(machine, [sigma], held_out, near, hs, parts=parts, network=network)
+        chosen_bandwidths += found.chosen_bandwidths
+        if values:
+            chosen += found.chosen
+            place = values.index(found.chosen[0])
+            near = values[max(0, place - 2) : place + 2]
+    bandwidths = BandwidthSchedule(sigmas, chosen_bandwidths)
+    if not values:
+        return None, bandwidths
+    return LOCALITIES[str(machine.locality)](sigmas, chosen, name="network"), bandwidths
 
 
 def _automatic(

@@ -97,10 +97,10 @@ class Entrant:
                 f"{self.label} is chosen towards a network, which compare and study do; here, give "
                 "a size, a schedule, or nothing"
             )
-        found = towards(network, machine, everything, machine.bandwidth == "auto")
-        chosen: dict[str, Any] = {str(machine.locality): found.locality}
+        locality, bandwidth = towards(network, machine, everything, machine.bandwidth == "auto")
+        chosen: dict[str, Any] = {str(machine.locality): locality}
         if machine.bandwidth == "auto":
-            chosen["bandwidth"] = found.bandwidth
+            chosen["bandwidth"] = bandwidth
         return machine.remade(corpus, **chosen)
 
 
