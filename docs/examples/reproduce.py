@@ -1,7 +1,7 @@
 """Trains small networks on MNIST and CIFAR-10, compares machines with them, and writes the docs.
 
-    make reproduce                          # within an hour on two cores
-    python docs/examples/reproduce.py --longer 4 --images 4000      # a night: narrower intervals
+    make reproduce                                  # about an hour on two cores
+    python docs/examples/reproduce.py --longer 4    # half a night: narrower intervals
 
 Interrupted, it goes on where it was. Needs the images as zips, mnist-train.zip and
 cifar10-train.zip, in --data. With --docs, the tables and pictures of docs/ are made again, and the
@@ -42,9 +42,9 @@ MNIST = ("gaussian", "pca", "ls:kamb-mnist-resnet", "ls:network+h", "pspc", "els
 CIFAR10 = ("gaussian", "pca", "ls:kamb-cifar10-resnet", "ls:network+h", "pspc", "els:network")
 UNET = ("gaussian", "pca", "ls", "ls+h", "ls:network+h", "pspc", "pspc+h", "pspc:network+h")
 CASES = (
-    Case("mnist", "resnet", 3000, MNIST, 64),
-    Case("cifar10", "resnet", 3000, CIFAR10, 8),
-    Case("cifar10", "unet", 2000, UNET, 8, 10),
+    Case("mnist", "resnet", 2500, MNIST, 16),
+    Case("cifar10", "resnet", 2500, CIFAR10, 8),
+    Case("cifar10", "unet", 1500, UNET, 8, 10),
 )
 SHIPPED = ("mnist-resnet", "cifar10-resnet")
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--longer", type=int, default=1, help="times the steps and the samples")
-    parser.add_argument("--pictures", type=int, default=16, help="held-out images")
+    parser.add_argument("--pictures", type=int, default=8, help="held-out images")
     parser.add_argument("--images", type=int, default=1000, help="that els is made of")
     parser.add_argument("--only", default="", help="cases by commas, as mnist-resnet")
     parser.add_argument("--docs", action="store_true", help="write docs/ and the weights too")
@@ -75,7 +75,7 @@ def main() -> None:
         found = sm.compare(
             network, case.machines, corpus, pictures=options.pictures,
             count=case.seeds * options.longer, steps=case.levels, everywhere=options.images,
-            kept=pieces, ways=8,
+            kept=pieces, ways=4,
         )  # fmt: skip
         report.write(found, folder, page=True)
         report.print_tables(found)
