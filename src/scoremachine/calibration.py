@@ -429,8 +429,8 @@ def automatic_bandwidth(machine: Calibrated) -> BandwidthSchedule:
 
 def towards(
     network: Teacher, machine: Calibrated, corpus: Corpus, bandwidth: bool = False
-) -> tuple[LevelSchedule | None, BandwidthSchedule]:
-    """The locality and bandwidth (0 unless asked for) that agree best with a network.
+) -> tuple[LevelSchedule, BandwidthSchedule]:
+    """The locality and bandwidth (0 unless asked for) of a machine that agree best with a network.
 
     Chosen as Kamb & Ganguli (2412.20292) choose theirs, on the last of the images of `corpus` that
     the network has not seen, so that the first are free to judge the choice; if it is not known
@@ -440,18 +440,16 @@ def towards(
     low, high = network.levels()
     sigmas = sorted((s for s in TOWARDS_SIGMAS if low <= s <= high), reverse=True)
     held_out = 4 if machine.equivariant else 8
-    values, what = machine.candidates(), "bandwidths"
-    if machine.locality is not None:
-        what = machine.locality.replace("_", " ") + "s"
-    if machine.locality == PatchSchedule.setting:
+    setting, values = str(machine.locality), machine.candidates()
+    if setting == PatchSchedule.setting:
         sizes = {*_spread_sizes(max(corpus.shape[1:])), 15, 19}
         values = [P for P in values if P in sizes]
     hs = BANDWIDTHS if bandwidth else (0.0,)
     subset = _affordable(machine, len(sigmas) * (4 + len(hs)) * held_out, TOWARDS)
     say(
-        f"choosing {what} for {machine.name!r} by agreement with {network.name} on {held_out} "
-        f"held-out pictures, with {len(subset):,} of {len(machine.corpus):,} images (kept for the "
-        "next time)"
+        f"choosing {setting.replace('_', ' ')}s for {machine.name!r} by agreement with "
+        f"{network.name} on {held_out} held-out pictures, with {len(subset):,} of "
+        f"{len(machine.corpus):,} images (kept for the next time)"
     )
     unseen = network.unseen(corpus)
     parts = None
@@ -465,15 +463,12 @@ def towards(
     chosen, chosen_bandwidths, near = [], [], values
     for sigma in sigmas:
         found = calibrate(machine, [sigma], held_out, near, hs, parts=parts, network=network)
+        chosen += found.chosen
         chosen_bandwidths += found.chosen_bandwidths
-        if values:
-            chosen += found.chosen
-            place = values.index(found.chosen[0])
-            near = values[max(0, place - 2) : place + 2]
-    bandwidths = BandwidthSchedule(sigmas, chosen_bandwidths)
-    if not values:
-        return None, bandwidths
-    return LOCALITIES[str(machine.locality)](sigmas, chosen, name="network"), bandwidths
+        place = values.index(found.chosen[0])
+        near = values[max(0, place - 2) : place + 2]
+    locality = LOCALITIES[setting](sigmas, chosen, name="network")
+    return locality, BandwidthSchedule(sigmas, chosen_bandwidths)
 
 
 def _automatic(
