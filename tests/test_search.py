@@ -30,7 +30,7 @@ from scoremachine.search.bounded import Bounded
 from scoremachine.search.embedding import Embedding
 from scoremachine.search.floats import LANES, add_totals
 from scoremachine.search.index import Index, Patches, Source, build, classes
-from scoremachine.search.rounds import blank, queries
+from scoremachine.search.rounds import Purse, blank, queries
 
 seeds = st.integers(0, 2**31)
 sigmas = st.floats(-3, 2).map(lambda e: 10.0**e)
@@ -310,7 +310,7 @@ def test_lots_are_right_on_average(seed, C, sigma):
         patched.setattr(drawn_module, "_pixels", begun)
         patched.setattr(drawn_module, "ROUNDS", 0)
         for _ in range(60):
-            fold = drawn_module.drawn(asked, 1e-9, np.inf, last=True)
+            fold = drawn_module.drawn(asked, 1e-9, Purse(np.inf), last=True)
             found.append(np.concatenate([fold.Z[:, None], fold.S], 1))
     found = np.stack(found)
     log = exact.evidence(
@@ -355,7 +355,7 @@ def test_a_pixel_that_is_too_dear_is_left_to_others(monkeypatch, share):
         found, best = blank(Q, 3, 0, ()), np.full(Q, 1e3)
         done = rounds_module.sought(
             q, opened, source.windows(of), np.arange(Q), found, best, np.zeros(Q), 1e-3,
-            np.inf, apiece,
+            Purse(np.inf), apiece,
         )  # fmt: skip
         return done, found.S / found.Z[:, None]
 
@@ -481,13 +481,39 @@ def test_what_kind_of_bound_it_is_is_told():
     assert [kind[0] for kind in kinds] == ["d", "d", "s", "d", "s"]
 
 
-def test_auto_searches_large_sources_alone():
-    small, large = (sm.Corpus(random_images(0, N, 1, 32, 32)) for N in (4, 26_000))
-    for corpus, bounded in ((small, False), (large, True)):
-        machine = sm.EquivariantLocalScore(corpus, patch_size=7)
-        index = corpus.indices()
-        kernel = machine.kernel_for(machine.windows(1.0, index), index)
-        assert isinstance(kernel, Bounded) is bounded
+@pytest.mark.parametrize(
+    ("N", "P", "bounded"), [(4, 7, False), (1_000, 7, True), (1_000, 15, False), (6_000, 15, True)]
+)
+def test_auto_searches_large_sources_alone(N, P, bounded):
+    corpus = sm.Corpus(random_images(0, N, 1, 32, 32))
+    machine = sm.EquivariantLocalScore(corpus, patch_size=P)
+    index = corpus.indices()
+    kernel = machine.kernel_for(machine.windows(1.0, index), index)
+    assert isinstance(kernel, Bounded) is bounded
+
+
+def test_a_search_that_has_spent_its_share_spends_no_more(monkeypatch):
+    images = random_images(0, 300, 1, 16, 16)
+    machine, exact = searching(images[4:], 5, 1e-3, bound="auto")
+    machine.__dict__["_bounded"].patience = 1e-6  # the first lots cost more
+    left = []
+
+    def watched(name):
+        attempt = getattr(bounded_module, name)
+
+        def attempted(*args):
+            answer = attempt(*args)
+            left.extend(a.left for a in args if isinstance(a, Purse))
+            return answer
+
+        monkeypatch.setattr(bounded_module, name, attempted)
+
+    for name in ("sought", "drawn"):
+        watched(name)
+    y, sigma = noised(sm.Corpus(images), 0.8)
+    assert torch.equal(machine.denoise(y, sigma), exact.denoise(y, sigma))
+    assert left[0] < 0
+    assert set(left) == {left[0]}
 
 
 @pytest.mark.parametrize(("H", "W", "P"), [(8, 8, 3), (8, 6, 5), (5, 9, 5), (7, 7, 7), (4, 9, 9)])

@@ -29,6 +29,7 @@ from scoremachine.progress import bar, say
 from scoremachine.sample import SAMPLERS, generate_batches, walk
 from scoremachine.schedules import check_integer
 
+ERROR = 1e-2  # the largest of a pixel that els may make where it searches; networks are further
 LEVELS = 10  # noise levels of the forward process, unless others are asked for
 BATCH = 8  # pictures that go together
 WAYS = 16  # of the network, at most, that machines follow
@@ -89,7 +90,8 @@ class Entrant:
         Raises:
             ValueError: Without a network to choose towards.
         """
-        machine = build(self.name, corpus, **self.settings)
+        way = {"error": ERROR} if kind_of(self.name).equivariant else {}
+        machine = build(self.name, corpus, **way, **self.settings)
         if not self.towards:
             return machine
         if network is None or everything is None:

@@ -23,7 +23,9 @@ from scoremachine.search.bounded import KINDS, Bounded, exact_cost, searchable
 from scoremachine.windows import Augment, Boundary, Collection
 
 SEARCHES = ("auto", "exact", "bounded")
-WORTHWHILE = 30.0  # seconds of one core: a scan that takes longer is worth an index
+SMALL = 7  # pixels of a side: posteriors of such patches are found quickly among few images, too
+WORTHWHILE = 1.0, 4.0  # seconds of one core: a scan of small, or larger, patches worth an index
+PATIENCE = 0.5  # of the cost of that scan: what a search may cost that nobody has asked for
 
 
 class Searched(NamedTuple):
@@ -121,13 +123,15 @@ class EquivariantLocalScore(BoxMachine):
 
     @cached_property
     def _bounded(self) -> Bounded:
-        return Bounded(self.corpus, self.kernel, self.error, self.bound)
+        patience = PATIENCE if self.search == "auto" else 1.0
+        return Bounded(self.corpus, self.kernel, self.error, self.bound, patience)
 
     def kernel_for(self, collection: Collection, index: np.ndarray) -> Kernel:
         if self.search == "exact" or not searchable(collection):
             return self.kernel
         if self.search == "auto":
-            if exact_cost(collection, len(index)) < WORTHWHILE:
+            larger = max(collection.window.shape) > SMALL
+            if exact_cost(collection, len(index)) < WORTHWHILE[larger]:
                 return self.kernel
             try:
                 self._bounded.check_room(index, collection)

@@ -31,7 +31,7 @@ from scoremachine.search.index import (
     estimate,
     indexed,
 )
-from scoremachine.search.rounds import blank, queries, sought
+from scoremachine.search.rounds import Purse, blank, queries, sought
 from scoremachine.search.seek import guess
 from scoremachine.windows import Box, Collection, Variant
 
@@ -39,6 +39,7 @@ ERROR = 1e-3  # the largest error of a pixel, unless another is asked for
 LEVEL = 0.01  # how often, at most, an error is larger than a statistical bound tells
 KINDS = ("auto", "deterministic", "statistical")
 DEAR = {"deterministic": 0.25, "statistical": 0.5}  # of the exact scan of a pixel: for its search
+FIRST = 0.5  # of what is left, that the first of two kinds of bound may cost
 CHEAP = 2e-3  # seconds of one core that the search for a pixel may take in any case
 LOGIT = 1.3  # ns of one core that the exact scan needs for a source under a pixel of an overlap
 
@@ -82,7 +83,7 @@ class Bounded:
         bound: The kind: "deterministic", "statistical", or "auto": statistical where lots are
             drawn, for patches of more than `DETERMINISTIC` numbers, and where the deterministic
             bound is too dear.
-        patience: How many times the cost of the exact scan a search may take.
+        patience: How many times the cost of the exact scan the search for a picture may take.
     """
 
     def __init__(
@@ -206,13 +207,13 @@ class Bounded:
     def _picture(self, question: Question, leaders: int) -> Fold:
         """The fold of one picture."""
         c, source = question.collection, self.source(question.index)
-        budget = self.patience * exact_cost(c, len(question.index))
+        purse = Purse(self.patience * exact_cost(c, len(question.index)))
         searched = indexed(c)
         found: list[tuple[Class, Fold]] = []
         for each in sorted(searched, key=lambda c: -c.patches.per_image):  # the dearest first
             opened = self._opened(source, each.patches)
             assert opened is not None
-            result = self._search(question, source, opened, each, leaders, budget)
+            result = self._search(question, source, opened, each, leaders, purse)
             if result is None:
                 self._tell(question)
                 return self._all(question, leaders)
@@ -244,9 +245,9 @@ class Bounded:
         opened: Index,
         of: Class,
         leaders: int,
-        budget: float,
+        purse: Purse,
     ) -> Fold | None:
-        """Searches for the sites of a class; None if that costs more than `budget` seconds."""
+        """Searches for the sites of a class; None if that costs more than there is."""
         kinds = self._kinds(question.collection)
         q, centred = queries(question, opened, of, kinds[0])
         Q, t, w = len(q.half), opened.tree, source.windows(of)
@@ -260,24 +261,26 @@ class Bounded:
             key = source.key, of.patches.name, of.middle
             answers = self._answers.get(key, lambda: Answers.of(source, opened, of))
             asked = Asked(centred, float(q.half[0]), best, source, opened, of, answers)
-            at = self._draw(asked, at, found, least, budget)
+            at = self._draw(asked, at, found, least, purse)
 
-        def missing(at: np.ndarray, apiece: float) -> np.ndarray:
-            """Those of the queries `at` that a search does not settle."""
-            done = sought(q, opened, w, at, found, best, least, self.error, budget, apiece)
+        def missing(at: np.ndarray, apiece: float, part: float = 1.0) -> np.ndarray:
+            """Those of the queries `at` that a search for a part of the purse does not settle."""
+            done = sought(q, opened, w, at, found, best, least, self.error, purse, apiece, part)
             self.statistical += int(done.sum()) * (kind == "statistical")
             return at[~done[at]]
 
         for kind in kinds:
+            if len(at) and purse.left <= 0:
+                return None
             if kind != kinds[0]:
                 q, _ = queries(question, opened, of, kind)
             # lots are cheaper than the exact scan: then some may be left to them
-            apiece = max(DEAR[kind] * budget / Q, CHEAP) if chance else math.inf
-            at = missing(at, apiece)
+            apiece = max(DEAR[kind] * purse.left / Q, CHEAP) if chance else math.inf
+            at = missing(at, apiece, 1.0 if kind == kinds[-1] else FIRST)
             if not len(at):
                 return found
-        if chance:
-            at = self._draw(asked, at, found, least, budget, last=True)
+        if chance and purse.left > 0:
+            at = self._draw(asked, at, found, least, purse, last=True)
             at = missing(at, math.inf)
         return None if len(at) else found
 
@@ -287,12 +290,12 @@ class Bounded:
         at: np.ndarray,
         found: Fold,
         least: np.ndarray,
-        budget: float,
+        purse: Purse,
         last: bool = False,
     ) -> np.ndarray:
         """Draws lots for the queries `at`, and returns those for which they say too little."""
         some = asked._replace(windows=asked.windows[at], best=asked.best[at])
-        lots = drawn(some, self.error, budget, last)
+        lots = drawn(some, self.error, purse, last)
         enough = lots.error <= self.error
         done = at[enough]
         found.m[done] = torch.from_numpy(-some.best[enough] * asked.half)

@@ -33,6 +33,7 @@ from scoremachine.search.draw import (
 )
 from scoremachine.search.floats import LANES
 from scoremachine.search.index import Class, Index, Source
+from scoremachine.search.rounds import Purse
 from scoremachine.search.seek import FAR, LOG2E
 
 FIRST = np.array([600.0, 1_200.0, 600.0])  # nodes, leaves and patches of the first round
@@ -111,13 +112,13 @@ class Drawn(NamedTuple):
         return np.where(self.error < 1, log, -np.inf)
 
 
-def drawn(asked: Asked, error: float, budget: float, last: bool = False) -> Drawn:
+def drawn(asked: Asked, error: float, purse: Purse, last: bool = False) -> Drawn:
     """Draws until errors are at most `error`.
 
     Arguments:
         asked: Queries and patches.
         error: The largest error of a pixel.
-        budget: Seconds of one core that it may take: it is given up when it would take longer.
+        purse: What it may cost, and is taken from it; it is given up when it would cost more.
         last: Whether there is no other way: draws for all pixels then, and many lots; otherwise
             for those alone for which at least `FLAT` patches as heavy as the nearest known one
             seem to matter.
@@ -141,6 +142,7 @@ def drawn(asked: Asked, error: float, budget: float, last: bool = False) -> Draw
     else:
         flat &= (many > math.log(FLAT)) & (many < math.log(asked.opened.total))
     rounds = [_round(asked, g, pixels, np.flatnonzero(flat))]
+    purse.left -= 1e-9 * float(np.nansum(rounds[0].spent, 0) @ prices)
     wanted = (error / STANDARD_ERRORS / CAUTION) ** 2
     answer, variance = _together(rounds)
     for _ in range(ROUNDS):
@@ -158,13 +160,13 @@ def drawn(asked: Asked, error: float, budget: float, last: bool = False) -> Draw
         known = np.isfinite(growth).all(1)
         again, growth = again[known], growth[known]
         cost = float((np.maximum(growth, 1) * before.spent[again] @ prices).sum()) * 1e-9
-        if not len(again) or cost > FEWER * budget:
+        if not len(again) or cost > FEWER * purse.left:
             break
         growth = np.minimum(growth, GROWTH)
         pixels.amounts[again] = np.maximum(growth * before.amounts[again], FEWEST)
         pixels.start[again] = (pixels.start[again] + math.sqrt(0.5)) % 1
         rounds.append(_round(asked, g, pixels, again, before))
-        budget -= float((rounds[-1].spent[again] @ prices).sum()) * 1e-9
+        purse.left -= 1e-9 * float((rounds[-1].spent[again] @ prices).sum())
         answer, variance = _together(rounds)
     with np.errstate(over="ignore", invalid="ignore"):  # then nothing is told
         scale = np.exp(unit)

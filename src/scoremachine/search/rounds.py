@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,6 +28,17 @@ DIFFERENCE = 0.35  # ns of one core for a number of a patch that is compared
 Reach = tuple[np.ndarray, np.ndarray]
 
 
+@dataclass
+class Purse:
+    """What the search for a picture may cost.
+
+    Attributes:
+        left: Seconds of one core that are left; below 0 where more was spent.
+    """
+
+    left: float
+
+
 def sought(
     q: Queries,
     opened: Index,
@@ -36,8 +48,9 @@ def sought(
     best: np.ndarray,
     least: np.ndarray,
     error: float,
-    budget: float,
+    purse: Purse,
     apiece: float = math.inf,
+    part: float = 1.0,
 ) -> np.ndarray:
     """Searches for the queries `at`.
 
@@ -46,8 +59,9 @@ def sought(
         best: |q - s|^2 of the nearest patch known, improved here, float64 (Q,).
         least: A guess at log Z, better too small, in units of the weight of that patch, (Q,).
         error: The largest error of a pixel.
-        budget: Seconds of one core that all may take.
+        purse: What all may cost, and is taken from it.
         apiece: Seconds that a query may take; those that would take longer are left out.
+        part: Of what is left in the purse, that may be spent.
 
     Returns:
         Whose bounds hold now, bool (Q,).
@@ -60,7 +74,7 @@ def sought(
     pace = COSTS + np.array([0, 0, 0, DIFFERENCE * len(opened.embedding.mean)])
     count = min(PARTS, -(-len(t.widest) // LANES))
     some = min(SURVEYED, count)
-    left = 1e9 * budget  # nanoseconds
+    left = 1e9 * part * purse.left  # nanoseconds
     done = np.zeros(Q, bool)
 
     def seen(
@@ -70,7 +84,9 @@ def sought(
         nonlocal left
         filled = tuple(a[of] for a in parts)
         fill(seek, (of.start, count, t, w, q, asked, *reach, pace, 3 * left / count, most), filled)
-        left -= float(filled[-2].sum())
+        spent = float(filled[-2].sum())
+        left -= spent
+        purse.left -= 1e-9 * spent
         return bool(filled[-1].all())
 
     def search(asked: np.ndarray, boxes: np.ndarray, patches: np.ndarray) -> None:
