@@ -461,12 +461,14 @@ def towards(
         parts = joined, np.arange(n), n + np.arange(held), n + held + np.arange(held)
     machine = machine.remade(subset, bandwidth=0.0)
     chosen, chosen_bandwidths, near = [], [], values
-    for sigma in sigmas:
-        found = calibrate(machine, [sigma], held_out, near, hs, parts=parts, network=network)
-        chosen += found.chosen
-        chosen_bandwidths += found.chosen_bandwidths
-        place = values.index(found.chosen[0])
-        near = values[max(0, place - 2) : place + 2]
+    with bar(f"Choosing towards {network.name}", total=len(sigmas)) as progress:
+        for sigma in sigmas:
+            found = calibrate(machine, [sigma], held_out, near, hs, parts=parts, network=network)
+            chosen += found.chosen
+            chosen_bandwidths += found.chosen_bandwidths
+            place = values.index(found.chosen[0])
+            near = values[max(0, place - 2) : place + 2]
+            progress.advance()
     locality = LOCALITIES[setting](sigmas, chosen, name="network")
     return locality, BandwidthSchedule(sigmas, chosen_bandwidths)
 

@@ -41,6 +41,7 @@ KINDS = ("auto", "deterministic", "statistical")
 DEAR = {"deterministic": 0.25, "statistical": 0.5}  # of the exact scan of a pixel: for its search
 FIRST = 0.5  # of what is left, that the first of two kinds of bound may cost
 CHEAP = 2e-3  # seconds of one core that the search for a pixel may take in any case
+TOLD = 10.0  # seconds of one core: that a scan which takes longer is done in place of a search
 LOGIT = 1.3  # ns of one core that the exact scan needs for a source under a pixel of an overlap
 
 
@@ -229,6 +230,8 @@ class Bounded:
         return fold
 
     def _tell(self, question: Question) -> None:
+        if exact_cost(question.collection, len(question.index)) < TOLD:
+            return
         sigma = round(float(question.sigma[0]), 6)
         if sigma not in self._told:
             self._told.add(sigma)
