@@ -485,8 +485,10 @@ def test_what_kind_of_bound_it_is_is_told():
 
 
 @pytest.mark.parametrize(
-    ("N", "P", "bounded"), [(4, 7, False), (1_000, 7, True), (1_000, 15, False), (6_000, 15, True)]
-)
+    ("N", "P", "bounded"),
+    [(100, 3, False), (1_000, 3, True), (1_000, 7, False), (3_000, 7, True), (3_000, 9, False),
+     (6_000, 15, True)],
+)  # fmt: skip
 def test_auto_searches_large_sources_alone(N, P, bounded):
     corpus = sm.Corpus(random_images(0, N, 1, 32, 32))
     machine = sm.EquivariantLocalScore(corpus, patch_size=P)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +24,8 @@ from scoremachine.search.bounded import KINDS, Bounded, exact_cost, searchable
 from scoremachine.windows import Augment, Boundary, Collection
 
 SEARCHES = ("auto", "exact", "bounded")
-SMALL = 7  # pixels of a side: posteriors of such patches are found quickly among few images, too
-WORTHWHILE = 1.0, 4.0  # seconds of one core: a scan of small, or larger, patches worth an index
-PATIENCE = 0.5  # of the cost of that scan: what a search may cost that nobody has asked for
+# sides of patches up to which, and seconds of one core: a scan that takes longer is worth an index
+WORTHWHILE = (3, 1.0), (7, 2.5), (math.inf, 4.0)
 
 
 class Searched(NamedTuple):
@@ -123,15 +123,15 @@ class EquivariantLocalScore(BoxMachine):
 
     @cached_property
     def _bounded(self) -> Bounded:
-        patience = PATIENCE if self.search == "auto" else 1.0
-        return Bounded(self.corpus, self.kernel, self.error, self.bound, patience)
+        return Bounded(self.corpus, self.kernel, self.error, self.bound)
 
     def kernel_for(self, collection: Collection, index: np.ndarray) -> Kernel:
         if self.search == "exact" or not searchable(collection):
             return self.kernel
         if self.search == "auto":
-            larger = max(collection.window.shape) > SMALL
-            if exact_cost(collection, len(index)) < WORTHWHILE[larger]:
+            side = max(collection.window.shape)
+            least = next(seconds for most, seconds in WORTHWHILE if side <= most)
+            if exact_cost(collection, len(index)) < least:
                 return self.kernel
             try:
                 self._bounded.check_room(index, collection)
