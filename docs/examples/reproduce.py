@@ -1,10 +1,11 @@
 """Trains small networks on MNIST and CIFAR-10, compares machines with them, and writes the docs.
 
-    make reproduce                                  # about an hour on two cores
-    python docs/examples/reproduce.py --longer 4    # half a night: narrower intervals
+    make reproduce                                           # less than an hour on two cores
+    python docs/examples/reproduce.py --longer 4             # a quarter of the night: narrower
+    python docs/examples/reproduce.py --only cifar10-unet    # an hour more
 
 Interrupted, it goes on where it was. Needs the images as zips, mnist-train.zip and
-cifar10-train.zip, in --data. With --docs, the tables and pictures of docs/ are made again, and the
+cifar10-train.zip, in --data. With --docs, the pages and pictures of docs/ are made again, and the
 networks that come with the package.
 """
 
@@ -40,13 +41,14 @@ class Case(NamedTuple):
 
 MNIST = ("gaussian", "pca", "ls:kamb-mnist-resnet", "ls:network+h", "pspc", "els:network")
 CIFAR10 = ("gaussian", "pca", "ls:kamb-cifar10-resnet", "ls:network+h", "pspc", "els:network")
-UNET = ("gaussian", "pca", "ls", "ls+h", "ls:network+h", "pspc", "pspc+h", "pspc:network+h")
+UNET = ("gaussian", "pca", "pca:auto", "ls:network+h", "pspc", "pspc:network+h", "els:network",
+        "els:network+gaussian")  # fmt: skip
 CASES = (
     Case("mnist", "resnet", 2500, MNIST, 16),
     Case("cifar10", "resnet", 2500, CIFAR10, 8),
-    Case("cifar10", "unet", 1500, UNET, 8, 10),
+    Case("cifar10", "unet", 6000, UNET, 8, 10),
 )
-SHIPPED = ("mnist-resnet", "cifar10-resnet")
+SHIPPED = ("mnist-resnet", "cifar10-resnet")  # trained unless others are asked for
 
 
 def main() -> None:
@@ -56,14 +58,15 @@ def main() -> None:
     parser.add_argument("--longer", type=int, default=1, help="times the steps and the samples")
     parser.add_argument("--pictures", type=int, default=8, help="held-out images")
     parser.add_argument("--images", type=int, default=1000, help="that els is made of")
-    parser.add_argument("--only", default="", help="cases by commas, as mnist-resnet")
+    parser.add_argument("--only", default=",".join(SHIPPED), help="networks, by commas")
     parser.add_argument("--docs", action="store_true", help="write docs/ and the weights too")
     options = parser.parse_args()
     pages, pieces = [], options.out / ".unfinished"
-    for case in CASES:
-        name = f"{case.data}-{case.network}"
-        if options.only and name not in options.only.split(","):
-            continue
+    cases = {f"{case.data}-{case.network}": case for case in CASES}
+    for name in options.only.split(","):
+        if name not in cases:
+            sys.exit(f"there is no network {name!r} here; there are {', '.join(cases)}")
+        case = cases[name]
         archive = options.data / f"{case.data}-train.zip"
         if not archive.exists():
             sys.exit(f"there is no {archive}: say with --data where the images are")
@@ -86,9 +89,7 @@ def main() -> None:
 
 
 def write_docs(pages: list[tuple[str, sm.Comparison, Path]], out: Path) -> None:
-    """Tables and pictures of docs/, and the networks that come with the package."""
-    lines = ["# Machines against networks: tables", "",
-             "Made by `make reproduce`; [what they say](networks.md).", ""]  # fmt: skip
+    """A page of docs/ for every network, and the networks that come with the package."""
     for name, found, folder in pages:
         trained = found.settings["card"]["training"]
         most = max(m["images"] for m in found.settings["machines"].values())
@@ -97,8 +98,12 @@ def write_docs(pages: list[tuple[str, sm.Comparison, Path]], out: Path) -> None:
             for label, m in found.settings["machines"].items()
             if m["images"] < most
         )
-        lines += [
-            f"## {name}",
+        only = "" if name in SHIPPED else f" --only {name}"
+        lines = [
+            f"# Machines against {name}",
+            "",
+            f"Made by `python docs/examples/reproduce.py{only} --docs`; "
+            "[what is measured](networks.md).",
             "",
             f"{trained['parameters']:,} parameters, {trained['steps']:,} steps of "
             f"{trained['batch']} pictures. Machines of {most:,} images"
@@ -107,14 +112,16 @@ def write_docs(pages: list[tuple[str, sm.Comparison, Path]], out: Path) -> None:
             f"![Samples of {name} and of machines from the same noise]"
             f"(pictures/{name}-samples.png)",
             "",
+            f"![Agreement by noise level](pictures/{name}-compare.png)",
+            "",
             report.markdown(found),
         ]
+        (ROOT / "docs" / f"against-{name}.md").write_text("\n".join(lines).rstrip() + "\n")
         for picture in ("samples", "compare", "way"):
             to = ROOT / "docs" / "pictures" / f"{name}-{picture}.png"
             shutil.copy(folder / f"{picture}.png", to)
             if to.stat().st_size > 250_000:
                 Image.open(to).convert("P", palette=Image.Palette.ADAPTIVE).save(to, optimize=True)
-    (ROOT / "docs" / "networks-tables.md").write_text("\n".join(lines))
     for name in SHIPPED:
         if name in [page[0] for page in pages]:
             (WEIGHTS_OF / name).mkdir(parents=True, exist_ok=True)
