@@ -373,8 +373,9 @@ def test_networks_that_come_along_beat_the_wiener_filter_on_what_they_have_not_s
     x = torch.from_numpy(np.array(corpus.images[unseen[:32]])).float() / 127.5 - 1
     y = x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     wiener = sm.build("gaussian", corpus.subset(np.arange(5000)))
-    errors = [float((d.denoise(y, 0.5) - x).square().mean()) for d in (network, wiener)]
-    assert errors[0] < 0.8 * errors[1]
+    mine, its = ((d.denoise(y, 0.5) - x).square().mean((1, 2, 3)) for d in (network, wiener))
+    assert mine.mean() < its.mean()
+    assert (mine < its).sum() >= 24  # by chance, one time in 300
 
 
 @pytest.mark.parametrize(
