@@ -25,6 +25,7 @@ SMALL: dict[str, dict] = {
     "pspc-flex": {"share": 0.6},
     "pca": {"threshold": 0.1},
     "smoothed": {"delta": 0.3},
+    "composite": {"of": "gaussian,ls:3", "weights": [0.4, 0.5]},
 }
 
 settings.register_profile("scoremachine", deadline=None, derandomize=True, max_examples=25)

@@ -332,6 +332,9 @@ def test_denoising_error_writes_table_csv_and_plot(inside, tmp_path):
         (["--machine", "pca", "--set", "threshold=7"], "threshold is 7"),
         (["--start", "1"], "start is 1.0; expected a time"),
         (["--augment", "turns"], "no augmentation is called 'turns'"),
+        (["--machine", "composite", "--set", "of=gaussian,lss"], "did you mean 'ls'"),
+        (["--machine", "composite", "--set", "of=ideal", "--set", "weights=1,2"], "2 weights"),
+        (["--machine", "composite", "--set", "of=ideal", "--set", "weights=1"], None),
     ],
 )
 def test_settings_of_the_machines_are_taken_and_refused(inside, tmp_path, words, says):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from scoremachine.corpus import Corpus
     from scoremachine.heatmaps import HeatMaps
     from scoremachine.machines import (
+        Composite,
         EquivariantLocalScore,
         EquivariantScore,
         GaussianScore,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         ShareSchedule,
         SmoothingSchedule,
         ThresholdSchedule,
+        WeightSchedule,
         edm_sigmas,
     )
     from scoremachine.windows import Augment
@@ -52,6 +54,7 @@ _HOMES = {
     "calibration": ("Calibration",),
     "corpus": ("Corpus",),
     "machines": (
+        "Composite",
         "EquivariantLocalScore",
         "EquivariantScore",
         "GaussianScore",
@@ -76,6 +79,7 @@ _HOMES = {
         "ShareSchedule",
         "SmoothingSchedule",
         "ThresholdSchedule",
+        "WeightSchedule",
         "edm_sigmas",
     ),
 }
@@ -86,6 +90,7 @@ __all__ = [
     "BandwidthSchedule",
     "Calibration",
     "Comparison",
+    "Composite",
     "Corpus",
     "EDMSchedule",
     "EquivariantLocalScore",
@@ -105,6 +110,7 @@ __all__ = [
     "SmoothingSchedule",
     "ThresholdSchedule",
     "Training",
+    "WeightSchedule",
     "__version__",
     "build",
     "calibrate",

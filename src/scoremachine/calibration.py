@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ import torch
 
 from scoremachine.corpus import Corpus
 from scoremachine.files import write_text
-from scoremachine.progress import bar, say
+from scoremachine.progress import Bar, bar, say
 from scoremachine.schedules import (
     LOCALITIES,
     BandwidthSchedule,
@@ -106,6 +106,9 @@ class Calibrated(Protocol):
     def denoise_from(self, y: torch.Tensor, sigma: torch.Tensor, index: np.ndarray) -> torch.Tensor:
         """D of float64 pictures, the images at `index` being the source."""
 
+    def prepare(self) -> None:
+        """Decides what "auto" stands for."""
+
     def candidates(self) -> list[Any]:
         """The values of its locality to try."""
 
@@ -160,7 +163,10 @@ def calibrate(
             raise ValueError(f"{machine.name} has no locality to choose: leave values out")
         check = LOCALITIES[machine.locality].check if machine.locality else float
         candidates = sorted({check(value) for value in values})
-    asked = [LAYOUT, machine.settings(), levels.tolist(), held_out, candidates, hs, seed]
+    what = machine.settings()
+    if candidates is None or candidates:  # whatever it is, it is replaced
+        what.pop(str(machine.locality), None)
+    asked = [LAYOUT, what, levels.tolist(), held_out, candidates, hs, seed]
     if parts is not None:
         asked.append(parts[0].key)
         asked.append([hashlib.sha256(p.tobytes()).hexdigest() for p in parts[1:]])
@@ -265,11 +271,7 @@ def _measure(
             progress.advance(2)
             return found
 
-        levels = _finished(unfinished)
-        progress.advance(len(levels) * rounds)
-        for sigma in map(float, sigmas[len(levels) :]):
-            levels.append(level(sigma))
-            write_text(unfinished, json.dumps(levels))
+        levels = kept_by_level(unfinished, sigmas, level, "plain_errors", progress, rounds)
     columns = ("value_errors", "bandwidth_errors", "chosen", "chosen_bandwidths")
     found = {
         column: [level[column] for level in levels if column in level]
@@ -319,13 +321,30 @@ class Exchange:
         )
 
 
-def _finished(unfinished: Path) -> list[dict[str, Any]]:
-    """What an interrupted calibration found, level by level."""
+def kept_by_level(
+    unfinished: Path,
+    sigmas: np.ndarray,
+    measure: Callable[[float], dict[str, Any]],
+    last: str,
+    progress: Bar,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """What is measured at each noise level; the file `unfinished` holds it after an interruption.
+
+    `last` is a name that every level's findings have; finished levels count as `rounds` of the
+    progress each.
+    """
+    levels: list[dict[str, Any]]
     try:
         levels = json.loads(unfinished.read_text())
+        levels = levels if all(last in level for level in levels) else []
     except (OSError, ValueError):
-        return []
-    return levels if all("plain_errors" in level for level in levels) else []
+        levels = []
+    progress.advance(len(levels) * rounds)
+    for sigma in map(float, sigmas[len(levels) :]):
+        levels.append(measure(sigma))
+        write_text(unfinished, json.dumps(levels))
+    return levels
 
 
 def parts_for(
@@ -445,20 +464,13 @@ def towards(
         sizes = {*_spread_sizes(max(corpus.shape[1:])), 15, 19}
         values = [P for P in values if P in sizes]
     hs = BANDWIDTHS if bandwidth else (0.0,)
-    subset = _affordable(machine, len(sigmas) * (4 + len(hs)) * held_out, TOWARDS)
+    subset = affordable(machine, len(sigmas) * (4 + len(hs)) * held_out, TOWARDS)
     say(
         f"choosing {setting.replace('_', ' ')}s for {machine.name!r} by agreement with "
         f"{network.name} on {held_out} held-out pictures, with {len(subset):,} of "
         f"{len(machine.corpus):,} images (kept for the next time)"
     )
-    unseen = network.unseen(corpus)
-    parts = None
-    if unseen is not None and len(unseen) >= 2:
-        held = min(held_out, len(unseen) // 2)
-        others = corpus.images[unseen[-2 * held :]]
-        n = len(subset)
-        joined = Corpus(np.concatenate([subset.images, others]), name=corpus.name)
-        parts = joined, np.arange(n), n + np.arange(held), n + held + np.arange(held)
+    parts = unseen_parts(network, subset, corpus, held_out)
     machine = machine.remade(subset, bandwidth=0.0)
     chosen, chosen_bandwidths, near = [], [], values
     with bar(f"Choosing towards {network.name}", total=len(sigmas)) as progress:
@@ -473,13 +485,24 @@ def towards(
     return locality, BandwidthSchedule(sigmas, chosen_bandwidths)
 
 
+def unseen_parts(network: Teacher, source: Corpus, corpus: Corpus, held_out: int) -> Parts | None:
+    """A source, and the last images of `corpus` that the network has not seen; None if unknown."""
+    unseen = network.unseen(corpus)
+    if unseen is None or len(unseen) < 2:
+        return None
+    held, n = min(held_out, len(unseen) // 2), len(source)
+    others = corpus.images[unseen[-2 * held :]]
+    joined = Corpus(np.concatenate([source.images, others]), name=corpus.name)
+    return joined, np.arange(n), n + np.arange(held), n + held + np.arange(held)
+
+
 def _automatic(
     machine: Calibrated, what: str, values: list[Any], bandwidths: Sequence[float]
 ) -> Calibration:
     """A calibration at ten levels, on a subset of the corpus that keeps it under a minute."""
     held_out = 4 if machine.equivariant else 8
     rounds = len(AUTO_SIGMAS) * (len(values) + len(bandwidths)) * held_out
-    subset = _affordable(machine, rounds)
+    subset = affordable(machine, rounds)
     say(
         f"'auto': choosing {what} for {machine.name!r} by denoising {held_out} held-out pictures "
         f"with {len(subset):,} of {len(machine.corpus):,} images (kept for the next time)"
@@ -487,7 +510,7 @@ def _automatic(
     return calibrate(machine.remade(subset), AUTO_SIGMAS, held_out, values, bandwidths)
 
 
-def _affordable(machine: Calibrated, rounds: int, times: int = 1) -> Corpus:
+def affordable(machine: Calibrated, rounds: int, times: int = 1) -> Corpus:
     """So many of a machine's images that denoising `rounds` pictures costs `times` `BUDGET`.
 
     It depends on nothing but shapes, so that one seed stays one result.

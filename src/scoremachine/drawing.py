@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from scoremachine.errors import Errors
     from scoremachine.schedules import LevelSchedule
     from scoremachine.sensitivity import Sensitivity
+    from scoremachine.stacking import Stacking
 
 GAP = 4  # pixels between pictures
 LABEL = 150  # pixels for the names of machines
@@ -120,6 +121,32 @@ def save_calibration(
     last.set(xlabel="bandwidth h", ylabel="error relative to h = 0", title="Error by bandwidth")
     if max(max(row) / row[0] for row in c.bandwidth_errors) > 3:
         last.set_ylim(0, 3)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def save_stacking(s: Stacking, path: Path, target: str = "the clean picture") -> None:
+    """Draws a composite's weights by noise level, and every machine's error over the mixture's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    w, mixed = np.array(s.weights), np.mean(s.errors, 1)
+    for m, label in enumerate(s.machines):
+        (line,) = left.plot(s.sigmas, w[:, m], marker="o", ms=4, label=label)
+        alone = np.array([np.mean(e[m]) for e in s.member_errors])
+        right.plot(s.sigmas, alone / mixed, marker="o", ms=4, color=line.get_color(), label=label)
+    left.plot(s.sigmas, 1 - w.sum(1), color="gray", ls="--", label="y, the noisy picture")
+    left.axhline(0, color="black", lw=0.6)
+    left.set(xlabel="noise level sigma", ylabel="weight", xscale="log", title="Weights")
+    right.axhline(1, color="black", lw=1.2, label="composite")
+    right.set(
+        xlabel="noise level sigma", xscale="log", yscale="log", title="Error",
+        ylabel=f"mean squared error to {target}, composite = 1",
+    )  # fmt: skip
+    right.set_ylim(0.9, 4)
+    left.legend(fontsize=7)
+    right.legend(fontsize=7)
     with written(path) as temporary:
         figure.savefig(temporary, dpi=110)
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from scoremachine.calibration import Parts, calibrate, split, spread_candidates
 from scoremachine.corpus import Corpus
-from scoremachine.machines import MACHINES, Machine, build, kind_of
+from scoremachine.machines import MACHINES, Composite, Machine, build, kind_of
 from scoremachine.progress import bar, say
-from scoremachine.schedules import LOCALITIES, LevelSchedule, check_integer
+from scoremachine.schedules import LOCALITIES, LevelSchedule, check_integer, edm_sigmas
+from scoremachine.stacking import stack, with_calibrated
 
 ELS_IMAGES = 1000  # ELS is brute force: about a second a picture and step for so many
 DRAWS = 2000  # of a bootstrap
@@ -139,7 +140,10 @@ def denoising_errors(
     with bar("Measuring machines", total=len(built)) as progress:
         for machine in built:
             parts: Parts = corpus, fewer(machine.name, source), choosers, reporters
-            found += _calibrated(machine, parts, sigmas, choosing, seed)
+            if isinstance(machine, Composite):
+                found.append(_mixed(machine, parts, sigmas, choosing, seed))
+            else:
+                found += _calibrated(machine, parts, sigmas, choosing, seed)
             found += [
                 _published(made, parts, sigmas, schedule, choosing, seed)
                 for schedule, made in also
@@ -166,6 +170,14 @@ def _calibrated(
     )
     with_h = replace(plain, way=f"{way}, h".lstrip(", "), errors=np.array(c.errors))
     return [plain, replace(with_h, bandwidths=c.chosen_bandwidths)]
+
+
+def _mixed(machine: Composite, parts: Parts, sigmas: Any, choosing: int, seed: int) -> Errors:
+    """The composite of machines whose localities are calibrated on the images that weigh them."""
+    levels = edm_sigmas() if sigmas is None else sigmas
+    s = stack(with_calibrated(machine, levels, choosing, seed, parts), levels, parts, seed)
+    nothing = [0.0] * len(s.sigmas)
+    return Errors(machine.name, "", s.source, s.sigmas, np.array(s.errors), [], nothing)
 
 
 def _published(

@@ -312,7 +312,7 @@ def wrap(y: Tensor, collection: Collection) -> Tensor:
 def unwrap(g: Tensor, collection: Collection) -> Tensor:
     """`wrap`'s adjoint: every pixel takes the sum over its copies."""
     rows, columns = _periodic(collection)
-    H, W = collection.image
+    H, W = collection.frame
     total = g.new_zeros(*g.shape[:2], H, g.shape[3]).index_add_(2, rows, g)
     return g.new_zeros(*g.shape[:2], H, W).index_add_(3, columns, total)
 
@@ -321,5 +321,5 @@ def _periodic(collection: Collection) -> list[Tensor]:
     """For both axes: the pixel at each place of the continued query."""
     return [
         torch.arange(-(p // 2), n + p - 1 - p // 2) % n
-        for n, p in zip(collection.image, collection.window.shape, strict=True)
+        for n, p in zip(collection.frame, collection.window.shape, strict=True)
     ]

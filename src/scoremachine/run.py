@@ -33,7 +33,7 @@ from scoremachine.comparison.parts import apart, entered
 from scoremachine.corpus import Corpus
 from scoremachine.errors import Errors, denoising_errors, fewer
 from scoremachine.files import write_text, written
-from scoremachine.machines import BoxMachine, IdealScore, Machine, build
+from scoremachine.machines import BoxMachine, Composite, IdealScore, Machine, build
 from scoremachine.machines.machine import Label
 from scoremachine.names import check_name
 from scoremachine.networks import Network, Training, train
@@ -42,6 +42,7 @@ from scoremachine.progress import bar, say
 from scoremachine.sample import SAMPLERS, SCHEDULES, PictureNoise, check_start, generate_batches
 from scoremachine.schedules import LOCALITIES, LevelSchedule, check_integer, edm_sigmas
 from scoremachine.sensitivity import Sensitivity, sensitivity
+from scoremachine.stacking import Stacking, stack, with_calibrated
 
 
 def versions() -> dict[str, str]:
@@ -70,6 +71,7 @@ class Run:
         batch: int,
         trajectory: bool,
         start: float = 0.0,
+        size: tuple[int, int] | None = None,
     ) -> None:
         check_integer("count", count)
         check_integer("steps", steps)
@@ -78,6 +80,8 @@ class Run:
         check_start(start)
         machine.corpus.indices(label)
         self.start = start
+        self.shape = machine.corpus.shape[:1] + (size or machine.corpus.shape[1:])
+        machine.check_shape(self.shape)
         self.out, self.machine = Path(out), machine
         self.count, self.steps, self.seed, self.batch = count, steps, seed, batch
         self.sampler, self.schedule, self.label = sampler, schedule, label
@@ -98,7 +102,7 @@ class Run:
             "schedule": self.schedule,
             "trajectory": self.trajectory,
             "start": self.start,
-        }
+        } | ({} if self.shape == self.machine.corpus.shape else {"size": list(self.shape[1:])})
 
     def finished(self) -> int:
         """How many pictures are kept."""
@@ -160,7 +164,8 @@ class Run:
                 self.label,
                 self.machine.bandwidth,
                 self.batch,
-                start=self.start,
+                self.shape,
+                self.start,
             ):
                 for k, i in enumerate(pictures):
                     fields = {"x": path[-1][1][k].numpy()}
@@ -283,15 +288,18 @@ def calibrate_corpus(
     out: Path | None,
     settings: dict[str, Any],
     network: Network | None = None,
-) -> Calibration:
+) -> Calibration | Stacking:
     """Calibrates, prints the table, and writes calibration.png and calibration.json to `out`.
 
-    With a network, towards it: and beside that, on the same images, what denoises best.
+    With a network, towards it: and beside that, on the same images, what denoises best. Of a
+    composite, the weights are chosen, after the localities of its machines.
     """
     sigmas = edm_sigmas(check_integer("steps", steps))
     prototype = build(machine, corpus, **settings)
     if network is not None:
         sigmas = sigmas[(sigmas >= network.levels()[0]) & (sigmas <= network.levels()[1])]
+    if isinstance(prototype, Composite):
+        return _weigh(prototype, sigmas, held_out, seed, out, network)
     found = calibration.calibrate(prototype, sigmas, held_out, seed=seed, network=network)
     target, exchange = tables.TRUTH, None
     if network is not None:
@@ -310,6 +318,27 @@ def calibrate_corpus(
         record = asdict(found) | ({"exchange": asdict(exchange)} if exchange else {})
         write_text(Path(out) / "calibration.json", json.dumps(record, indent=1) + "\n")
         drawing.save_calibration(found, Path(out) / "calibration.png", beside, target)
+        print(f"curves: {Path(out) / 'calibration.png'}")
+    return found
+
+
+def _weigh(
+    composite: Composite,
+    sigmas: np.ndarray,
+    held_out: int,
+    seed: int,
+    out: Path | None,
+    network: Network | None,
+) -> Stacking:
+    """`calibrate_corpus` of a composite."""
+    target = tables.TRUTH if network is None else f"the network {network.name}"
+    parts = parts_for(composite, check_integer("held_out", held_out), seed, network)
+    ready = with_calibrated(composite, sigmas, held_out, seed, parts)
+    found = stack(ready, sigmas, parts, seed, network)
+    tables.print_stacking(found, target)
+    if out is not None:
+        write_text(Path(out) / "calibration.json", json.dumps(asdict(found), indent=1) + "\n")
+        drawing.save_stacking(found, Path(out) / "calibration.png", target)
         print(f"curves: {Path(out) / 'calibration.png'}")
     return found
 

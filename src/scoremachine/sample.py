@@ -190,6 +190,13 @@ def generate_batches(
         if not isinstance(denoiser, Machine):
             raise ValueError("the shape of the pictures is unknown; give shape=(C, H, W)")
         shape = denoiser.corpus.shape
+    elif isinstance(denoiser, Machine):
+        denoiser.check_shape(shape)
+        if start > 0 and shape != denoiser.corpus.shape:
+            raise ValueError(
+                f"start begins with training images, of shape {denoiser.corpus.shape}, and the "
+                f"pictures have {shape}: use start 0, or leave shape out"
+            )
     with _bandwidth(denoiser, bandwidth):
         if isinstance(denoiser, Machine):
             alpha, sigma = denoiser.schedule(times_of(denoiser.schedule, steps, start))
@@ -237,7 +244,8 @@ def generate(
         bandwidth: The bandwidth h while generating, whatever the machine's own: with h > 0
             samples keep white grain of standard deviation h.
         batch: How many pictures go together; costs memory, changes no result.
-        shape: (C, H, W), where the denoiser is no machine.
+        shape: (C, H, W), where the denoiser is no machine, or an `els` that draws pictures of
+            another size than its images.
         start: When to start, in [0, 1), in the time of Scarvelis et al. 2310.12395, where 0 is
             noise and sigma = (1 - start) / start. Above 0 the walk begins with training images
             that have this much noise: fewer steps, and the start already decides much.

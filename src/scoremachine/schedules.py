@@ -40,6 +40,14 @@ def kamb_sigmas(steps: int = 20) -> np.ndarray:
     return np.sqrt((1 - abar) / abar)
 
 
+def _check_levels(levels: np.ndarray) -> None:
+    """ValueError unless the noise levels of a schedule are positive and distinct."""
+    if not (np.isfinite(levels).all() and (levels > 0).all()):
+        raise ValueError(f"noise levels are {levels.tolist()}; expected positive numbers")
+    if len(np.unique(levels)) != len(levels):
+        raise ValueError("a schedule lists a noise level twice; keep one of the two")
+
+
 class LevelSchedule:
     """Noise level -> value: the value listed at the nearest noise level, in log sigma.
 
@@ -65,10 +73,7 @@ class LevelSchedule:
                 f"a schedule got {len(levels)} noise levels and {len(entries)} values; "
                 "expected one value for each of at least one level"
             )
-        if not (np.isfinite(levels).all() and (levels > 0).all()):
-            raise ValueError(f"noise levels are {levels.tolist()}; expected positive numbers")
-        if len(np.unique(levels)) != len(levels):
-            raise ValueError("a schedule lists a noise level twice; keep one of the two")
+        _check_levels(levels)
         order = np.argsort(levels)
         self.sigmas, self.values, self.name = levels[order], entries[order], name
 
@@ -211,6 +216,67 @@ def check_bandwidth(value: Any) -> float | BandwidthSchedule | str:
             f"bandwidth is {value!r}; expected a number, a BandwidthSchedule or 'auto'"
         )
     return BandwidthSchedule.check(value)
+
+
+class WeightSchedule:
+    """Noise level -> weights of M machines, linear in log sigma between the levels that are listed.
+
+    Arguments:
+        sigmas: K noise levels (positive, distinct), in any order.
+        values: The weights at each, (K, M), finite numbers.
+        name: What to call the schedule in records.
+
+    Raises:
+        ValueError: For anything else.
+    """
+
+    def __init__(
+        self,
+        sigmas: Iterable[float],
+        values: Iterable[Iterable[float]],
+        name: str = "custom",
+    ) -> None:
+        levels = np.asarray(list(sigmas), dtype=np.float64)
+        try:
+            rows = np.array([list(row) for row in values], dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ValueError("weights are no rows of numbers, one row a noise level") from None
+        if rows.ndim != 2 or len(rows) != len(levels) or rows.size == 0:
+            raise ValueError(
+                f"a schedule got {len(levels)} noise levels and weights of shape {rows.shape}; "
+                "expected a row of weights for each of at least one level"
+            )
+        if not np.isfinite(rows).all():
+            raise ValueError("weights hold NaN or infinite numbers; expected finite ones")
+        _check_levels(levels)
+        order = np.argsort(levels)
+        self.sigmas, self.values, self.name = levels[order], rows[order], name
+
+    def __call__(self, sigma: float) -> np.ndarray:
+        """The weights at noise level `sigma`, (M,); beyond the listed levels, those of the last."""
+        at, levels = math.log(sigma), np.log(self.sigmas)
+        return np.array([np.interp(at, levels, column) for column in self.values.T])
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, WeightSchedule)
+            and np.array_equal(self.sigmas, other.sigmas)
+            and np.array_equal(self.values, other.values)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.sigmas.tobytes(), self.values.tobytes()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.values.tolist()})"
+
+    def plain(self) -> dict[str, object]:
+        """The schedule as JSON can hold it."""
+        return {
+            "name": self.name,
+            "sigmas": self.sigmas.tolist(),
+            "values": self.values.tolist(),
+        }
 
 
 LOCALITIES: dict[str, type[LevelSchedule]] = {

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from scoremachine.calibration import Calibration, Exchange
     from scoremachine.schedules import LevelSchedule
     from scoremachine.sensitivity import Sensitivity
+    from scoremachine.stacking import Stacking
 
 TRUTH = "the clean picture"
 
@@ -47,6 +48,30 @@ def print_calibration(
         row += [_mean_with_error(c.plain_errors[k]), _mean_with_error(c.errors[k])]
         table.add_row(*row)
     Console().print(table)
+
+
+def print_stacking(s: Stacking, target: str = TRUTH) -> None:
+    """Prints a row per noise level: the weights, the mixture's error and the best machine's."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"composite: {s.source:,} images, {s.held_out} held out to weigh, "
+        f"{len(s.errors[0])} others to report; mean squared error to {target}"
+    )
+    heads = ["sigma", *s.machines, "y", "error", "of the best machine", "times that"]
+    for head in heads:
+        table.add_column(head, justify="right")
+    for k, sigma in enumerate(s.sigmas):
+        w, means = s.weights[k], [float(np.mean(e)) for e in s.member_errors[k]]
+        best = int(np.argmin(means))
+        table.add_row(
+            f"{sigma:.4g}",
+            *(f"{each:.2f}" for each in [*w, 1 - sum(w)]),
+            _mean_with_error(s.errors[k]),
+            f"{_mean_with_error(s.member_errors[k][best])} {s.machines[best]}",
+            f"{float(np.mean(s.errors[k])) / means[best]:.3f}",
+        )
+    show(table, 60 + 14 * len(heads))
 
 
 def show(table: Table, width: int) -> None:

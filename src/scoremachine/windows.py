@@ -298,6 +298,9 @@ class Collection:
             "broken": the box is cut off, and compared only with boxes cut off in the same way;
             "circular": the box wraps around, and is compared with every box that fits.
         variants: The ways in which every image is a source.
+        canvas: Height and width of the pictures, where they are not those of the images: of a
+            collection with sites "pixels" and source "every", neither smaller than the window.
+            A box that the border cuts off is compared with those that it cuts off likewise.
     """
 
     image: tuple[int, int]
@@ -308,6 +311,12 @@ class Collection:
     reach: int = 0
     boundary: Boundary = "broken"
     variants: tuple[Variant, ...] = (Variant(),)
+    canvas: tuple[int, int] | None = None
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """Height and width of the pictures."""
+        return self.canvas or self.image
 
     @classmethod
     def of_images(
@@ -320,7 +329,7 @@ class Collection:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of sites."""
         if self.sites == "pixels":
-            return self.image
+            return self.frame
         (H, W), (P, Q) = self.image, self.window.shape
         return H - P + 1, W - Q + 1
 
@@ -349,14 +358,16 @@ class Collection:
     def shifts(self) -> np.ndarray:
         """Displacements (dy, dx) from query to source, as an int64 array of shape (K, 2)."""
         axes = []
-        for n, p in zip(self.image, self.window.shape, strict=True):
+        for n, seen, p in zip(self.image, self.frame, self.window.shape, strict=True):
+            last = max(n - p, 0)
             if self.source == "rolled":
                 axes.append(np.arange(n))
-                continue
-            last = max(n - p, 0)
-            if self.source == "same":
-                last = min(last, self.reach)
-            axes.append(np.arange(1 - n if self.wraps else -last, last + 1))
+            elif self.source == "same" and seen != n:  # at both borders, where reach is 0
+                axes.append(np.unique([0, n - seen]))
+            elif self.source == "same":
+                axes.append(np.arange(-min(last, self.reach), min(last, self.reach) + 1))
+            else:
+                axes.append(np.arange(1 - seen if self.wraps else -max(seen - p, 0), last + 1))
         dy, dx = np.meshgrid(*axes, indexing="ij")
         return np.stack([dy.ravel(), dx.ravel()], axis=1).astype(np.int64)
 
@@ -369,7 +380,7 @@ class Collection:
     def coverage(self) -> np.ndarray:
         """The sum of the response windows, float64 (H, W)."""
         if self.response == "pixel":
-            return np.ones(self.image)
+            return np.ones(self.frame)
         return self.paint(torch.ones(1, *self.grid, dtype=torch.float64))[0].numpy()
 
     def look(self, v: Tensor) -> Tensor:
@@ -400,7 +411,7 @@ class Collection:
         else:
             v = conv_transpose2d(w[:, None], self.window.filter(w.device))[:, 0]
         if self.cut:
-            H, W = self.image
+            H, W = self.frame
             v = v[:, P // 2 : P // 2 + H, Q // 2 : Q // 2 + W]
         return v
 

@@ -23,6 +23,7 @@ from scoremachine.cli.words import (
     Seed,
     Settings,
     Size,
+    Sizes,
     Strict,
     WindowName,
     corpus_of,
@@ -33,6 +34,7 @@ from scoremachine.cli.words import (
     networks_and_corpus,
     pairs,
     settings_of,
+    sizes_of,
 )
 from scoremachine.names import any_number, number
 
@@ -66,7 +68,7 @@ def generate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the pictures already finished.")
     ] = False,
-    size: Size = None,
+    size: Sizes = None,
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
@@ -78,10 +80,11 @@ def generate(
     from scoremachine.run import Run
 
     with progress.quiet(quiet):
-        corpus = corpus_of(data, size, grayscale, limit, strict)
+        side, drawn = sizes_of(size)
+        corpus = corpus_of(data, side, grayscale, limit, strict)
         settings = settings_of(patch_size, bandwidth, boundary, window, augment, others, kernel)
         built = machine_of(machine, corpus, schedule, settings)
-        where = sampler, schedule, label, batch, trajectory, start
+        where = sampler, schedule, label, batch, trajectory, start, drawn
         run = Run(out, built, count, steps, seed, *where)
         with interruptible(
             lambda: (

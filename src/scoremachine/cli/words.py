@@ -27,6 +27,14 @@ Size = Annotated[
     int | None,
     typer.Option(help="Resize and centre-crop to this side.", rich_help_panel="Images"),
 ]
+Sizes = Annotated[
+    str | None,
+    typer.Option(
+        help="A number: resize and centre-crop the images to this side. HEIGHTxWIDTH, as 128x256: "
+        "draw pictures of that size (els only). Or both, as 32,128x256.",
+        rich_help_panel="Images",
+    ),
+]
 Grayscale = Annotated[
     bool, typer.Option("--grayscale", help="Read as grayscale.", rich_help_panel="Images")
 ]
@@ -41,7 +49,7 @@ MachineName = Annotated[
     str,
     typer.Option(
         "--machine",
-        help="ideal, gaussian, es, ls, els, pspc, pspc-flex, pca or smoothed.",
+        help="ideal, gaussian, es, ls, els, pspc, pspc-flex, pca, smoothed or composite.",
     ),
 ]
 MachineNames = Annotated[
@@ -68,8 +76,8 @@ Settings = Annotated[
         "--set",
         metavar="NAME=VALUE",
         help="What else the machine has: share, heat_maps (pspc-flex), threshold (pca), delta, M, "
-        "neighbours, uniform, perturbations (smoothed), search, error, bound (els). Can be given "
-        "again.",
+        "neighbours, uniform, perturbations (smoothed), search, error, bound (els), "
+        "of, weights (composite). Can be given again.",
     ),
 ]
 NetworkName = Annotated[
@@ -101,7 +109,7 @@ Machines = Annotated[
         help="Machines, by commas: NAME, NAME:SIZE or NAME:SCHEDULE, as ls, els:7 or "
         "pspc:pspc-cifar10; +h for a calibrated bandwidth, +gaussian or +wiener for a tapered "
         "window, as ls+h or els:9+gaussian. compare and study also take NAME:network, whose sizes "
-        "agree best with the network.",
+        "(composite:network: weights) agree best with the network.",
     ),
 ]
 
@@ -128,6 +136,23 @@ def networks_and_corpus(
     networks = [Network.load(name) for name in names]
     C, H, W = networks[0].shape
     return networks, corpus_of(data, size or (H, W), grayscale or C == 1, limit, strict)
+
+
+def sizes_of(text: str | None) -> tuple[int | None, tuple[int, int] | None]:
+    """The images' side, and height and width of the pictures to draw, where they are said."""
+    side, drawn = None, None
+    for part in parts_of(text):
+        numbers = [number(word, int, 0) for word in part.split("x")]
+        if len(numbers) > 2 or min(numbers) < 1 or (side if len(numbers) == 1 else drawn):
+            raise ValueError(
+                f"size is {text!r}; expected the images' side, as 32, or the size of the pictures "
+                "to draw, as 128x256, or both, as 32,128x256"
+            )
+        if len(numbers) == 1:
+            side = numbers[0]
+        else:
+            drawn = numbers[0], numbers[1]
+    return side, drawn
 
 
 def parts_of(text: str | None) -> list[str]:

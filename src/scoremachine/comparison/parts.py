@@ -21,13 +21,13 @@ from scoremachine.corpus import Corpus
 from scoremachine.errors import best_or_tied, fewer
 from scoremachine.files import written
 from scoremachine.heatmaps import UNREADABLE
-from scoremachine.machines import BoxMachine, IdealScore, Machine, build, kind_of
-from scoremachine.machines.windowed import WINDOWS
-from scoremachine.names import any_number, check_name
+from scoremachine.machines import Composite, IdealScore, Machine, build, kind_of, spelled
+from scoremachine.names import check_name
 from scoremachine.networks.network import Network
 from scoremachine.progress import bar, say
 from scoremachine.sample import SAMPLERS, generate_batches, walk
 from scoremachine.schedules import check_integer
+from scoremachine.stacking import weights_towards
 
 ERROR = 1e-2  # the largest of a pixel that els may make where it searches; networks are further
 LEVELS = 10  # noise levels of the forward process, unless others are asked for
@@ -55,34 +55,23 @@ class Entrant:
 
     @classmethod
     def of(cls, text: str) -> Entrant:
-        """From NAME[:LOCALITY][+WINDOW][+h]: as in `build`; h: with a calibrated bandwidth.
+        """From NAME[:LOCALITY][+WINDOW][+h], as in `machines.spelled`.
 
-        The locality is "auto" unless given; "network" stands for what agrees best with the network
-        (`calibration.towards`). The window is that of a machine of boxes: gaussian or wiener.
+        The locality "network" stands for what agrees best with the network
+        (`calibration.towards`); of a composite, the weights do (`stacking.weights_towards`).
 
         Raises:
             ValueError: For an unknown name, or a locality of a machine that has none.
         """
-        rest, *additions = text.strip().split("+")
-        name, colon, value = rest.partition(":")
-        kind = kind_of(name)
-        settings: dict[str, Any] = {}
-        for addition in additions:
-            if addition == "h":
-                settings["bandwidth"] = "auto"
-            elif addition in WINDOWS and issubclass(kind, BoxMachine):
-                settings["window"] = addition
-            else:
-                raise ValueError(
-                    f"{text!r} has +{addition}; expected +h, or +gaussian or +wiener with machines "
-                    "of boxes (ls, els, pspc)"
-                )
-        if colon:
-            if kind.locality is None:
-                raise ValueError(f"{kind.name} has no locality: use {kind.name!r} without a colon")
-            if value != "network":
-                settings[kind.locality] = any_number(value)
-        return cls(text.strip(), kind.name, settings, value == "network")
+        text = text.strip()
+        if text == f"{Composite.name}:network":
+            return cls(text, Composite.name, {}, True)
+        name, settings = spelled(text)
+        local = str(kind_of(name).locality)
+        towards = settings.get(local) == "network"
+        if towards:
+            del settings[local]
+        return cls(text, name, settings, towards)
 
     def built(self, corpus: Corpus, network: Network | None, everything: Corpus | None) -> Machine:
         """The machine of a corpus, that is cut out of `everything` that the network knows.
@@ -99,6 +88,8 @@ class Entrant:
                 f"{self.label} is chosen towards a network, which compare and study do; here, give "
                 "a size, a schedule, or nothing"
             )
+        if isinstance(machine, Composite):
+            return machine.remade(corpus, weights=weights_towards(network, machine, everything))
         locality, bandwidth = towards(network, machine, everything, machine.bandwidth == "auto")
         chosen: dict[str, Any] = {str(machine.locality): locality}
         if machine.bandwidth == "auto":

@@ -157,11 +157,15 @@ def _load_block(images, index, block, variant, s, half, alive):
 
 @njit(inline="always")
 def _overlap(shift, n_query, n_source, p, cut):
-    """Where query and source overlap along an axis: first query row, how many, padding, windows."""
+    """Where query and source overlap along an axis: first query row, how many, padding, windows.
+
+    Where a border of the query meets the same border of the source, it cuts windows off.
+    """
     lo = max(0, -shift)
     n = min(n_query, n_source - shift) - lo
-    pad = p // 2 if cut and shift == 0 else 0
-    return lo, n, pad, max(n + 2 * pad - p + 1, 0)
+    before = p // 2 if cut and shift == 0 else 0
+    after = p // 2 if cut and n_query + shift == n_source else 0
+    return lo, n, before, max(n + before + after - p + 1, 0)
 
 
 class Region(NamedTuple):

@@ -82,7 +82,7 @@ def _read(
 
 def _shifted(s: Tensor, dy: int, dx: int, c: Collection, frame: torch.Size) -> Tensor:
     """s with its pixel (row + dy, column + dx) at (row, column) of the query."""
-    if dy == dx == 0 and not c.wraps:
+    if dy == dx == 0 and tuple(frame) == c.image:
         return s
     result = s.new_zeros(*s.shape[:2], *frame)
     slices = []
@@ -96,13 +96,20 @@ def _shifted(s: Tensor, dy: int, dx: int, c: Collection, frame: torch.Size) -> T
 def _valid(c: Collection, dy: int, dx: int) -> Tensor:
     """Which sites may be compared at this displacement, boolean, the grid's shape."""
     axes = []
-    for shift, n, sites, p in zip((dy, dx), c.image, c.grid, c.window.shape, strict=True):
+    for shift, n, seen, sites, p in zip(
+        (dy, dx), c.image, c.frame, c.grid, c.window.shape, strict=True
+    ):
         i = torch.arange(sites)
         first = i - p // 2 if c.cut else i  # of the window's rows
+        top, bottom = first >= 0, first + p <= seen  # whether they are in the picture there
         fits = (first + shift >= 0) & (first + shift + p <= n)
         if not c.wraps:
-            fits &= (first >= 0) & (first + p <= n)
+            fits &= top & bottom
             if shift == 0:
+                fits |= ~top & bottom & (first + p <= n)
+            if seen + shift == n:
+                fits |= top & ~bottom & (first + shift >= 0)
+            if seen == n and shift == 0:
                 fits[:] = True
         axes.append(fits)
     return axes[0][:, None] & axes[1]
@@ -120,7 +127,7 @@ def _logits(question: Question, p: int, s: Tensor, shift: tuple[int, int]) -> Te
 def _at_pixels(s: Tensor, c: Collection) -> Tensor:
     """The values of a piece at the sites' own pixels, (n, C, *sites)."""
     ry, rx = (p // 2 if c.wraps else 0 for p in c.window.shape)
-    return s[:, :, ry : ry + c.image[0], rx : rx + c.image[1]]
+    return s[:, :, ry : ry + c.frame[0], rx : rx + c.frame[1]]
 
 
 def _inner(question: Question, p: int, s: Tensor) -> Tensor:

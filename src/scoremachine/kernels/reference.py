@@ -37,7 +37,7 @@ class Site:
 
 def sites(c: Collection) -> Iterator[Site]:
     """Every site, with every window it is compared with."""
-    (H, W), (P, Q) = c.image, c.window.shape
+    (H, W), (P, Q) = c.frame, c.window.shape
     Hs, Ws = c.grid
     for i in range(Hs):
         for j in range(Ws):
@@ -56,15 +56,16 @@ def sites(c: Collection) -> Iterator[Site]:
             query = _pixels([(top + a) % H for a in rows], [(left + b) % W for b in columns], W)
             weights = c.window.weights[rows.start : rows.stop, columns.start : columns.stop]
             sources = []
-            for a in _middles(c, 0, i0, len(rows)):
-                for b in _middles(c, 1, j0, len(columns)):
-                    down = [(top + r + a - i0) % H for r in rows]
-                    across = [(left + r + b - j0) % W for r in columns]
-                    sources.append((_pixels(down, across, W), a % H * W + b % W))
+            (Hi, Wi) = c.image
+            for a in _middles(c, 0, i0, rows):
+                for b in _middles(c, 1, j0, columns):
+                    down = [(top + r + a - i0) % Hi for r in rows]
+                    across = [(left + r + b - j0) % Wi for r in columns]
+                    sources.append((_pixels(down, across, Wi), a % Hi * Wi + b % Wi))
             yield Site(i, j, query, weights.ravel(), i0 * W + j0, sources)
 
 
-def _middles(c: Collection, axis: int, at: int, seen: int) -> list[int]:
+def _middles(c: Collection, axis: int, at: int, seen: range) -> list[int]:
     """Where along an axis a source's middle may lie, for a window of which `seen` is inside."""
     n, p = c.image[axis], c.window.shape[axis]
     if c.source == "rolled":
@@ -72,8 +73,8 @@ def _middles(c: Collection, axis: int, at: int, seen: int) -> list[int]:
     fits = range(p // 2, n - p + 1 + p // 2)
     if c.wraps:
         return list(fits)
-    if seen < p:
-        return [at]
+    if len(seen) < p:  # as far from the same border
+        return [at if seen.start > 0 or c.canvas is None else at + n - c.canvas[axis]]
     near = n if c.source == "every" else c.reach
     return [a for a in fits if abs(a - at) <= near]
 
@@ -106,7 +107,7 @@ def _ids(question: Question) -> np.ndarray:
 def _picture(question: Question) -> np.ndarray:
     """The query as it was before it was continued periodically, (B, C, H W)."""
     c = question.collection
-    (H, W) = c.image
+    (H, W) = c.frame
     ry, rx = (p // 2 if c.wraps else 0 for p in c.window.shape)
     return question.y[:, :, ry : ry + H, rx : rx + W].flatten(2).numpy()
 
@@ -138,7 +139,7 @@ def _inner(s, u, site, pixel: bool) -> np.ndarray:  # type: ignore[no-untyped-de
 def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
     """The definition of the fold; see `scoremachine.posterior.Kernel`."""
     c, s, ids, y = question.collection, _read(question), _ids(question), _picture(question)
-    (H, W), grid, (B, C, _) = c.image, c.grid, y.shape
+    (H, W), grid, (B, C, _) = c.image, c.grid, y.shape  # whole images have no other canvas
     pixel = c.response == "pixel"
     values = 1 if question.u is not None else C if pixel else 0
     m, Z, Z2 = (np.zeros((B, *grid)) for _ in range(3))
@@ -191,6 +192,6 @@ def spread(question: Question, known: Fold) -> Tensor:
     # in the frame of a continued query: everything on the original, nothing on the copies
     total = torch.zeros_like(question.y)
     ry, rx = (p // 2 if c.wraps else 0 for p in c.window.shape)
-    inside = slice(ry, ry + c.image[0]), slice(rx, rx + c.image[1])
-    total[:, :, *inside] = torch.from_numpy(D.reshape(*y.shape[:2], *c.image))
+    inside = slice(ry, ry + c.frame[0]), slice(rx, rx + c.frame[1])
+    total[:, :, *inside] = torch.from_numpy(D.reshape(*y.shape[:2], *c.frame))
     return total

@@ -19,8 +19,9 @@ from scoremachine.machines.local import LocalScore
 from scoremachine.machines.machine import LocalMachine, Machine
 from scoremachine.machines.pca import PCALocality
 from scoremachine.machines.smoothed import SmoothedScore
-from scoremachine.machines.windowed import BoxMachine, WindowMachine
-from scoremachine.names import check_name, unknown
+from scoremachine.machines.stacked import Composite
+from scoremachine.machines.windowed import WINDOWS, BoxMachine, WindowMachine
+from scoremachine.names import any_number, check_name, unknown
 
 MACHINES: dict[str, type[Machine]] = {
     machine.name: machine
@@ -34,6 +35,7 @@ MACHINES: dict[str, type[Machine]] = {
         PatchCompositeFlex,
         PCALocality,
         SmoothedScore,
+        Composite,
     )
 }
 ALIASES = {"cfdm": "smoothed"}
@@ -46,12 +48,42 @@ def kind_of(name: str) -> type[Machine]:
     return MACHINES[name]
 
 
+def spelled(text: str) -> tuple[str, dict[str, Any]]:
+    """A machine as NAME[:LOCALITY][+WINDOW][+h]: its name, and settings of `build`.
+
+    The window is that of a machine of boxes, gaussian or wiener; h stands for a calibrated
+    bandwidth.
+
+    Raises:
+        ValueError: For an unknown name, or a locality of a machine that has none.
+    """
+    rest, *additions = text.strip().split("+")
+    name, colon, value = rest.partition(":")
+    kind = kind_of(name)
+    settings: dict[str, Any] = {}
+    for addition in additions:
+        if addition == "h":
+            settings["bandwidth"] = "auto"
+        elif addition in WINDOWS and issubclass(kind, BoxMachine):
+            settings["window"] = addition
+        else:
+            raise ValueError(
+                f"{text!r} has +{addition}; expected +h, or +gaussian or +wiener with machines "
+                "of boxes (ls, els, pspc)"
+            )
+    if colon:
+        if kind.locality is None:
+            raise ValueError(f"{kind.name} has no locality: use {kind.name!r} without a colon")
+        settings[kind.locality] = any_number(value)
+    return kind.name, settings
+
+
 def build(name: str, corpus: Corpus, **settings: Any) -> Machine:
     """The machine called `name` on `corpus`.
 
     Arguments:
-        name: "ideal", "gaussian", "es", "ls", "els", "pspc", "pspc-flex", "pca" or "smoothed"
-            (also called "cfdm").
+        name: "ideal", "gaussian", "es", "ls", "els", "pspc", "pspc-flex", "pca", "smoothed"
+            (also called "cfdm") or "composite".
         corpus: The images.
         settings: bandwidth, kernel, schedule, and what else the machine has. A `patch_size` of
             "auto" is taken by machines without patches too.
@@ -116,6 +148,7 @@ def calibrate(
 __all__ = [
     "MACHINES",
     "BoxMachine",
+    "Composite",
     "EquivariantLocalScore",
     "EquivariantScore",
     "GaussianScore",
@@ -131,4 +164,5 @@ __all__ = [
     "build",
     "calibrate",
     "kind_of",
+    "spelled",
 ]

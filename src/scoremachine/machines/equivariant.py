@@ -54,12 +54,13 @@ class EquivariantLocalScore(BoxMachine):
     """Every pixel's P x P box against every P x P patch, from every position of every image.
 
     Kamb & Ganguli 2412.20292 (the equivariant local score machine, and its form at broken
-    borders).
+    borders). It knows nothing of the size of a picture, and denoises any that is at least as large
+    as its patches.
 
     Arguments:
         boundary: "broken" (default): a box that the border cuts off is compared with training
             boxes cut off in the same way, as a zero-padded network sees it; "circular": it wraps
-            around, and is compared with every box that fits.
+            around, and is compared with every box that fits: such pictures are seamless tiles.
         search: How it looks at its source. "exact": at every patch; "bounded": through an index
             of the patches, built when it is first needed, so that every pixel of D is within
             `error` of the exact one; "auto" (default): bounded where that is faster.
@@ -116,6 +117,31 @@ class EquivariantLocalScore(BoxMachine):
                 "boundary='broken'"
             )
 
+    def shape_for(self, y: Tensor) -> tuple[int, int, int]:
+        if not isinstance(y, Tensor) or y.ndim != 4:
+            return self.corpus.shape
+        C, (H, W) = self.corpus.shape[0], y.shape[2:]
+        if len(y) and y.shape[1] == C:
+            self.check_shape((C, H, W))
+        return C, H, W
+
+    def check_shape(self, shape: tuple[int, int, int]) -> None:
+        """ValueError unless pictures of that shape (C, H, W) hold its patches, as the images do."""
+        C, H, W = shape
+        if tuple(shape) == self.corpus.shape:
+            return
+        if self.corpus.shape[0] != C:
+            super().check_shape(shape)
+        self.local_at(1.0)
+        assert isinstance(self.patch_size, PatchSchedule)
+        P, least = int(self.patch_size.values.max()), min(H, W, *self.corpus.shape[1:])
+        if least < P:
+            raise ValueError(
+                f"a picture of {H} x {W} from images of {self.corpus.shape[1]} x "
+                f"{self.corpus.shape[2]} takes patches of at most {least - (least % 2 == 0)}, and "
+                f"patch_size goes up to {P}: choose smaller patches, or a larger picture"
+            )
+
     def collection(self, P: int, sigma: float, index: np.ndarray) -> Collection:
         image, window = self.corpus.shape[1:], self.tapered((P, P), sigma, index)
         everywhere = {**self.wider(), "reach": 0, "boundary": self.boundary}
@@ -147,7 +173,7 @@ class EquivariantLocalScore(BoxMachine):
         """
         pictures, levels = self.check(y, sigma)
         D = torch.empty_like(pictures)
-        mass = torch.zeros(len(y), *self.corpus.shape[1:], dtype=torch.float64)
+        mass = torch.zeros(len(y), *y.shape[2:], dtype=torch.float64)
         before = self._bounded.statistical
         for members, index in self.by_label(label, len(pictures)):
             y_m, sigma_m = pictures[members], levels[members]

@@ -16,7 +16,13 @@ from torch import Tensor
 from scoremachine import kernels
 from scoremachine.calibration import automatic_bandwidth, automatic_locality
 from scoremachine.corpus import Corpus
-from scoremachine.schedules import LOCALITIES, BandwidthSchedule, LevelSchedule, check_bandwidth
+from scoremachine.schedules import (
+    LOCALITIES,
+    BandwidthSchedule,
+    LevelSchedule,
+    WeightSchedule,
+    check_bandwidth,
+)
 
 Label = int | str | Tensor | np.ndarray | Sequence[int | str] | None
 
@@ -139,7 +145,20 @@ class Machine(Denoiser):
             f"the corpus {self.corpus.name!r} has: resize the pictures or open the corpus with "
             "size="
         )
-        return checked(y, sigma, self.corpus.shape, whose)
+        return checked(y, sigma, self.shape_for(y), whose)
+
+    def shape_for(self, y: Tensor) -> tuple[int, int, int]:
+        """(C, H, W) that pictures should have, given those that there are: as the images."""
+        return self.corpus.shape
+
+    def check_shape(self, shape: tuple[int, int, int]) -> None:
+        """ValueError unless the machine draws pictures of that shape (C, H, W)."""
+        if tuple(shape) != self.corpus.shape:
+            raise ValueError(
+                f"{self.name} knows where in an image it is, and so draws pictures of the images' "
+                f"shape {self.corpus.shape}, not {tuple(shape)}: use els, or open the corpus with "
+                "size="
+            )
 
     def by_label(self, label: Label, B: int) -> list[tuple[Tensor, np.ndarray]]:
         """Groups the pictures of a batch by label: (their places, their source's images)."""
@@ -318,7 +337,7 @@ def widened(D: Tensor, y: Tensor, sigma: Tensor, h: Tensor) -> Tensor:
 
 def plain(value: object) -> object:
     """A setting as what JSON can hold."""
-    return value.plain() if isinstance(value, LevelSchedule) else value
+    return value.plain() if isinstance(value, LevelSchedule | WeightSchedule) else value
 
 
 def gaussian_constant(D: int, variance: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -67,10 +67,20 @@ class WindowMachine(LocalMachine):
     def collection(self, value: Any, sigma: float, index: np.ndarray) -> Collection:
         """The machine's row for a value of its setting, the images at `index` being the source."""
 
-    def windows(self, level: float, index: np.ndarray) -> Collection:
-        """The machine's row at a noise level; the last few are kept."""
-        key = *self._row(level), index.tobytes() if self.by_noise else b""
-        return self._known.get(key, lambda: self.collection(self.local_at(level), level, index))
+    def windows(
+        self, level: float, index: np.ndarray, canvas: tuple[int, int] | None = None
+    ) -> Collection:
+        """The machine's row at a noise level; the last few are kept.
+
+        `canvas`: height and width of the pictures, where they are not those of the images.
+        """
+
+        def make() -> Collection:
+            found = self.collection(self.local_at(level), level, index)
+            return found if canvas is None else replace(found, canvas=canvas)
+
+        key = *self._row(level), index.tobytes() if self.by_noise else b"", canvas
+        return self._known.get(key, make)
 
     def _row(self, sigma: float) -> tuple[Any, float]:
         return self.local_at(sigma), sigma if self.by_noise else 0.0
@@ -90,9 +100,11 @@ class WindowMachine(LocalMachine):
     ) -> Iterator[tuple[Tensor, Evidence]]:
         """What `mean` is made of: for the pictures that share a row, which they are, and more."""
         rows = [self._row(float(s)) for s in level]
+        H, W = y.shape[2:]
+        canvas = None if self.corpus.shape[1:] == (H, W) else (H, W)
         for row in dict.fromkeys(rows):
             members = torch.tensor([other == row for other in rows])
-            collection = self.windows(float(level[members][0]), index)
+            collection = self.windows(float(level[members][0]), index, canvas)
             yield members, self.evidence(y[members], sigma[members], index, collection)
 
     def evidence(
@@ -105,7 +117,7 @@ class WindowMachine(LocalMachine):
     ) -> Evidence:
         """The fold of valid float64 pictures that share a row; see `posterior`."""
         images = self.images
-        pictures = y.reshape(-1, *images.shape[1:])
+        pictures = y.reshape(-1, images.shape[1], *collection.frame)
         kernel = self.kernel_for(collection, index)
         fold, D = posterior(kernel, images, index, pictures, sigma, collection, leaders)
         return Evidence(D.reshape(y.shape), fold, collection)

@@ -48,9 +48,11 @@ LOGIT = 1.3  # ns of one core that the exact scan needs for a source under a pix
 def exact_cost(collection: Collection, n: int) -> float:
     """About how many seconds of one core the exact scan of n images needs for a picture."""
     area = 1.0
-    for side, p in zip(collection.image, collection.window.shape, strict=True):
-        reach = max(side - p, 0)
-        area *= side * (2 * reach + 1) - reach * (reach + 1)
+    c = collection
+    for side, seen, p in zip(c.image, c.frame, c.window.shape, strict=True):
+        shifts = np.arange(-max(seen - p, 0), max(side - p, 0) + 1)
+        overlaps = np.minimum(seen, side - shifts) - np.maximum(0, -shifts)
+        area *= int(overlaps.sum())
     return 1e-9 * LOGIT * n * area
 
 

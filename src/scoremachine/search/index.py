@@ -115,8 +115,10 @@ class Class(NamedTuple):
 def classes(collection: Collection) -> list[Class]:
     """The classes of a collection of boxes whose source is every position."""
     axes = [
-        _axis(n, p, collection.wraps)
-        for n, p in zip(collection.image, collection.window.shape, strict=True)
+        _axis(n, seen, p, collection.wraps)
+        for n, seen, p in zip(
+            collection.image, collection.frame, collection.window.shape, strict=True
+        )
     ]
     return [
         Class(rows, columns, Patches((h, w), tops, lefts), (a, b))
@@ -125,15 +127,18 @@ def classes(collection: Collection) -> list[Class]:
     ]
 
 
-def _axis(n: int, p: int, wraps: bool) -> list[tuple[slice, int, tuple[int, int], int]]:
-    """Along an axis: the sites of each class, their windows' side, where these fit, the middle."""
+def _axis(n: int, seen: int, p: int, wraps: bool) -> list[tuple[slice, int, tuple[int, int], int]]:
+    """Along an axis: the sites of each class, their windows' side, where these fit, the middle.
+
+    The images have n pixels along it, and the pictures are `seen` long.
+    """
     before, after = p // 2, p - 1 - p // 2
     if wraps:
-        return [(slice(0, n), p, (0, n - p + 1), before)]
+        return [(slice(0, seen), p, (0, n - p + 1), before)]
     found = []
-    cuts = [(max(0, before - i), max(0, i + after - (n - 1))) for i in range(n)]
+    cuts = [(max(0, before - i), max(0, i + after - (seen - 1))) for i in range(seen)]
     for cut in dict.fromkeys(cuts):
-        sites = [i for i in range(n) if cuts[i] == cut]
+        sites = [i for i in range(seen) if cuts[i] == cut]
         side = p - sum(cut)
         places = (0, n - p + 1) if cut == (0, 0) else (0 if cut[0] else n - side, 1)
         found.append((slice(sites[0], sites[-1] + 1), side, places, before - cut[0]))

@@ -1,0 +1,152 @@
+"""Other machines mixed, with weights for every noise level."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from azula.noise import Schedule
+from torch import Tensor
+
+from scoremachine import machines
+from scoremachine.corpus import Corpus
+from scoremachine.machines.machine import Label, Machine, plain, widened
+from scoremachine.schedules import BandwidthSchedule, WeightSchedule
+from scoremachine.stacking import automatic_weights
+
+Members = str | Sequence["str | Machine"] | Mapping[str, Machine]
+
+
+class Composite(Machine):
+    """Other machines' answers and the noisy picture itself, mixed: D = w_0 y + sum_m w_m D_m.
+
+    The weights of a noise level add up to 1 and may be negative. "auto" finds them by ridge least
+    squares on held-out images (`scoremachine.stacking`; Breiman 1996, Stacked regressions). w_0
+    does what a bandwidth does.
+
+    Arguments:
+        of: The machines: names by commas ("gaussian,ls:7,pspc"), or a sequence of names and
+            machines, or machines by label. A name is written as in `machines.spelled`.
+        weights: A `WeightSchedule`, as many numbers as machines (the rest to 1 is w_0), also as
+            a text by commas, or "auto".
+        corpus, bandwidth, kernel, schedule: See `Machine`.
+
+    Raises:
+        ValueError: For no machines, two of one label, machines of other shapes, or weights that are
+            no finite numbers or not as many.
+    """
+
+    name = "composite"
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        of: Members = "gaussian,ls,pspc,pca:auto",
+        weights: WeightSchedule | Sequence[float] | float | str = "auto",
+        bandwidth: float | BandwidthSchedule | str = 0.0,
+        kernel: str = "auto",
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(corpus, bandwidth, kernel, schedule)
+        self.members = _members(of, corpus, kernel)
+        self.weights = self._checked(weights)
+        self.equivariant = any(m.equivariant for m in self.members.values())
+        self.dearness = sum(m.dearness for m in self.members.values())
+
+    def _checked(self, weights: Any) -> WeightSchedule | str:
+        if isinstance(weights, str) and weights == "auto":
+            return weights
+        if not isinstance(weights, WeightSchedule):
+            try:
+                each = weights.split(",") if isinstance(weights, str) else weights
+                row = [float(w) for w in (each if isinstance(each, Iterable) else [each])]
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"weights is {weights!r}; expected 'auto', a WeightSchedule or "
+                    f"{len(self.members)} numbers"
+                ) from None
+            weights = WeightSchedule([1.0], [row])
+        if weights.values.shape[1] != len(self.members):
+            raise ValueError(
+                f"there are {weights.values.shape[1]} weights at every noise level for the "
+                f"{len(self.members)} machines {', '.join(self.members)}; expected one for each"
+            )
+        return weights
+
+    def weights_at(self, sigma: float) -> np.ndarray:
+        """The machines' weights at noise level `sigma`; the rest to 1 is the noisy picture's."""
+        if isinstance(self.weights, str):
+            self.weights = automatic_weights(self)
+        return self.weights(sigma)
+
+    def answers(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> list[Tensor]:
+        """D_m of every machine, with its own bandwidth."""
+        found = []
+        for member in self.members.values():
+            h = member.bandwidths(level)
+            D = member.mean(y, torch.sqrt(sigma**2 + h**2), index, level)
+            found.append(widened(D, y, sigma, h))
+        return found
+
+    def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
+        w = torch.tensor(np.stack([self.weights_at(float(s)) for s in level]))
+        D = (1 - w.sum(1))[:, None, None, None] * y
+        for m, D_m in enumerate(self.answers(y, sigma, index, level)):
+            D = D + w[:, m, None, None, None] * D_m
+        return D
+
+    def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> None:
+        for member in self.members.values():
+            member.prepare(label, levels)
+        self.weights_at(1.0)
+        super().prepare(label, levels)
+
+    def begin(self, x: Tensor | None) -> None:
+        for member in self.members.values():
+            member.begin(x)
+
+    def bandwidth_at(self, sigma: float) -> float:
+        if self.bandwidth == "auto":  # chosen for the weights that the machine has
+            self.weights_at(sigma)
+        return super().bandwidth_at(sigma)
+
+    def arguments(self) -> dict[str, Any]:
+        return {**super().arguments(), "of": self.members, "weights": self.weights}
+
+    def settings(self) -> dict[str, object]:
+        of = {label: member.settings() for label, member in self.members.items()}
+        return {**super().settings(), "of": of, "weights": plain(self.weights)}
+
+
+def _members(of: Members, corpus: Corpus, kernel: str) -> dict[str, Machine]:
+    """The machines by label, of a corpus."""
+    if isinstance(of, Mapping):
+        said: list[tuple[str, Any]] = list(of.items())
+    else:
+        texts = of.split(",") if isinstance(of, str) else of
+        try:
+            said = [(getattr(each, "name", str(each)).strip(), each) for each in texts]
+        except TypeError:
+            raise ValueError(
+                f"of is {of!r}; expected machines or their names, as 'gaussian,ls,pspc'"
+            ) from None
+    members: dict[str, Machine] = {}
+    for label, each in said:
+        if isinstance(each, str):
+            name, settings = machines.spelled(each)
+            each = machines.build(name, corpus, **{"kernel": kernel, **settings})
+        if not isinstance(each, Machine):
+            raise ValueError(f"of holds {each!r}; expected machines or their names")
+        if each.corpus.shape != corpus.shape:
+            raise ValueError(
+                f"{label} is made of images {each.corpus.shape}, and the corpus {corpus.name!r} "
+                f"has {corpus.shape}; expected the same"
+            )
+        if label in members:
+            raise ValueError(f"{label} is there twice; give every machine once")
+        members[label] = each if each.corpus is corpus else each.remade(corpus)
+    if not members:
+        raise ValueError("there is no machine to mix; give at least one, as 'gaussian,ls,pspc'")
+    return members
