@@ -174,6 +174,40 @@ def test_derivatives_equal_their_definition_and_finite_differences(c, kernel):
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("c", [c for c in COLLECTIONS.values() if c.source != "rolled"], ids=str)
+def test_what_is_seen_of_a_source_may_not_be_what_it_answers_with(c, kernel):
+    """Logits by some images, means of others, and the derivative by what is seen."""
+    corpus = random_corpus(seed=6, N=20, C=3, H=6, W=7)
+    seen = random_corpus(seed=9, N=20, C=3, H=6, W=7).images / 100.0 - 1.1
+    seen = (0.4 * seen).astype(np.float32)
+    y, sigma = noised(corpus, [0.5, 1.0, 10.0])
+    y = 0.4 * y.double()
+    generator = torch.Generator().manual_seed(1)
+    u, v = torch.randn(2, *y.shape, dtype=torch.float64, generator=generator)
+
+    def mean(name, y):
+        asked = seen, np.arange(2, 20), y, sigma, c, 2, corpus.images
+        return fold_module.posterior(choose(name), *asked)
+
+    x = y.clone().requires_grad_()
+    (fold, D), (slow, D_slow) = mean(kernel, x), mean("reference", x)
+    assert (D - D_slow).abs().max() <= TOLERANCE / 10
+    torch.testing.assert_close(fold.log_partition, slow.log_partition, rtol=1e-7, atol=1e-5)
+    torch.testing.assert_close(fold.logits, slow.logits, rtol=1e-7, atol=1e-5)
+    g, g_slow = (torch.autograd.grad(each, x, u)[0] for each in (D, D_slow))
+    torch.testing.assert_close(g, g_slow, rtol=1e-5, atol=1e-6)
+    step = 1e-4 * sigma[:, None, None, None]
+    ahead, behind = (mean("reference", y + sign * step * v)[1] for sign in (1, -1))
+    expected = ((ahead - behind) / (2 * step) * u).sum((1, 2, 3))
+    torch.testing.assert_close((g_slow * v).sum((1, 2, 3)), expected, rtol=1e-3, atol=1e-3)
+    if c.whole:  # the definition itself
+        s = seen[2:].reshape(18, -1).astype(np.float64)
+        l = -((y[0].numpy().ravel() - s) ** 2).sum(1) / (2 * 0.5**2)
+        w = np.exp(l - logsumexp(l))
+        told = w @ (corpus.images[2:].reshape(18, -1) / 127.5 - 1)
+        assert np.abs(D[0].detach().numpy().ravel() - told).max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("c", COLLECTIONS.values(), ids=COLLECTIONS)
 def test_tiles_change_nothing(c, kernel, monkeypatch):
     """Cut into many tiles of the corpus and of the displacements: the same answer."""

@@ -261,6 +261,29 @@ class Corpus:
         names = self.class_names or ()
         return [names[k] if k < len(names) else str(k) for k in numbers]
 
+    def block_means(self, side: int) -> Corpus:
+        """The corpus of means of blocks of side x side pixels, rounded to whole gray levels.
+
+        Raises:
+            ValueError: If the blocks do not fill the images.
+        """
+        C, H, W = self.shape
+        if side < 1 or H % side or W % side:
+            raise ValueError(f"blocks of {side} x {side} pixels do not fill {H} x {W} images")
+        means = np.empty((len(self), C, H // side, W // side), dtype=np.uint8)
+        for n in range(0, len(self), 4096):
+            blocks = self.images[n : n + 4096].reshape(-1, C, H // side, side, W // side, side)
+            means[n : n + 4096] = np.round(blocks.mean((3, 5), dtype=np.float32))
+        key = hashlib.sha256(f"{self.key} block means {side}".encode()).hexdigest()[:32]
+        return Corpus(
+            means,
+            self.labels,
+            class_names=self.class_names,
+            name=f"{self.name}, {H // side} x {W // side}",
+            key=key,
+            ids=self.ids,
+        )
+
     def subset(self, indices: Any) -> Corpus:
         """The corpus of some images: a view where they are consecutive, otherwise a copy.
 

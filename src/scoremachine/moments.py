@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,11 +32,26 @@ class Moments:
     V: Tensor
     eigenvalues: Tensor
     _maps: tuple[float, np.ndarray] | None = field(default=None, repr=False)  # the last
+    _solved: tuple[float, Tensor] | None = field(default=None, repr=False)
+    orthonormal: bool = True  # whether V is: what a process shows of eigenvectors is not
+
+    def seen(self, A: Callable[[Tensor], Tensor]) -> Moments:
+        """The moments of A x, for a linear map of rows (n, D): C is V diag(eigenvalues) V^T."""
+        return Moments(A(self.mean[None])[0], A(self.V.T).T, self.eigenvalues, orthonormal=False)
 
     def wiener(self, sigma: float, rows: slice) -> Tensor:
         """Rows of W = C (C + sigma^2 I)^-1, float64 (n, D)."""
+        if not self.orthonormal:
+            return self.V[rows] @ self._inverse(sigma) @ self.V.T
         shrunk = self.V[rows] * (self.eigenvalues / (self.eigenvalues + sigma**2))
         return shrunk @ self.V.T
+
+    def _inverse(self, sigma: float) -> Tensor:
+        """(sigma^2 diag(1 / eigenvalues) + V^T V)^-1, of the last noise level."""
+        if self._solved is None or self._solved[0] != sigma:
+            M = torch.diag(sigma**2 / self.eigenvalues) + self.V.T @ self.V
+            self._solved = sigma, torch.linalg.inv(M)
+        return self._solved[1]
 
     def wiener_blocks(self, sigma: float, step: int = 1024) -> Iterator[tuple[slice, Tensor]]:
         """All rows of W in pieces, so that W is never whole in memory."""
@@ -114,7 +129,7 @@ def _computed(corpus: Corpus, index: np.ndarray, key: str, side: int) -> Moments
     found = (moments_of if side <= LARGEST else leading_moments_of)(corpus.images, index)
     if side >= KEPT:
         with written(path) as temporary:
-            tensors = {k: v.contiguous() for k, v in vars(found).items() if k != "_maps"}
+            tensors = {k: getattr(found, k).contiguous() for k in ("mean", "V", "eigenvalues")}
             save_file(tensors, temporary)
     return found
 

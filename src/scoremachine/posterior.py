@@ -127,7 +127,7 @@ class Question:
     """What is asked of a kernel.
 
     Attributes:
-        images: The corpus, uint8, shape (N, C, H, W).
+        images: The corpus as windows see it, shape (N, C, H, W): uint8, or float32 in units of x.
         index: Which of them are the source, int64, shape (n,).
         y: The pictures, float64 on the CPU, shape (B, C, H, W); continued periodically on all
             sides (`wrap`) where the boundary is circular.
@@ -137,6 +137,8 @@ class Question:
         u: None, or the direction of a derivative, float64: (B, C, *sites) where sites answer for
             a pixel, (B, C, H, W) where they answer for their windows. A source's value is then
             the number b_is, its inner product with u over the site's response window.
+        values: What a source answers with, uint8 (N, C, H, W), where that is not what is seen
+            of it: v_s in place of s in every mean and in b_is.
     """
 
     images: np.ndarray
@@ -146,6 +148,12 @@ class Question:
     collection: Collection
     T: Tensor
     u: Tensor | None = None
+    values: np.ndarray | None = None
+
+    @property
+    def answers(self) -> np.ndarray:
+        """What sources answer with."""
+        return self.images if self.values is None else self.values
 
 
 class Kernel(Protocol):
@@ -164,7 +172,7 @@ class Kernel(Protocol):
         """sum_is q_i a_is s, with the whole fold known: y's shape.
 
         a_is is the posterior weight w_is, or with u given w_is (b_is - mean of b_i), where the
-        means are those of `known`.
+        means are those of `known`. Without u, v_s stands where s does.
         """
 
 
@@ -181,17 +189,19 @@ def posterior(
     sigma: Tensor,
     collection: Collection,
     leaders: int = 0,
+    values: np.ndarray | None = None,
 ) -> tuple[Fold, Tensor]:
     """Folds the images at `index` for every picture, and composes the sites' means.
 
     Arguments:
         kernel: The way to compute it, from `scoremachine.kernels`.
-        images: The corpus, uint8, shape (N, C, H, W).
+        images: The corpus, uint8 or (in units of x) float32, shape (N, C, H, W).
         index: Which images are the source, int64, shape (n,), n >= 1.
         y: The pictures, float64, shape (B, C, H, W).
         sigma: Their noise levels, float64, shape (B,).
         collection: Windows and source.
         leaders: How many leading sources to keep.
+        values: What they answer with, where that is not what is compared, uint8 (N, C, H, W).
 
     Returns:
         The fold, with logits -1/2 sum_d q[d] (y - s)[d]^2 / sigma^2 over each window, and
@@ -199,7 +209,7 @@ def posterior(
     """
     if len(y) > BATCH:  # a kernel keeps some numbers for every picture, site and part of its work
         parts = [
-            posterior(kernel, images, index, *part, collection, leaders)
+            posterior(kernel, images, index, *part, collection, leaders, values)
             for part in zip(y.split(BATCH), sigma.split(BATCH), strict=True)
         ]
         return Fold.batch(fold for fold, _ in parts), torch.cat([D for _, D in parts])
@@ -209,7 +219,7 @@ def posterior(
     if y.requires_grad:  # what is left out is divided by sigma^2 in a derivative
         T += 2 * torch.log(2 / sigma).clamp(min=0)
     query = wrap(y.detach(), collection) if collection.wraps else y.detach()
-    question = Question(images, index, query, sigma, collection, T)
+    question = Question(images, index, query, sigma, collection, T, values=values)
     with bar("Comparing", total=len(index) * collection.passes) as progress:
         found: list[Fold] = []
         D = _Mean.apply(y, kernel, question, leaders, found, progress)
@@ -262,6 +272,12 @@ class _Mean(torch.autograd.Function):
             g = spread(kernel, replace(question, u=u), known, progress)
         g /= question.sigma[:, None, None, None] ** 2
         return unwrap(g, c) if c.wraps else g, None, None, None, None, None
+
+
+def units_of_x(images: np.ndarray) -> Tensor:
+    """Images as x, float64: uint8 from 0 to 255 become [-1, 1], floats stay what they are."""
+    x = torch.from_numpy(images).double()
+    return x / 127.5 - 1 if images.dtype == np.uint8 else x
 
 
 def with_slope(value: Tensor, slope: Tensor, y: Tensor) -> Tensor:

@@ -39,7 +39,14 @@ from scoremachine.names import check_name
 from scoremachine.networks import Network, Training, train
 from scoremachine.networks.architectures import check_settings
 from scoremachine.progress import bar, say
-from scoremachine.sample import SAMPLERS, SCHEDULES, PictureNoise, check_start, generate_batches
+from scoremachine.sample import (
+    SAMPLERS,
+    SCHEDULES,
+    PictureNoise,
+    check_start,
+    check_through,
+    generate_batches,
+)
 from scoremachine.schedules import LOCALITIES, LevelSchedule, check_integer, edm_sigmas
 from scoremachine.sensitivity import Sensitivity, sensitivity
 from scoremachine.stacking import Stacking, stack, with_calibrated
@@ -72,6 +79,7 @@ class Run:
         trajectory: bool,
         start: float = 0.0,
         size: tuple[int, int] | None = None,
+        process: str | None = None,
     ) -> None:
         check_integer("count", count)
         check_integer("steps", steps)
@@ -82,6 +90,9 @@ class Run:
         self.start = start
         self.shape = machine.corpus.shape[:1] + (size or machine.corpus.shape[1:])
         machine.check_shape(self.shape)
+        self.process = process
+        if process is not None:
+            check_through(machine, process, self.shape, start)
         self.out, self.machine = Path(out), machine
         self.count, self.steps, self.seed, self.batch = count, steps, seed, batch
         self.sampler, self.schedule, self.label = sampler, schedule, label
@@ -102,7 +113,13 @@ class Run:
             "schedule": self.schedule,
             "trajectory": self.trajectory,
             "start": self.start,
-        } | ({} if self.shape == self.machine.corpus.shape else {"size": list(self.shape[1:])})
+        } | self._unusual()
+
+    def _unusual(self) -> dict[str, Any]:
+        """Settings that most runs do without."""
+        size = None if self.shape == self.machine.corpus.shape else list(self.shape[1:])
+        said = {"size": size, "process": self.process}
+        return {name: value for name, value in said.items() if value is not None}
 
     def finished(self) -> int:
         """How many pictures are kept."""
@@ -166,6 +183,7 @@ class Run:
                 self.batch,
                 self.shape,
                 self.start,
+                self.process,
             ):
                 for k, i in enumerate(pictures):
                     fields = {"x": path[-1][1][k].numpy()}

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from scoremachine.machines.machine import Label, Machine
+from scoremachine.machines.through import Through
 from scoremachine.names import check_name
+from scoremachine.processes import Process, process_of
 from scoremachine.progress import bar
 from scoremachine.schedules import BandwidthSchedule, check_bandwidth, check_integer, check_seed
 
@@ -116,8 +118,9 @@ def walk(
         x = sigma * torch.randn_like(torch.empty(len(pictures), *shape))
         if start > 0:
             x = x + alpha * _training_images(denoiser, noise, label).to(x)
-        if isinstance(denoiser, Machine):
-            denoiser.begin(x)
+        machine = denoiser.machine if isinstance(denoiser, Through) else denoiser
+        if isinstance(machine, Machine):
+            machine.begin(x)
         try:
             for t, s in itertools.pairwise(times):
                 watched.answers.clear()
@@ -126,8 +129,8 @@ def walk(
                 x = x_s
             yield x, watched(x, times[-1], **given).mean, float(times[-1])
         finally:
-            if isinstance(denoiser, Machine):
-                denoiser.begin(None)
+            if isinstance(machine, Machine):
+                machine.begin(None)
 
 
 def times_of(schedule: Schedule, steps: int, start: float = 0.0) -> Tensor:
@@ -170,6 +173,7 @@ def generate_batches(
     batch: int = 8,
     shape: tuple[int, int, int] | None = None,
     start: float = 0.0,
+    process: Process | str | None = None,
 ) -> Iterator[tuple[range, list[tuple[Tensor, Tensor, float]]]]:
     """As `generate`, for any range of pictures: yields each batch when it is done, with its walk.
 
@@ -197,18 +201,38 @@ def generate_batches(
                 f"start begins with training images, of shape {denoiser.corpus.shape}, and the "
                 f"pictures have {shape}: use start 0, or leave shape out"
             )
+    through = None if process is None else check_through(denoiser, process, shape, start)
     with _bandwidth(denoiser, bandwidth):
-        if isinstance(denoiser, Machine):
+        if through is not None:
+            denoiser.prepare(label)
+        elif isinstance(denoiser, Machine):
             alpha, sigma = denoiser.schedule(times_of(denoiser.schedule, steps, start))
             denoiser.prepare(label, (sigma / alpha).tolist())
         with bar("Generating", total=len(pictures) * steps) as progress:
             for first in range(pictures.start, pictures.stop, batch):
                 some = range(first, min(first + batch, pictures.stop))
                 path = []
-                for moment in walk(denoiser, some, shape, steps, seed, sampler, label, start):
-                    path.append(moment)
+                walker = through or denoiser
+                for x, D, t in walk(walker, some, shape, steps, seed, sampler, label, start):
+                    if through is not None:
+                        x, D = (through.schedule.picture(z).float() for z in (x, D))
+                    path.append((x, D, t))
                     progress.advance(len(some))
                 yield some, path
+
+
+def check_through(
+    denoiser: Denoiser, process: Process | str, shape: tuple[int, int, int], start: float
+) -> Through:
+    """A machine under a forward process; ValueError for what does not go with one."""
+    if not isinstance(denoiser, Machine):
+        raise ValueError("a forward process is of machines, and this is none: leave process out")
+    if start > 0 or tuple(shape) != denoiser.corpus.shape:
+        raise ValueError(
+            "under a forward process pictures begin as noise and have the images' size: leave out "
+            "start and shape"
+        )
+    return Through(denoiser, process_of(process, shape[1:], denoiser.schedule))
 
 
 def check_start(start: float) -> None:
@@ -228,6 +252,7 @@ def generate(
     batch: int = 8,
     shape: tuple[int, int, int] | None = None,
     start: float = 0.0,
+    process: Process | str | None = None,
 ) -> Tensor:
     """New pictures: `steps` noise levels of the denoiser's schedule, from noise to D.
 
@@ -249,6 +274,8 @@ def generate(
         start: When to start, in [0, 1), in the time of Scarvelis et al. 2310.12395, where 0 is
             noise and sigma = (1 - start) / start. Above 0 the walk begins with training images
             that have this much noise: fewer steps, and the start already decides much.
+        process: Another forward process than x_t = alpha_t x + sigma_t eps: "heat", "pyramid" or a
+            `Process`; alpha_t and sigma_t are those of the machine's schedule.
 
     Returns:
         Pictures in about [-1, 1], float32, shape (count, C, H, W).
@@ -258,7 +285,7 @@ def generate(
     """
     check_integer("count", count)
     batches = generate_batches(
-        denoiser, range(count), steps, seed, sampler, label, bandwidth, batch, shape, start
+        denoiser, range(count), steps, seed, sampler, label, bandwidth, batch, shape, start, process
     )
     return torch.cat([path[-1][1] for _, path in batches])
 

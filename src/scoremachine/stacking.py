@@ -49,7 +49,7 @@ class Mixed(Calibrated, Protocol):
 
     members: Mapping[str, Calibrated]
 
-    def answers(
+    def each(
         self, y: torch.Tensor, sigma: torch.Tensor, index: np.ndarray, level: torch.Tensor
     ) -> list[torch.Tensor]:
         """D_m of every machine."""
@@ -123,7 +123,7 @@ def stack(
         y, level = x + sigma * eps, torch.full((len(x),), sigma, dtype=torch.float64)
         with torch.no_grad():
             target = x if network is None else network.denoise(y, sigma)
-            answers = machine.answers(y, level, source, level)
+            answers = machine.each(y, level, source, level)
         return torch.stack([*answers, y]).flatten(2).numpy(), target.flatten(1).numpy()
 
     def measured(sigma: float) -> dict[str, Any]:

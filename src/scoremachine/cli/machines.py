@@ -56,6 +56,13 @@ def generate(
     others: Settings = None,
     label: ClassName = None,
     batch: Annotated[int, typer.Option(help="Pictures computed together.")] = 8,
+    process: Annotated[
+        str | None,
+        typer.Option(
+            help="Another forward process: heat (pictures blur as they become noisy) or pyramid "
+            "(finer details are noise sooner; begins with small pictures)."
+        ),
+    ] = None,
     start: Annotated[
         float,
         typer.Option(
@@ -84,7 +91,7 @@ def generate(
         corpus = corpus_of(data, side, grayscale, limit, strict)
         settings = settings_of(patch_size, bandwidth, boundary, window, augment, others, kernel)
         built = machine_of(machine, corpus, schedule, settings)
-        where = sampler, schedule, label, batch, trajectory, start, drawn
+        where = sampler, schedule, label, batch, trajectory, start, drawn, process
         run = Run(out, built, count, steps, seed, *where)
         with interruptible(
             lambda: (

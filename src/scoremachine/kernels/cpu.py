@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from scoremachine.kernels import rolled
+from scoremachine.kernels import device, rolled
 from scoremachine.kernels.parts import PARTS, fill
 from scoremachine.kernels.simd import (
     LANES,
@@ -345,14 +345,14 @@ def _look(plan, g, table, a, sums_):
 
 @njit(fastmath=FLAGS)
 def _absorb(
-    plan, g, tables, lines, y, u, Hq, Wq, s, half, alive, ids, C, H, W, values, scale, T,
+    plan, g, tables, lines, y, u, Hq, Wq, s, v_s, half, alive, ids, C, H, W, values, scale, T,
     m, floor, totals, logits, places, eight,
 ):  # fmt: skip
     """Merges the sources of one displacement into the folds of a picture's sites.
 
-    y is (C, Hq, Wq) and s is (C, H, W, LANES), both flat. `floor` is the smallest window sum that
-    still matters; `totals` holds Z, Z2 and S of every site, eight numbers each. If u is not empty,
-    a source's value is its inner product with u.
+    y is (C, Hq, Wq), s and what it answers with, v_s, are (C, H, W, LANES), all flat. `floor` is
+    the smallest window sum that still matters; `totals` holds Z, Z2 and S of every site, eight
+    numbers each. If u is not empty, a source's value is the inner product of v_s with u.
     """
     P, Q = plan.weights.shape
     # a window's middle, seen from its first pixel; cut windows are counted by their middle
@@ -365,7 +365,7 @@ def _absorb(
         while ready < _last_row(plan, g, a):
             _add_row(plan, g, table, ready, y, Hq, Wq, s, half, C, H, W, buffer)
             if len(u) > 0:
-                _add_row(plan, g, table_u, ready, u, Hq, Wq, s, nothing, C, H, W, buffer)
+                _add_row(plan, g, table_u, ready, u, Hq, Wq, v_s, nothing, C, H, W, buffer)
             ready += 1
         _look(plan, g, table, a, line)
         if len(u) > 0:
@@ -395,10 +395,10 @@ def _absorb(
             if len(u) > 0:
                 w0, w1, w2, w3 = w * load(line_u, b * LANES), zero, zero, zero
             else:
-                w0 = w * load(s, o) if values > 0 else zero
-                w1 = w * load(s, o + H * W * LANES) if values > 1 else zero
-                w2 = w * load(s, o + 2 * H * W * LANES) if values > 2 else zero
-                w3 = w * load(s, o + 3 * H * W * LANES) if values > 3 else zero
+                w0 = w * load(v_s, o) if values > 0 else zero
+                w1 = w * load(v_s, o + H * W * LANES) if values > 1 else zero
+                w2 = w * load(v_s, o + 2 * H * W * LANES) if values > 2 else zero
+                w3 = w * load(v_s, o + 3 * H * W * LANES) if values > 3 else zero
             store(totals, (i * Ws + j) * LANES, total + sums(w, w * w, w0, w1, w2, w3))
             if k > 0:
                 store(eight, 0, l)
@@ -411,8 +411,8 @@ def _absorb(
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
 def _fold(
-    part, parts, images, index, y, u, scale, T, plan, shifts, variants, values, m_known,
-    m, totals, logits, places,
+    part, parts, images, answers, apart, index, y, u, scale, T, plan, shifts, variants, lit, values,
+    m_known, m, totals, logits, places,
 ):  # fmt: skip
     """The first pass of a part: fills m, totals (Z, Z2, S, 0 ...) of every site, logits, places."""
     total_images, C, H, W = images.shape
@@ -433,6 +433,8 @@ def _fold(
     alive = np.empty(LANES)
     eight = np.empty(LANES)
     ids = np.empty(LANES, dtype=np.int64)
+    v_s = np.empty(C * H * W * LANES) if apart else s
+    spare = np.empty(H * W * LANES if apart else 0)
     floor = np.empty((B, Hs * Ws))
     for p in range(B):
         for i in range(Hs):
@@ -444,13 +446,15 @@ def _fold(
         if copy != held:
             block, v = copy // V, copy % V
             _load_block(images, index, block, variants[v], s, half, alive)
+            if apart:
+                _load_block(answers, index, block, lit[v], v_s, spare, alive)
             for n in range(LANES):
                 ids[n] = v * total_images + index[min(block * LANES + n, N - 1)]
             held = copy
         g = _region(plan, Hq, Wq, H, W, shifts[shift])
         for p in range(B):
             _absorb(
-                plan, g, tables, lines, y[p].reshape(C * Hq * Wq), u[p], Hq, Wq, s, half,
+                plan, g, tables, lines, y[p].reshape(C * Hq * Wq), u[p], Hq, Wq, s, v_s, half,
                 alive, ids, C, H, W, values, scale[p], T[p], m[p], floor[p],
                 totals[p], logits[p], places[p], eight,
             )  # fmt: skip
@@ -458,7 +462,8 @@ def _fold(
 
 @njit(fastmath=FLAGS)
 def _weigh(
-    plan, g, tables, lines, y, u, Hq, Wq, s, half, alive, C, H, W, pixel, scale, T, m, Z, b_mean, w
+    plan, g, tables, lines, y, u, Hq, Wq, s, v_s, half, alive, C, H, W, pixel, scale, T, m, Z,
+    b_mean, w,
 ):  # fmt: skip
     """The weights a_is of one displacement's sources: fills w (rows, columns), counts the vectors.
 
@@ -490,7 +495,7 @@ def _weigh(
     Hs, Ws = m.shape
     if not pixel:
         for a in range(g.n):
-            _add_row(plan, g, table_u, a, u, Hq, Wq, s, nothing, C, H, W, buffer)
+            _add_row(plan, g, table_u, a, u, Hq, Wq, v_s, nothing, C, H, W, buffer)
     for a in range(g.rows):
         if not pixel:
             _look(plan, g, table_u, a, line_u)
@@ -502,7 +507,7 @@ def _weigh(
                 source = ((g.a0 + a + g.dy + ry) * W + g.b0 + b + g.dx + rx) * LANES
                 for c in range(C):
                     q = broadcast(u, (c * Hs + i) * Ws + j)
-                    inner = inner + q * load(s, source + c * H * W * LANES)
+                    inner = inner + q * load(v_s, source + c * H * W * LANES)
             else:
                 inner = inner + load(line_u, b * LANES)
             store(w, o, load(w, o) * inner)
@@ -609,7 +614,8 @@ def _paint_few(plan, g, w, Hq, Wq, s, C, H, W, D):
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
 def _spread(
-    part, parts, images, index, y, u, pixel, scale, T, plan, shifts, variants, m, Z, b_mean, D
+    part, parts, images, answers, apart, index, y, u, pixel, scale, T, plan, shifts, variants, lit,
+    m, Z, b_mean, D,
 ):  # fmt: skip
     """The second pass of a part: adds its sum_is q_i a_is s to D, (B, C, Hq, Wq)."""
     _, C, H, W = images.shape
@@ -632,26 +638,31 @@ def _spread(
     w = np.empty(Hs * Ws * LANES)
     alive = np.empty(LANES)
     totals = np.zeros((B, C * Hq * Wq * LANES))
+    v_s = np.empty(C * H * W * LANES) if apart else s
+    spare = np.empty(H * W * LANES if apart else 0)
+    painted = s if u.shape[1] > 0 else v_s  # a derivative is by what is seen
     held = -1
     for task in range(part * blocks * V * K // parts, (part + 1) * blocks * V * K // parts):
         copy, shift = task // K, task % K
         if copy != held:
             _load_block(images, index, copy // V, variants[copy % V], s, half, alive)
+            if apart:
+                _load_block(answers, index, copy // V, lit[copy % V], v_s, spare, alive)
             held = copy
         g = _region(plan, Hq, Wq, H, W, shifts[shift])
         for p in range(B):
             filled = _weigh(
-                plan, g, tables, lines, y[p].reshape(C * Hq * Wq), u[p], Hq, Wq, s, half,
+                plan, g, tables, lines, y[p].reshape(C * Hq * Wq), u[p], Hq, Wq, s, v_s, half,
                 alive, C, H, W, pixel, scale[p], T[p], m[p], Z[p], b_mean[p], w,
             )  # fmt: skip
             if filled == 0:
                 continue
             if plan.kind != MASKS and filled * P * Q < 2 * g.n * g.width:
-                _paint_few(plan, g, w, Hq, Wq, s, C, H, W, totals[p])
+                _paint_few(plan, g, w, Hq, Wq, painted, C, H, W, totals[p])
             elif plan.kind == SOFT:
-                _paint_soft(plan, g, w, tables[0], Hq, Wq, s, C, H, W, totals[p])
+                _paint_soft(plan, g, w, tables[0], Hq, Wq, painted, C, H, W, totals[p])
             else:
-                _paint_sums(plan, g, w, tables[0], Hq, Wq, s, C, H, W, totals[p])
+                _paint_sums(plan, g, w, tables[0], Hq, Wq, painted, C, H, W, totals[p])
     for p in range(B):
         flat = D[p].reshape(C * Hq * Wq)
         for d in range(C * Hq * Wq):
@@ -663,12 +674,15 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
     images, index, c = question.images, question.index, question.collection
     if c.source == "rolled":
         return rolled.fold(question, leaders, torch.device("cpu"), ROLLED)
+    if c.whole and question.values is not None:
+        return device.fold(question, leaders, known)
     y, u, scale, T = _arrays(question)
     if c.whole and question.u is None:
         return Fold.of_parts(*fold_whole(images, index, y, scale, T, leaders))
     B, C, _, _ = y.shape
     values = 1 if question.u is not None else C if c.response == "pixel" else 0
-    plan, variants = plan_of(c), _variants(c)
+    plan, variants, source = plan_of(c), _variants(c, images), _source(question)
+    lit = _variants(c, question.answers)
     best, found = known, []
     for shifts in _pieces(len(index), c):
         parts = _parts(index, variants, shifts)
@@ -677,7 +691,7 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
         logits = np.full((parts, B, leaders, *c.grid), NOTHING)
         places = np.full((parts, B, leaders, *c.grid), -1)
         m_known = m[0] if best is None else best.m.numpy()
-        asked = images, index, y, u, scale, T, plan, shifts, variants, values, m_known
+        asked = *source, index, y, u, scale, T, plan, shifts, variants, lit, values, m_known
         fill(_fold, asked, (m, totals, logits, places))
         totals = totals.reshape(*m.shape, LANES)
         Z, Z2, S = totals[..., 0], totals[..., 1], np.moveaxis(totals, -1, 2)[:, :, 2 : 2 + values]
@@ -692,8 +706,11 @@ def spread(question: Question, known: Fold) -> torch.Tensor:
     images, index, c = question.images, question.index, question.collection
     if c.source == "rolled":
         return rolled.spread(question, known, torch.device("cpu"), ROLLED)
+    if c.whole and question.values is not None:
+        return device.spread(question, known)
     y, u, scale, T = _arrays(question)
-    plan, variants = plan_of(c), _variants(c)
+    plan, variants, source = plan_of(c), _variants(c, images), _source(question)
+    lit = _variants(c, question.answers)
     m, Z = known.m.numpy(), known.Z.numpy()
     b_mean = m if question.u is None else known.mean[:, 0].contiguous().numpy()
     if c.whole and question.u is not None:
@@ -701,8 +718,8 @@ def spread(question: Question, known: Fold) -> torch.Tensor:
     else:
         D = np.zeros((PARTS, *y.shape))
         for shifts in _pieces(len(index), c):
-            asked = y, u, c.response == "pixel", scale, T, plan, shifts, variants, m, Z, b_mean
-            fill(_spread, (images, index, *asked), (D[: _parts(index, variants, shifts)],))
+            asked = y, u, c.response == "pixel", scale, T, plan, shifts, variants, lit, m, Z, b_mean
+            fill(_spread, (*source, index, *asked), (D[: _parts(index, variants, shifts)],))
     return torch.from_numpy(functools.reduce(np.add, D))
 
 
@@ -714,8 +731,18 @@ def _arrays(question: Question) -> tuple[np.ndarray, ...]:
     return np.ascontiguousarray(question.y.numpy()), u, scale, question.T.numpy()
 
 
-def _variants(c: Collection) -> np.ndarray:
-    return np.array([astuple(variant) for variant in c.variants], dtype=np.float64)
+def _variants(c: Collection, images: np.ndarray) -> np.ndarray:
+    """The variants of images, as `_load_block` takes them: floats are in units of x already."""
+    rows = np.array([astuple(variant) for variant in c.variants], dtype=np.float64)
+    if images.dtype != np.uint8:
+        rows[:, 2] *= 127.5
+        rows[:, 3] += rows[:, 2]
+    return rows
+
+
+def _source(question: Question) -> tuple[np.ndarray, np.ndarray, bool]:
+    """What is seen, what it answers with, and whether these differ."""
+    return question.images, question.answers, question.values is not None
 
 
 def _parts(index: np.ndarray, variants: np.ndarray, shifts: np.ndarray) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scoremachine.kernels import rolled
-from scoremachine.posterior import Fold, Question
+from scoremachine.posterior import Fold, Question, units_of_x
 from scoremachine.posterior import tiles as tiles
 from scoremachine.windows import Collection
 
@@ -48,11 +48,11 @@ def spread(question: Question, known: Fold) -> Tensor:
     D = torch.zeros_like(question.y, device=device)
     for p in range(len(D)):
         m, Z = known.m[p].to(device), known.Z[p].to(device)
-        for s, _, shift in _read(question, device):
+        for s, v, _, shift in _read(question, device):
             a = torch.exp(_logits(question, p, s, shift) - m) / Z
             if question.u is not None:
-                a *= _inner(question, p, s) - known.mean[p, 0].to(device)
-            D[p] += (c.paint(a)[:, None] * s).sum(0)
+                a *= _inner(question, p, v) - known.mean[p, 0].to(device)
+            D[p] += (c.paint(a)[:, None] * (v if question.u is None else s)).sum(0)
     return D.cpu()
 
 
@@ -65,19 +65,26 @@ def _room(device: torch.device) -> int:
 
 def _read(
     question: Question, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
-    """The source in pieces (s, ids, shift): s float64 in the query's frame, 0 outside the image."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[int, int]]]:
+    """The source in pieces (s, v, ids, shift).
+
+    What is seen, s, and what it answers with, v, are float64 in the query's frame, 0 outside the
+    image.
+    """
     c, images = question.collection, question.images
     N, C, H, W = images.shape
     step = max(1, _room(device) // ((C + 8) * H * W))
     for start in range(0, len(question.index), step):
         ids = question.index[start : start + step]
-        u = torch.from_numpy(images[ids]).to(device).double() / 127.5 - 1
-        for v, variant in enumerate(c.variants):
-            s = variant.of(u)
+        seen = units_of_x(images[ids]).to(device)
+        told = seen if question.values is None else units_of_x(question.values[ids]).to(device)
+        for k, variant in enumerate(c.variants):
+            s = variant.of(seen)
+            v = s if told is seen else variant.of(told)
             for dy, dx in c.shifts.tolist():
-                shifted = _shifted(s, dy, dx, c, question.y.shape[2:])
-                yield shifted, torch.from_numpy(ids + v * N).to(device), (dy, dx)
+                s_moved = _shifted(s, dy, dx, c, question.y.shape[2:])
+                v_moved = s_moved if v is s else _shifted(v, dy, dx, c, question.y.shape[2:])
+                yield s_moved, v_moved, torch.from_numpy(ids + k * N).to(device), (dy, dx)
 
 
 def _shifted(s: Tensor, dy: int, dx: int, c: Collection, frame: torch.Size) -> Tensor:
@@ -130,18 +137,24 @@ def _at_pixels(s: Tensor, c: Collection) -> Tensor:
     return s[:, :, ry : ry + c.frame[0], rx : rx + c.frame[1]]
 
 
-def _inner(question: Question, p: int, s: Tensor) -> Tensor:
-    """The inner products b with u over the response windows, (n, *sites)."""
+def _inner(question: Question, p: int, v: Tensor) -> Tensor:
+    """The inner products b of answers with u over the response windows, (n, *sites)."""
     c = question.collection
     assert question.u is not None
-    u = question.u[p].to(s.device)
+    u = question.u[p].to(v.device)
     if c.response == "pixel":
-        return (u * _at_pixels(s, c)).sum(1)
-    return c.look((u * s).sum(1))
+        return (u * _at_pixels(v, c)).sum(1)
+    return c.look((u * v).sum(1))
 
 
 def _summary(
-    question: Question, p: int, s: Tensor, ids: Tensor, shift: tuple[int, int], leaders: int
+    question: Question,
+    p: int,
+    s: Tensor,
+    v: Tensor,
+    ids: Tensor,
+    shift: tuple[int, int],
+    leaders: int,
 ) -> Fold:
     """The fold of one piece for one picture."""
     c, n = question.collection, len(s)
@@ -149,11 +162,11 @@ def _summary(
     m = l.max(0).values
     w = torch.exp(l - m).masked_fill(l == NOTHING, 0.0)
     if question.u is not None:
-        S = (w * _inner(question, p, s)).sum(0, keepdim=True)
+        S = (w * _inner(question, p, v)).sum(0, keepdim=True)
     elif c.whole:
-        S = torch.einsum("n,nchw->chw", w[:, 0, 0], s)
+        S = torch.einsum("n,nchw->chw", w[:, 0, 0], v)
     elif c.response == "pixel":
-        S = torch.einsum("nij,ncij->cij", w, _at_pixels(s, c))
+        S = torch.einsum("nij,ncij->cij", w, _at_pixels(v, c))
     else:
         S = s.new_zeros(0, *c.grid)
     k = min(leaders, n)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoremachine.posterior import Fold, Question
+from scoremachine.posterior import Fold, Question, units_of_x
 from scoremachine.posterior import tiles as tiles
 from scoremachine.windows import Collection, Masks
 
@@ -91,11 +91,17 @@ def _pixels(rows, columns, W) -> Pixels:  # type: ignore[no-untyped-def]
     return np.array([r * W + c for r in rows for c in columns])
 
 
-def _read(question: Question) -> np.ndarray:
-    """The source, variant after variant, float64 (V n, C, H W)."""
-    s = torch.from_numpy(question.images[question.index].astype(np.float64) / 127.5 - 1)
-    copies = torch.cat([variant.of(s) for variant in question.collection.variants])
-    return copies.flatten(2).numpy()
+def _read(question: Question) -> tuple[np.ndarray, np.ndarray]:
+    """What is seen of the source, and what it answers with: float64 (V n, C, H W).
+
+    Variant after variant.
+    """
+    seen, told = (units_of_x(x[question.index]) for x in (question.images, question.answers))
+    s, v = (
+        torch.cat([variant.of(x) for variant in question.collection.variants]).flatten(2).numpy()
+        for x in (seen, told)
+    )
+    return s, v
 
 
 def _ids(question: Question) -> np.ndarray:
@@ -138,7 +144,7 @@ def _inner(s, u, site, pixel: bool) -> np.ndarray:  # type: ignore[no-untyped-de
 
 def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
     """The definition of the fold; see `scoremachine.posterior.Kernel`."""
-    c, s, ids, y = question.collection, _read(question), _ids(question), _picture(question)
+    c, (s, v), ids, y = question.collection, _read(question), _ids(question), _picture(question)
     (H, W), grid, (B, C, _) = c.image, c.grid, y.shape  # whole images have no other canvas
     pixel = c.response == "pixel"
     values = 1 if question.u is not None else C if pixel else 0
@@ -157,13 +163,13 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
             Z[p, i, j] = w.sum()
             Z2[p, i, j] = (w**2).sum()
             if question.u is not None:
-                S[p, 0, i, j] = (w * _inner(s, question.u[p].numpy(), site, pixel)).sum()
+                S[p, 0, i, j] = (w * _inner(v, question.u[p].numpy(), site, pixel)).sum()
             elif c.whole:
                 for column, (pixels, _) in zip(w.T, site.sources, strict=True):
-                    S[p] += np.einsum("n,ncd->cd", column, s[:, :, pixels]).reshape(C, H, W)
+                    S[p] += np.einsum("n,ncd->cd", column, v[:, :, pixels]).reshape(C, H, W)
             elif pixel:
                 middles = [middle for _, middle in site.sources]
-                S[p, :, i, j] = np.einsum("nk,nck->c", w, s[:, :, middles])
+                S[p, :, i, j] = np.einsum("nk,nck->c", w, v[:, :, middles])
             order = np.argsort(-l, axis=None, kind="stable")[:leaders]
             logits[p, : len(order), i, j] = l.ravel()[order]
             n, k = np.unravel_index(order, l.shape)
@@ -174,7 +180,7 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
 
 def spread(question: Question, known: Fold) -> Tensor:
     """sum_is q_i a_is s; see `scoremachine.posterior.Kernel`."""
-    c, s, y = question.collection, _read(question), _picture(question)
+    c, (s, v), y = question.collection, _read(question), _picture(question)
     D = np.zeros(y.shape)
     for p in range(len(y)):
         sigma = float(question.sigma[p])
@@ -183,10 +189,11 @@ def spread(question: Question, known: Fold) -> Tensor:
             l = _logits(s, y[p], sigma, site) + _constant(y[p], sigma, site)
             a = np.exp(l - float(known.m[p, i, j])) / float(known.Z[p, i, j])
             if question.u is not None:
-                b = _inner(s, question.u[p].numpy(), site, c.response == "pixel")
+                b = _inner(v, question.u[p].numpy(), site, c.response == "pixel")
                 a *= b - float(known.mean[p, 0, i, j])
             for column, (pixels, _) in zip(a.T, site.sources, strict=True):
-                picture = np.einsum("n,ncd->cd", column, s[:, :, pixels])
+                source = v if question.u is None else s
+                picture = np.einsum("n,ncd->cd", column, source[:, :, pixels])
                 # no pixel is twice in a window, even where it wraps around
                 D[p][:, site.query] += site.weights * picture
     # in the frame of a continued query: everything on the original, nothing on the copies

@@ -11,7 +11,6 @@ from azula.noise import Schedule
 from scoremachine.corpus import Corpus
 from scoremachine.heatmaps import HeatMaps
 from scoremachine.machines.windowed import BoxMachine, WindowMachine
-from scoremachine.moments import moments
 from scoremachine.schedules import BandwidthSchedule, ShareSchedule
 from scoremachine.windows import Collection, Masks
 
@@ -86,7 +85,7 @@ class PatchCompositeFlex(WindowMachine):
         if isinstance(self.heat_maps, HeatMaps):
             maps = self.heat_maps(sigma)
         else:
-            maps = moments(self.corpus, index).heat_maps(sigma, self.corpus.shape)
+            maps = self.moments(index).heat_maps(sigma, self.corpus.shape)
         q = holding(maps, share)
         if q.all():  # one window, the whole image
             return Collection.of_images(image)

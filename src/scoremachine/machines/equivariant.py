@@ -152,7 +152,7 @@ class EquivariantLocalScore(BoxMachine):
         return Bounded(self.corpus, self.kernel, self.error, self.bound)
 
     def kernel_for(self, collection: Collection, index: np.ndarray) -> Kernel:
-        if self.search == "exact" or not searchable(collection):
+        if self.search == "exact" or self.view is not None or not searchable(collection):
             return self.kernel
         if self.search == "auto":
             side = max(collection.window.shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scoremachine.machines.machine import Label, Machine, gaussian_constant
 from scoremachine.posterior import posterior, with_slope
+from scoremachine.progress import bar
 from scoremachine.windows import Collection
 
 
@@ -30,7 +31,8 @@ class IdealScore(Machine):
         return Collection.of_images(self.corpus.shape[1:], self.source)
 
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
-        return posterior(self.kernel, self.corpus.images, index, y, sigma, self.collection())[1]
+        asked = self.kernel, self.compared, index, y, sigma, self.collection()
+        return posterior(*asked, values=self.answers)[1]
 
     def nearest(self, y: Tensor, label: Label = None) -> tuple[Tensor, Tensor]:
         """The training image nearest to each picture, and how far it is.
@@ -79,3 +81,25 @@ class EquivariantScore(IdealScore):
 
     name = "es"
     source = "rolled"
+
+    def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
+        if self.view is None:
+            return super().mean(y, sigma, index, level)
+        if y.requires_grad:
+            raise ValueError("es has no derivative under a forward process: use another machine")
+        # a process that knows frequencies knows where a picture begins: every translation by itself
+        view, images = self.view, self.corpus.images[index]
+        whole, rows = Collection.of_images(self.corpus.shape[1:]), np.arange(len(index))
+        logs, means = [], []
+        _, H, W = self.corpus.shape
+        with bar("Translating", total=H * W) as progress:
+            for dy in range(H):
+                for dx in range(W):
+                    moved = np.roll(images, (dy, dx), (2, 3))
+                    seen = view.process.seen(moved, view.t)
+                    fold, D = posterior(self.kernel, seen, rows, y, sigma, whole, values=moved)
+                    logs.append(fold.log_partition[:, 0, 0])
+                    means.append(D)
+                    progress.advance()
+        w = torch.softmax(torch.stack(logs), 0)
+        return (w[..., None, None, None] * torch.stack(means)).sum(0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from scoremachine import kernels
 from scoremachine.calibration import automatic_bandwidth, automatic_locality
 from scoremachine.corpus import Corpus
+from scoremachine.moments import Moments, moments
+from scoremachine.processes import Process
 from scoremachine.schedules import (
     LOCALITIES,
     BandwidthSchedule,
@@ -25,6 +29,22 @@ from scoremachine.schedules import (
 )
 
 Label = int | str | Tensor | np.ndarray | Sequence[int | str] | None
+
+
+@dataclass(frozen=True)
+class View:
+    """The images as a forward process shows them at a time.
+
+    Attributes:
+        process, t: The process x_t = A_t x + sigma_t eps, and the time.
+        images: A_t x of every image, float32 (N, C, H, W).
+        scale: The largest gain: sigma_t / scale is the noise level at which settings are looked up.
+    """
+
+    process: Process
+    t: float
+    images: np.ndarray
+    scale: float
 
 
 class Machine(Denoiser):
@@ -53,6 +73,7 @@ class Machine(Denoiser):
     equivariant = False  # whether its source is every position
     locality: str | None = None  # the setting that says how far it sees, where it has one
     dearness: float = 1.0  # about how much dearer a source is than one of a plain box
+    view: View | None = None  # where pictures are compared with other than the images themselves
 
     def __init__(
         self,
@@ -110,6 +131,77 @@ class Machine(Denoiser):
         """D of valid float64 pictures, the images at `index` being the source."""
         h = self.bandwidths(sigma)
         return widened(self.mean(y, torch.sqrt(sigma**2 + h**2), index, sigma), y, sigma, h)
+
+    def denoise_through(
+        self, process: Process, x_t: Tensor, t: float, label: Label = None
+    ) -> Tensor:
+        """E[x | x_t] under another forward process, x_t = A_t x + sigma_t eps.
+
+        Logits compare x_t with A_t s, and what is averaged is s.
+
+        Arguments:
+            process: The process.
+            x_t: Noisy pictures, floats, shape (B, C, H, W).
+            t: The time in [0, 1].
+            label: As in `denoise`.
+
+        Returns:
+            D, with x_t's shape, dtype and device.
+
+        Raises:
+            ValueError: As `denoise`, and for a machine with a bandwidth.
+        """
+        pictures, _ = self.check(x_t, 1.0)
+        process.check(pictures.shape[2:])
+        _, sigma = process(torch.tensor(t, dtype=torch.float64))
+        viewed = self.through(process, t)
+        assert viewed.view is not None
+        sigmas = sigma.double().expand(len(pictures))
+        D = torch.empty_like(pictures)
+        for members, index in self.by_label(label, len(pictures)):
+            level = sigmas[members] / viewed.view.scale
+            D[members] = viewed.mean(pictures[members], sigmas[members], index, level)
+        return D.to(dtype=x_t.dtype, device=x_t.device)
+
+    def through(self, process: Process, t: float) -> Self:
+        """The machine that compares with A_t s; the last one is kept."""
+        known = self.__dict__.get("_through")
+        if known is not None and known[0] is process and known[1] == t:
+            return known[2]
+        if self.bandwidth != 0.0:
+            raise ValueError(
+                f"bandwidth is {self.bandwidth!r}, and a forward process that damps some "
+                "frequencies more than others makes no round Gaussian of one: use bandwidth 0"
+            )
+        self.prepare()
+        gains, _ = process(torch.tensor(t, dtype=torch.float64))
+        other = copy.copy(self)
+        for cached in ("_known", "_through"):
+            other.__dict__.pop(cached, None)
+        images = process.seen(self.corpus.images, t)
+        other.view = View(process, t, images, float(gains.max()))
+        self.__dict__["_through"] = process, t, other
+        return other
+
+    @property
+    def compared(self) -> np.ndarray:
+        """What pictures are compared with: the images, or what a process shows of them."""
+        return self.corpus.images if self.view is None else self.view.images
+
+    @property
+    def answers(self) -> np.ndarray | None:
+        """What the compared images answer with, where that is something else."""
+        return None if self.view is None else self.corpus.images
+
+    def moments(self, index: np.ndarray, low_rank: bool = False) -> Moments:
+        """Mean and covariance of what pictures are compared with, in units of `View.scale`."""
+        found = moments(self.corpus, index, low_rank)
+        if self.view is None:
+            return found
+        view, shape = self.view, self.corpus.shape
+        return found.seen(
+            lambda x: view.process.apply(x.reshape(-1, *shape), view.t).flatten(1) / view.scale
+        )
 
     def score(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
         """The score (D - y) / sigma^2 of the noisy density, with y's shape."""
@@ -214,6 +306,10 @@ class Machine(Denoiser):
         """The same kind of machine with other images, or other arguments."""
         return type(self)(corpus, **{**self.arguments(), **changes})
 
+    def smaller(self, corpus: Corpus) -> Machine:
+        """The same kind of machine of smaller images: how far it sees is chosen anew."""
+        return self.remade(corpus)
+
     def candidates(self) -> list[Any]:
         """The values of its locality that calibration tries: none, without a locality."""
         return []
@@ -272,6 +368,9 @@ class LocalMachine(Machine):
     def choose(self) -> LevelSchedule:
         """What "auto" stands for."""
         return automatic_locality(self.remade(self.corpus, bandwidth=0.0))
+
+    def smaller(self, corpus: Corpus) -> Machine:
+        return self.remade(corpus, **{self.locality: "auto"})
 
     def local_at(self, sigma: float) -> Any:
         """The setting's value at noise level `sigma`."""

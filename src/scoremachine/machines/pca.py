@@ -10,7 +10,6 @@ from torch import Tensor
 
 from scoremachine.corpus import Corpus
 from scoremachine.machines.windowed import WindowMachine
-from scoremachine.moments import moments
 from scoremachine.progress import Bar, bar
 from scoremachine.schedules import BandwidthSchedule, ThresholdSchedule
 from scoremachine.windows import Collection, Masks
@@ -57,7 +56,7 @@ class PCALocality(WindowMachine):
 
     def collection(self, tau: float, sigma: float, index: np.ndarray) -> Collection:
         C, H, W = self.corpus.shape
-        g = moments(self.corpus, index, low_rank=True)
+        g = self.moments(index, low_rank=True)
 
         def ratios(progress: Bar) -> Iterator[tuple[np.ndarray, Tensor]]:
             for rows, block in g.wiener_blocks(sigma):
@@ -80,5 +79,5 @@ class PCALocality(WindowMachine):
     @property
     def images(self) -> np.ndarray:
         """The channels of an image below each other, so that each of its values is a pixel."""
-        N, C, H, W = self.corpus.images.shape
-        return self.corpus.images.reshape(N, 1, C * H, W)
+        N, C, H, W = self.compared.shape
+        return self.compared.reshape(N, 1, C * H, W)

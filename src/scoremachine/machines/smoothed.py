@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from scoremachine.corpus import Corpus
 from scoremachine.machines.machine import LocalMachine
-from scoremachine.posterior import posterior, with_slope
+from scoremachine.posterior import Fold, posterior, units_of_x, with_slope
+from scoremachine.processes import Process
 from scoremachine.schedules import BandwidthSchedule, SmoothingSchedule, check_integer
 from scoremachine.windows import Collection
 
@@ -98,6 +99,12 @@ class SmoothedScore(LocalMachine):
         nearest = nearest[torch.isfinite(nearest)]
         return round(float(nearest.median()) / 8, 3) if len(nearest) else 0.0
 
+    def through(self, process: Process, t: float) -> Self:
+        other = super().through(process, t)
+        other._indexes = {} if other._indexes is self._indexes else other._indexes
+        other._trajectory = self._trajectory
+        return other
+
     def begin(self, x: Tensor | None) -> None:
         self._trajectory = None
         if x is not None and self.perturbations == "fixed":
@@ -107,6 +114,8 @@ class SmoothedScore(LocalMachine):
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
         delta = torch.tensor([self.local_at(float(s)) for s in level], dtype=torch.float64)
         reach = (delta * (1 + level))[:, None, None, None, None]
+        if self.view is not None:  # x_t is in other units
+            reach = reach * self.view.scale
         queries = (y[:, None] + reach * self._perturbations(y)).flatten(0, 1)
         levels = sigma.repeat_interleave(self.M)
         answer = self._all if self.neighbours is None else self._near
@@ -131,7 +140,8 @@ class SmoothedScore(LocalMachine):
         return torch.randn(like.shape[1:], generator=generator).expand_as(like)
 
     def _all(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
-        return posterior(self.kernel, self.corpus.images, index, y, sigma, self._collection)[1]
+        asked = self.kernel, self.compared, index, y, sigma, self._collection
+        return posterior(*asked, values=self.answers)[1]
 
     @property
     def _collection(self) -> Collection:
@@ -156,14 +166,22 @@ class SmoothedScore(LocalMachine):
         self, y: Tensor, sigma: Tensor, near: np.ndarray, drawn: np.ndarray, rest: int
     ) -> Tensor:
         """The mean over `near`, and over `drawn` with each standing for rest / L images."""
-        asked = y, sigma, self._collection
-        first, D = posterior(self.kernel, self.corpus.images, np.sort(near), *asked)
+
+        def asked(index: np.ndarray) -> tuple[Fold, Tensor]:
+            where = np.sort(index), y, sigma, self._collection
+            return posterior(self.kernel, self.compared, *where, values=self.answers)
+
+        first, D = asked(near)
         if len(drawn) == 0:
             return D
-        other, D_other = posterior(self.kernel, self.corpus.images, np.sort(drawn), *asked)
-        # log of the two sums' ratio, whose gradient is (D - y) / sigma^2 - (D_other - y) / sigma^2
+        other, D_other = asked(drawn)
+        # log of the two sums' ratio, whose gradient is (D - y) / sigma^2 - (D_other - y) / sigma^2,
+        # with means of what is compared for D
         ratio = first.log_partition - other.log_partition - math.log(rest / len(drawn))
-        a = torch.sigmoid(with_slope(ratio[:, 0, 0], (D - D_other) / sigma**2, y))
+        apart = D - D_other
+        if self.view is not None:
+            apart = self.view.process.apply(apart, self.view.t)
+        a = torch.sigmoid(with_slope(ratio[:, 0, 0], apart / sigma**2, y))
         a = a[:, None, None, None]
         return a * D + (1 - a) * D_other
 
@@ -173,7 +191,7 @@ class SmoothedScore(LocalMachine):
 
         key = index.tobytes()
         if key not in self._indexes:
-            x = self.corpus.images[index].reshape(len(index), -1).astype(np.float32) / 127.5 - 1
+            x = units_of_x(self.compared[index]).flatten(1).float().numpy()
             self._indexes = {key: NearestNeighbors(algorithm="brute").fit(x)}
         return self._indexes[key]
 

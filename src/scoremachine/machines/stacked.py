@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from scoremachine import machines
 from scoremachine.corpus import Corpus
 from scoremachine.machines.machine import Label, Machine, plain, widened
+from scoremachine.processes import Process
 from scoremachine.schedules import BandwidthSchedule, WeightSchedule
 from scoremachine.stacking import automatic_weights
 
@@ -81,7 +82,7 @@ class Composite(Machine):
             self.weights = automatic_weights(self)
         return self.weights(sigma)
 
-    def answers(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> list[Tensor]:
+    def each(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> list[Tensor]:
         """D_m of every machine, with its own bandwidth."""
         found = []
         for member in self.members.values():
@@ -92,10 +93,20 @@ class Composite(Machine):
 
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
         w = torch.tensor(np.stack([self.weights_at(float(s)) for s in level]))
-        D = (1 - w.sum(1))[:, None, None, None] * y
-        for m, D_m in enumerate(self.answers(y, sigma, index, level)):
+        D = (1 - w.sum(1))[:, None, None, None] * (y if self.view is None else y / self.view.scale)
+        for m, D_m in enumerate(self.each(y, sigma, index, level)):
             D = D + w[:, m, None, None, None] * D_m
         return D
+
+    def through(self, process: Process, t: float) -> Self:
+        other = super().through(process, t)
+        other.members = {label: m.through(process, t) for label, m in self.members.items()}
+        return other
+
+    def smaller(self, corpus: Corpus) -> Machine:
+        return self.remade(
+            corpus, of={label: m.smaller(corpus) for label, m in self.members.items()}
+        )
 
     def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> None:
         for member in self.members.values():

@@ -17,7 +17,6 @@ from torch import Tensor
 from scoremachine.corpus import Corpus
 from scoremachine.kept import Kept
 from scoremachine.machines.machine import LocalMachine
-from scoremachine.moments import moments
 from scoremachine.posterior import Fold, Kernel, posterior
 from scoremachine.schedules import BandwidthSchedule, PatchSchedule
 from scoremachine.windows import Augment, Box, Collection, Soft, Window, check_window
@@ -60,8 +59,8 @@ class WindowMachine(LocalMachine):
 
     @property
     def images(self) -> np.ndarray:
-        """The images as the windows see them, uint8 (N, C, H, W)."""
-        return self.corpus.images
+        """The images as the windows see them, (N, C, H, W)."""
+        return self.compared
 
     @abstractmethod
     def collection(self, value: Any, sigma: float, index: np.ndarray) -> Collection:
@@ -116,10 +115,12 @@ class WindowMachine(LocalMachine):
         leaders: int = 0,
     ) -> Evidence:
         """The fold of valid float64 pictures that share a row; see `posterior`."""
-        images = self.images
+        images, values = self.images, self.answers
         pictures = y.reshape(-1, images.shape[1], *collection.frame)
         kernel = self.kernel_for(collection, index)
-        fold, D = posterior(kernel, images, index, pictures, sigma, collection, leaders)
+        if values is not None:
+            values = values.reshape(images.shape)
+        fold, D = posterior(kernel, images, index, pictures, sigma, collection, leaders, values)
         return Evidence(D.reshape(y.shape), fold, collection)
 
 
@@ -181,7 +182,7 @@ class BoxMachine(WindowMachine):
             return Box(shape)
         if self.window == "gaussian":
             return Soft.gaussian(*shape)
-        g = moments(self.corpus, index)
+        g = self.moments(index)
         return Soft.of(stationary(g.heat_maps(sigma, self.corpus.shape), self.corpus.shape, shape))
 
     def wider(self) -> dict[str, Any]:
