@@ -37,7 +37,9 @@ if TYPE_CHECKING:
         build,
         calibrate,
     )
+    from scoremachine.mixtures import Mixture, compress
     from scoremachine.networks import Network, Training, train
+    from scoremachine.processes import HeatDissipation, Process, Pyramid
     from scoremachine.sample import EDMSchedule, generate
     from scoremachine.schedules import (
         BandwidthSchedule,
@@ -69,6 +71,8 @@ _HOMES = {
         "calibrate",
     ),
     "comparison": ("Comparison", "compare"),
+    "mixtures": ("Mixture", "compress"),
+    "processes": ("HeatDissipation", "Process", "Pyramid"),
     "networks": ("Network", "Training", "train"),
     "sample": ("EDMSchedule", "generate"),
     "heatmaps": ("HeatMaps",),
@@ -96,15 +100,19 @@ __all__ = [
     "EquivariantLocalScore",
     "EquivariantScore",
     "GaussianScore",
+    "HeatDissipation",
     "HeatMaps",
     "IdealScore",
     "LocalScore",
     "Machine",
+    "Mixture",
     "Network",
     "PCALocality",
     "PatchComposite",
     "PatchCompositeFlex",
     "PatchSchedule",
+    "Process",
+    "Pyramid",
     "ShareSchedule",
     "SmoothedScore",
     "SmoothingSchedule",
@@ -115,6 +123,7 @@ __all__ = [
     "build",
     "calibrate",
     "compare",
+    "compress",
     "edm_sigmas",
     "generate",
     "train",

@@ -16,6 +16,7 @@ from torch import Tensor
 from scoremachine.corpus import Corpus
 from scoremachine.machines.machine import Label, widened
 from scoremachine.machines.windowed import BoxMachine
+from scoremachine.mixtures import Mixture
 from scoremachine.names import check_name
 from scoremachine.posterior import Kernel
 from scoremachine.progress import say
@@ -74,6 +75,7 @@ class EquivariantLocalScore(BoxMachine):
 
     name = "els"
     equivariant = True
+    of_mixtures = True
 
     def __init__(
         self,
@@ -152,7 +154,8 @@ class EquivariantLocalScore(BoxMachine):
         return Bounded(self.corpus, self.kernel, self.error, self.bound)
 
     def kernel_for(self, collection: Collection, index: np.ndarray) -> Kernel:
-        if self.search == "exact" or self.view is not None or not searchable(collection):
+        special = self.view is not None or isinstance(self.corpus, Mixture)
+        if self.search == "exact" or special or not searchable(collection):
             return self.kernel
         if self.search == "auto":
             side = max(collection.window.shape)
@@ -171,6 +174,8 @@ class EquivariantLocalScore(BoxMachine):
 
         Arguments and errors are `denoise`'s.
         """
+        if isinstance(self.corpus, Mixture):
+            raise ValueError("nothing of a mixture is left out: use denoise")
         pictures, levels = self.check(y, sigma)
         D = torch.empty_like(pictures)
         mass = torch.zeros(len(y), *y.shape[2:], dtype=torch.float64)
@@ -178,7 +183,9 @@ class EquivariantLocalScore(BoxMachine):
         for members, index in self.by_label(label, len(pictures)):
             y_m, sigma_m = pictures[members], levels[members]
             h = self.bandwidths(sigma_m)
-            for some, evidence in self.by_row(y_m, torch.sqrt(sigma_m**2 + h**2), index, sigma_m):
+            for some, row in self.by_row(y_m, sigma_m, index):
+                wider = torch.sqrt(sigma_m[some] ** 2 + h[some] ** 2)
+                evidence = self.evidence(y_m[some], wider, index, row)
                 D[members[some]] = widened(evidence.mean, y_m[some], sigma_m[some], h[some])
                 mass[members[some]] = evidence.fold.mass_left_out
         kind = "statistical" if self._bounded.statistical > before else "deterministic"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scoremachine.machines.machine import Label, Machine, gaussian_constant
+from scoremachine.mixtures import Mixture
 from scoremachine.posterior import posterior, with_slope
 from scoremachine.progress import bar
 from scoremachine.windows import Collection
@@ -24,6 +25,7 @@ class IdealScore(Machine):
     """
 
     name = "ideal"
+    of_mixtures = True
     source: Literal["same", "rolled"] = "same"
 
     def collection(self) -> Collection:
@@ -31,6 +33,8 @@ class IdealScore(Machine):
         return Collection.of_images(self.corpus.shape[1:], self.source)
 
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
+        if isinstance(self.corpus, Mixture):
+            return self.corpus.posterior(y, sigma, self.collection())
         asked = self.kernel, self.compared, index, y, sigma, self.collection()
         return posterior(*asked, values=self.answers)[1]
 
@@ -58,6 +62,8 @@ class IdealScore(Machine):
 
         In nats, float64, shape (B,), differentiable by y.
         """
+        if isinstance(self.corpus, Mixture):
+            raise ValueError("a mixture's density is not computed here: use the images")
         pictures, levels = self.check(y, sigma)
         h = torch.tensor([self.bandwidth_at(float(s)) for s in levels], dtype=torch.float64)
         s, c = torch.sqrt(levels**2 + h**2), self.collection()
@@ -80,6 +86,7 @@ class EquivariantScore(IdealScore):
     """
 
     name = "es"
+    of_mixtures = False
     source = "rolled"
 
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from scoremachine import kernels
 from scoremachine.calibration import automatic_bandwidth, automatic_locality
 from scoremachine.corpus import Corpus
+from scoremachine.mixtures import Mixture
 from scoremachine.moments import Moments, moments
 from scoremachine.processes import Process
 from scoremachine.schedules import (
@@ -73,6 +74,7 @@ class Machine(Denoiser):
     equivariant = False  # whether its source is every position
     locality: str | None = None  # the setting that says how far it sees, where it has one
     dearness: float = 1.0  # about how much dearer a source is than one of a plain box
+    of_mixtures = False  # whether its source may be a mixture of Gaussians
     view: View | None = None  # where pictures are compared with other than the images themselves
 
     def __init__(
@@ -87,6 +89,11 @@ class Machine(Denoiser):
             raise ValueError(
                 f"a machine is made of a Corpus, not of {type(corpus).__name__}: "
                 "use Corpus.open(source) or Corpus(images)"
+            )
+        if isinstance(corpus, Mixture) and not self.of_mixtures:
+            raise ValueError(
+                f"{self.name} needs images, and a mixture is the source of ideal, ls and els "
+                "alone: use one of them, or the images that were compressed"
             )
         self.corpus = corpus
         self.bandwidth = check_bandwidth(bandwidth)
@@ -168,6 +175,8 @@ class Machine(Denoiser):
         known = self.__dict__.get("_through")
         if known is not None and known[0] is process and known[1] == t:
             return known[2]
+        if isinstance(self.corpus, Mixture):
+            raise ValueError("a mixture knows no other forward process: use the images")
         if self.bandwidth != 0.0:
             raise ValueError(
                 f"bandwidth is {self.bandwidth!r}, and a forward process that damps some "
@@ -349,6 +358,11 @@ class LocalMachine(Machine):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__(corpus, bandwidth, kernel, schedule)
+        if isinstance(corpus, Mixture) and isinstance(local, str) and local == "auto":
+            raise ValueError(
+                f"a mixture has no images to hold out, so {self.locality} cannot be 'auto': give a "
+                "number or a schedule, as that of the machine of the images"
+            )
         if not (isinstance(local, str) and local == "auto"):
             local = LOCALITIES[self.locality].of(local)
             for value in local.values:

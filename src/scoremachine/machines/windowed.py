@@ -17,6 +17,7 @@ from torch import Tensor
 from scoremachine.corpus import Corpus
 from scoremachine.kept import Kept
 from scoremachine.machines.machine import LocalMachine
+from scoremachine.mixtures import Mixture
 from scoremachine.posterior import Fold, Kernel, posterior
 from scoremachine.schedules import BandwidthSchedule, PatchSchedule
 from scoremachine.windows import Augment, Box, Collection, Soft, Window, check_window
@@ -90,21 +91,24 @@ class WindowMachine(LocalMachine):
 
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
         D = torch.empty_like(y)
-        for members, evidence in self.by_row(y, sigma, index, level):
-            D[members] = evidence.mean
+        for members, row in self.by_row(y, level, index):
+            asked = y[members], sigma[members]
+            if isinstance(self.corpus, Mixture):
+                D[members] = self.corpus.posterior(*asked, row)
+            else:
+                D[members] = self.evidence(*asked, index, row).mean
         return D
 
     def by_row(
-        self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor
-    ) -> Iterator[tuple[Tensor, Evidence]]:
-        """What `mean` is made of: for the pictures that share a row, which they are, and more."""
+        self, y: Tensor, level: Tensor, index: np.ndarray
+    ) -> Iterator[tuple[Tensor, Collection]]:
+        """The machine's rows for pictures, and which of them they are for."""
         rows = [self._row(float(s)) for s in level]
         H, W = y.shape[2:]
         canvas = None if self.corpus.shape[1:] == (H, W) else (H, W)
         for row in dict.fromkeys(rows):
             members = torch.tensor([other == row for other in rows])
-            collection = self.windows(float(level[members][0]), index, canvas)
-            yield members, self.evidence(y[members], sigma[members], index, collection)
+            yield members, self.windows(float(level[members][0]), index, canvas)
 
     def evidence(
         self,
