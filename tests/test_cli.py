@@ -543,3 +543,22 @@ def test_quality_judges_networks_and_machines(inside, tmp_path):
     assert done.returncode == 2
     assert "count two or more" in done.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_compress_draws_its_curves_and_keeps_a_mixture(inside, tmp_path):
+    done = inside(
+        "compress", "--data", "digits", "--limit", 80, "--machine", "ideal", "--sizes", "20%,5",
+        "--steps", 3, "--held-out", 4, "--keep", "10%", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "| smallest |" in done.stdout
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"mixture.safetensors", "sizes.md", "sizes.json", "sizes.png"}
+    done = inside(
+        "generate", "--data", tmp_path / "mixture.safetensors", "--machine", "ideal",
+        "--count", 1, "--steps", 2, "--out", tmp_path / "drawn",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = inside("compress", "--data", "digits", "--machine", "pspc", "--out", tmp_path)
+    assert done.returncode == 2
+    assert "a mixture is the source of ideal, ls and els" in done.stderr

@@ -12,7 +12,9 @@ from scipy.stats import multivariate_normal
 import scoremachine as sm
 from conftest import SMALL, noised, random_corpus, small
 from scoremachine import mixtures
+from scoremachine.calibration import held_out_pictures, split
 from scoremachine.mixtures import Clusters, Mixture, budget_of, compress
+from scoremachine.sizes import sizes
 from scoremachine.windows import Box, Collection
 from test_machines import smooth_corpus
 
@@ -251,3 +253,49 @@ def test_what_a_mixture_cannot_do(tmp_path):
         Mixture.load(tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="there is no"):
         Mixture.load(tmp_path / "none.safetensors")
+
+
+# ---------------------------------------------------------------- how small can it be?
+
+
+def test_sizes_are_errors_of_the_exact_machine_and_of_mixtures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SCOREMACHINE_CACHE", str(tmp_path))
+    corpus = sm.Corpus.open("digits", limit=300)
+    found = sizes(corpus, "ls", ["10%", 20, "0.001%"], [0.2, 2.0], held_out=8, patch_size=5)
+    assert "leaving out 0.001%: one cluster takes" in capsys.readouterr().err
+    assert found.sizes == ["exact", "10%", "20"]
+    assert found.errors.shape == (3, 2, 8)
+    assert found.clusters[0] == 300 - 9
+    assert found.clusters[2] == 20
+    _, source, _, reporting = split(corpus, 1, 0, reporting=8)
+    parts = corpus, source, reporting, reporting[:0]
+    x, eps = held_out_pictures(parts, 0)[0]
+    m = small("ls", compress(corpus.subset(source), 20), patch_size=5)
+    D = m.denoise(x + 0.2 * eps, 0.2)
+    np.testing.assert_allclose(((D - x) ** 2).mean((1, 2, 3)), found.errors[2, 1], rtol=1e-5)
+    for k, s in enumerate(found.smallest()):
+        assert found.ratios[s, k] <= 1.05
+        assert all(found.ratios[o, k] > 1.05 for o in range(3) if found.nbytes[o] < found.nbytes[s])
+    monkeypatch.setattr("scoremachine.sizes.compress", None)  # all is known
+    again = sizes(corpus, "ls", ["10%", 20, "0.001%"], [0.2, 2.0], held_out=8, patch_size=5)
+    assert np.array_equal(again.errors, found.errors)
+
+
+def test_sizes_of_els_and_of_others(tmp_path):
+    corpus = sm.Corpus.open("digits", limit=60)
+    found = sizes(corpus, "els", [10], [0.5], held_out=4, patch_size=3, boundary="circular")
+    assert found.nbytes[1] > 0
+    with pytest.raises(ValueError, match="source of ideal, ls and els, not of pspc"):
+        sizes(corpus, "pspc", [10], [0.5])
+    with pytest.raises(ValueError, match="held_out is 0"):
+        sizes(corpus, "ls", [10], held_out=0)
+    with pytest.raises(ValueError, match="expected a number of clusters, or a budget"):
+        sizes(corpus, "ls", ["ten"], [0.5], patch_size=3)
+
+
+def test_a_mixture_is_a_corpus_that_opens(tmp_path):
+    compress(sm.Corpus.open("digits"), "2%").save(tmp_path / "m.safetensors")
+    corpus = sm.Corpus.open(tmp_path / "m.safetensors")
+    assert isinstance(corpus, Mixture)
+    with pytest.raises(ValueError, match="a mixture, which is as it was compressed"):
+        sm.Corpus.open(tmp_path / "m.safetensors", size=4)

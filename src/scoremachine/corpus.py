@@ -102,8 +102,9 @@ class Corpus:
         Arguments:
             source: A built-in name ("digits", "faces", "texture/brick", "photo/chelsea", ...), a
                 folder (folders below it are classes), a .zip of images (also with EDM's
-                dataset.json), an .npy or .npz file, one picture, "hf:NAME[:SPLIT]", an array, or
-                a torch Dataset. EXIF rotation is honoured; alpha is flattened on white.
+                dataset.json), an .npy or .npz file, one picture, "hf:NAME[:SPLIT]", an array, a
+                torch Dataset, or the .safetensors of a mixture (`compress`). EXIF rotation is
+                honoured; alpha is flattened on white.
             size: Resize every image to cover this side, or (height, width), and crop its centre.
             grayscale: Read colour images as one channel.
             limit: Use at most so many images, evenly spread over the source.
@@ -121,6 +122,15 @@ class Corpus:
         whole = isinstance(limit, int | np.integer) and not isinstance(limit, bool)
         if limit is not None and (not whole or limit < 1):
             raise ValueError(f"limit is {limit!r}; expected a whole number above 0")
+        if isinstance(source, str | Path) and str(source).endswith(".safetensors"):
+            from scoremachine.mixtures import Mixture
+
+            if (size, limit) != (None, None) or grayscale:
+                raise ValueError(
+                    f"{source} is a mixture, which is as it was compressed; expected neither size, "
+                    "grayscale nor limit"
+                )
+            return Mixture.load(source)
         if isinstance(source, Corpus):
             if size is not None or grayscale:
                 raise ValueError(

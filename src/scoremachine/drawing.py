@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from scoremachine.errors import Errors
     from scoremachine.schedules import LevelSchedule
     from scoremachine.sensitivity import Sensitivity
+    from scoremachine.sizes import Sizes
     from scoremachine.stacking import Stacking
 
 GAP = 4  # pixels between pictures
@@ -147,6 +148,28 @@ def save_stacking(s: Stacking, path: Path, target: str = "the clean picture") ->
     right.set_ylim(0.9, 4)
     left.legend(fontsize=7)
     right.legend(fontsize=7)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def save_sizes(s: Sizes, path: Path) -> None:
+    """Draws error, over that of the exact machine, against bytes: a curve per noise level."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axis = figure.subplots()
+    colours = colormaps["viridis"](np.linspace(0, 0.95, len(s.sigmas)))
+    for k, (sigma, colour) in enumerate(zip(s.sigmas, colours, strict=True)):
+        axis.plot(s.nbytes, s.ratios[:, k], color=colour, marker="o", ms=3, label=f"{sigma:.3g}")
+    axis.axhspan(0, 1.05, color="black", alpha=0.06)
+    axis.set(
+        xlabel="bytes", xscale="log", title=f"{s.machine}: how small can it be?",
+        ylabel="held-out error, exact = 1", ylim=(0.4, 2.6),
+    )  # fmt: skip
+    axis.legend(
+        title="sigma", fontsize=6, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
     with written(path) as temporary:
         figure.savefig(temporary, dpi=110)
 

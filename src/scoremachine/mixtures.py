@@ -467,6 +467,13 @@ def _clustered(
     return _best(images, ways, seed)
 
 
+def least_bytes(corpus: Corpus, patch_size: Sequence[int] | None = None) -> int:
+    """The least budget for a corpus and patches of these sides: what one cluster of each takes."""
+    C = corpus.shape[0]
+    largest = max([math.prod(corpus.shape), *(C * P * P for P in patch_size or ())])
+    return _bytes(1, largest, 0) * (1 + len(patch_size or ()))
+
+
 def _fitting(N: int, K: int) -> int:
     """The rank of so many clusters: about the square root of a cluster's images."""
     return 0 if K == N else min(64, max(1, round(math.sqrt(N / K))) - 1)

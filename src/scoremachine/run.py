@@ -35,6 +35,7 @@ from scoremachine.errors import Errors, denoising_errors, fewer
 from scoremachine.files import write_text, written
 from scoremachine.machines import BoxMachine, Composite, IdealScore, Machine, build
 from scoremachine.machines.machine import Label
+from scoremachine.mixtures import compress
 from scoremachine.names import check_name
 from scoremachine.networks import Network, Training, train
 from scoremachine.networks.architectures import check_settings
@@ -49,6 +50,7 @@ from scoremachine.sample import (
 )
 from scoremachine.schedules import LOCALITIES, LevelSchedule, check_integer, edm_sigmas
 from scoremachine.sensitivity import Sensitivity, sensitivity
+from scoremachine.sizes import Sizes, sides_of, sizes
 from scoremachine.stacking import Stacking, stack, with_calibrated
 
 
@@ -93,6 +95,7 @@ class Run:
         self.process = process
         if process is not None:
             check_through(machine, process, self.shape, start)
+            machine.check_process()
         self.out, self.machine = Path(out), machine
         self.count, self.steps, self.seed, self.batch = count, steps, seed, batch
         self.sampler, self.schedule, self.label = sampler, schedule, label
@@ -358,6 +361,39 @@ def _weigh(
         write_text(Path(out) / "calibration.json", json.dumps(asdict(found), indent=1) + "\n")
         drawing.save_stacking(found, Path(out) / "calibration.png", target)
         print(f"curves: {Path(out) / 'calibration.png'}")
+    return found
+
+
+def compress_corpus(
+    corpus: Corpus,
+    out: Path,
+    machine: str,
+    asked: Sequence[str | int],
+    keep: str | int | None,
+    steps: int,
+    held_out: int,
+    seed: int,
+    settings: dict[str, Any],
+) -> Sizes:
+    """Measures sizes, prints the table, writes sizes.md, sizes.json and sizes.png to `out`.
+
+    With `keep`, also the mixture of all images at that size, as mixture.safetensors.
+    """
+    if keep is not None:
+        exact = build(machine, corpus, **settings)
+        exact.prepare()
+        mixture = compress(corpus, keep, sides_of(exact), seed=seed)
+        mixture.save(Path(out) / "mixture.safetensors")
+        print(f"{mixture.nbytes:,} bytes: {Path(out) / 'mixture.safetensors'}")
+    sigmas = edm_sigmas(check_integer("steps", steps))
+    found = sizes(corpus, machine, asked, sigmas, held_out, seed, **settings)
+    text = tables.sizes_markdown(found)
+    write_text(Path(out) / "sizes.md", text)
+    record = asdict(found) | {"errors": found.errors.tolist()}
+    write_text(Path(out) / "sizes.json", json.dumps(record) + "\n")
+    drawing.save_sizes(found, Path(out) / "sizes.png")
+    print(text)
+    print(f"curves: {Path(out) / 'sizes.png'}")
     return found
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from scoremachine.calibration import Calibration, Exchange
     from scoremachine.schedules import LevelSchedule
     from scoremachine.sensitivity import Sensitivity
+    from scoremachine.sizes import Sizes
     from scoremachine.stacking import Stacking
 
 TRUTH = "the clean picture"
@@ -104,6 +105,21 @@ def _mean_with_error(values: list[float]) -> str:
     """Mean and its standard error."""
     spread = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return f"{np.mean(values):.5f} ± {spread:.5f}"
+
+
+def sizes_markdown(s: Sizes) -> str:
+    """Error over that of the exact machine by size and noise level; the smallest good size."""
+    header = ["size", "bytes", "clusters", "rank", *(f"{sigma:.3g}" for sigma in s.sigmas)]
+    rows = [
+        [size, f"{s.nbytes[k]:,}", f"{s.clusters[k]:,}", f"{s.ranks[k]}"]
+        + [
+            f"**{r:.2f}**" if good else f"{r:.2f}"
+            for r, good in zip(s.ratios[k], s.good[k], strict=True)
+        ]
+        for k, size in enumerate(s.sizes)
+    ]
+    least = [s.sizes[k] for k in s.smallest()]
+    return "\n".join(markdown(header, [*rows, ["smallest", "", "", "", *least]])) + "\n"
 
 
 def sensitivities_csv(found: list[Sensitivity], sizes: dict[str, list[Any]]) -> str:

@@ -38,6 +38,7 @@ COMMANDS: dict[str, list[Callable[..., None]]] = {
         machines.index,
         machines.zoo,
         machines.denoising_error,
+        machines.compress,
     ],
     "Trained networks": [
         networks.train,

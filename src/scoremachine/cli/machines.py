@@ -33,6 +33,7 @@ from scoremachine.cli.words import (
     names_of,
     networks_and_corpus,
     pairs,
+    parts_of,
     settings_of,
     sizes_of,
 )
@@ -282,3 +283,43 @@ def denoising_error(
         also = [(name, any_number(value)) for name, value in pairs(published)]
         corpus = corpus_of(data, size, grayscale, limit, strict)
         measure_errors(corpus, out, names, steps, choosing, reporting, seed, also)
+
+
+def compress(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("runs/compress"),
+    machine: Annotated[str, typer.Option(help="ideal, ls or els.")] = "ls",
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes by commas: a share of the images' bytes (1%), bytes (500kB, 10MB), or how "
+            "many clusters (100). From 30% down to 0.01% unless given."
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Also write mixture.safetensors of this size, which --data takes."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="How many EDM noise levels.")] = 18,
+    held_out: Annotated[int, typer.Option(help="Held-out images that report.")] = 32,
+    patch_size: PatchSize = None,
+    boundary: BoundaryName = None,
+    seed: Seed = 0,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find how small a machine can be: images as ever fewer Gaussians, against denoising error."""
+    from scoremachine import progress
+    from scoremachine.run import compress_corpus
+    from scoremachine.sizes import SIZES
+
+    with progress.quiet(quiet):
+        corpus = corpus_of(data, size, grayscale, limit, strict)
+        settings = settings_of(patch_size, None, boundary, None, None, None, "auto")
+        asked = [number(word, int, word) for word in parts_of(sizes)] or list(SIZES)
+        kept = None if keep is None else number(keep, int, keep)
+        with interruptible(lambda: "the same command goes on after the sizes that are finished"):
+            compress_corpus(corpus, out, machine, asked, kept, steps, held_out, seed, settings)

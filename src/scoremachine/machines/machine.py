@@ -170,11 +170,8 @@ class Machine(Denoiser):
             D[members] = viewed.mean(pictures[members], sigmas[members], index, level)
         return D.to(dtype=x_t.dtype, device=x_t.device)
 
-    def through(self, process: Process, t: float) -> Self:
-        """The machine that compares with A_t s; the last one is kept."""
-        known = self.__dict__.get("_through")
-        if known is not None and known[0] is process and known[1] == t:
-            return known[2]
+    def check_process(self) -> None:
+        """ValueError where the machine runs under no other forward process."""
         if isinstance(self.corpus, Mixture):
             raise ValueError("a mixture knows no other forward process: use the images")
         if self.bandwidth != 0.0:
@@ -182,6 +179,13 @@ class Machine(Denoiser):
                 f"bandwidth is {self.bandwidth!r}, and a forward process that damps some "
                 "frequencies more than others makes no round Gaussian of one: use bandwidth 0"
             )
+
+    def through(self, process: Process, t: float) -> Self:
+        """The machine that compares with A_t s; the last one is kept."""
+        known = self.__dict__.get("_through")
+        if known is not None and known[0] is process and known[1] == t:
+            return known[2]
+        self.check_process()
         self.prepare()
         gains, _ = process(torch.tensor(t, dtype=torch.float64))
         other = copy.copy(self)
