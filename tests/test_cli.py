@@ -562,3 +562,24 @@ def test_compress_draws_its_curves_and_keeps_a_mixture(inside, tmp_path):
     done = inside("compress", "--data", "digits", "--machine", "pspc", "--out", tmp_path)
     assert done.returncode == 2
     assert "a mixture is the source of ideal, ls and els" in done.stderr
+
+
+def test_ablation_measures_sizes_of_patches_by_kind_and_resolution(inside, tmp_path):
+    done = inside(
+        "ablation", "--data", "digits", "--data", "texture/brick", "--sides", "8,12",
+        "--limit", 40, "--machine", "ls,pspc+gaussian", "--sigmas", "1,0.3", "--held-out", 3,
+        "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "ablation.md").read_text()
+    assert text.count("## ") == 4
+    assert "texture/brick, 12 x 12" in text
+    assert {"ablation.md", "ablation.json", "ablation.png"} == {p.name for p in tmp_path.iterdir()}
+    for words, says in (
+        (["--machine", "pca"], "pca has no boxes to change the size of"),
+        (["--sides", "8,x"], "sides are '8,x'; expected whole numbers"),
+        (["--sigmas", "0"], "sigmas are '0'"),
+    ):
+        done = inside("ablation", "--data", "digits", "--limit", 20, "--out", tmp_path, *words)
+        assert done.returncode == 2
+        assert says in done.stderr

@@ -294,6 +294,21 @@ class Corpus:
             ids=self.ids,
         )
 
+    def crops(self, side: int) -> Corpus:
+        """The corpus of all side x side crops beside each other, from the upper left corner on.
+
+        Raises:
+            ValueError: If the images are smaller.
+        """
+        C, H, W = self.shape
+        if not 1 <= side <= min(H, W):
+            raise ValueError(f"no {side} x {side} crop fits into {H} x {W} images")
+        rows, columns = H // side, W // side
+        cut = self.images[:, :, : rows * side, : columns * side]
+        cut = cut.reshape(len(self), C, rows, side, columns, side).transpose(0, 2, 4, 1, 3, 5)
+        key = hashlib.sha256(f"{self.key} crops {side}".encode()).hexdigest()[:32]
+        return Corpus(cut.reshape(-1, C, side, side), name=self.name, key=key)
+
     def subset(self, indices: Any) -> Corpus:
         """The corpus of some images: a view where they are consecutive, otherwise a copy.
 

@@ -13,6 +13,7 @@ from PIL import Image
 from scoremachine.files import written
 
 if TYPE_CHECKING:
+    from scoremachine.ablation import Trial
     from scoremachine.calibration import Calibration
     from scoremachine.comparison.bias import Bias
     from scoremachine.comparison.cells import Row
@@ -148,6 +149,34 @@ def save_stacking(s: Stacking, path: Path, target: str = "the clean picture") ->
     right.set_ylim(0.9, 4)
     left.legend(fontsize=7)
     right.legend(fontsize=7)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def save_ablation(trials: Sequence[Trial], path: Path) -> None:
+    """Draws error against patch size: a row for every set of images, a column per noise level."""
+    from matplotlib.figure import Figure
+
+    sets = list(dict.fromkeys((t.corpus, t.shape) for t in trials))
+    levels = list(dict.fromkeys(t.sigma for t in trials))
+    names = list(dict.fromkeys(t.machine for t in trials))
+    figure = Figure(figsize=(2.4 * len(levels), 1.9 * len(sets)), layout="constrained")
+    axes = figure.subplots(len(sets), len(levels), squeeze=False)
+    for row, (corpus, shape) in zip(axes, sets, strict=True):
+        for axis, sigma in zip(row, levels, strict=True):
+            here = [t for t in trials if (t.corpus, t.shape, t.sigma) == (corpus, shape, sigma)]
+            for name in names:
+                own = [t for t in here if t.machine == name]
+                sizes, errors = [t.patch_size for t in own], [t.error for t in own]
+                axis.plot(sizes, errors, marker="o", ms=2, lw=1, label=name)
+            axis.set(xscale="log", yscale="log")
+            axis.tick_params(labelsize=5, which="both")
+        row[0].set_ylabel(f"{corpus}\n{shape[1]} x {shape[2]}", fontsize=6)
+    for axis, sigma in zip(axes[0], levels, strict=True):
+        axis.set_title(f"sigma {sigma:g}", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("patch size", fontsize=6)
+    axes[0, 0].legend(fontsize=5)
     with written(path) as temporary:
         figure.savefig(temporary, dpi=110)
 

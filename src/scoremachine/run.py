@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scoremachine import calibration, drawing, tables
 from scoremachine._version import __version__
+from scoremachine.ablation import Trial, ablation
 from scoremachine.calibration import Calibration, Exchange, parts_for
 from scoremachine.comparison import (
     Bias,
@@ -362,6 +363,26 @@ def _weigh(
         drawing.save_stacking(found, Path(out) / "calibration.png", target)
         print(f"curves: {Path(out) / 'calibration.png'}")
     return found
+
+
+def ablate(
+    corpora: Sequence[Corpus],
+    machines: Sequence[str],
+    sigmas: Sequence[float],
+    held_out: int,
+    seed: int,
+    out: Path,
+) -> list[Trial]:
+    """Measures an ablation, and writes ablation.md, ablation.json and ablation.png to `out`."""
+    trials = ablation(corpora, machines, None, sigmas, held_out, seed)
+    text = tables.ablation_markdown(trials)
+    write_text(Path(out) / "ablation.md", text)
+    record = [asdict(t) | {"errors": t.errors.tolist()} for t in trials]
+    write_text(Path(out) / "ablation.json", json.dumps(record) + "\n")
+    drawing.save_ablation(trials, Path(out) / "ablation.png")
+    print(text)
+    print(f"curves: {Path(out) / 'ablation.png'}")
+    return trials
 
 
 def compress_corpus(

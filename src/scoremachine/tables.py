@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from scoremachine.errors import Errors, ties
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from scoremachine.ablation import Trial
     from scoremachine.calibration import Calibration, Exchange
     from scoremachine.schedules import LevelSchedule
     from scoremachine.sensitivity import Sensitivity
@@ -105,6 +107,30 @@ def _mean_with_error(values: list[float]) -> str:
     """Mean and its standard error."""
     spread = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return f"{np.mean(values):.5f} ± {spread:.5f}"
+
+
+def ablation_markdown(trials: Sequence[Trial]) -> str:
+    """A table for every set of images: the best patch size, its error and effective sources."""
+    lines = []
+    for corpus, shape in dict.fromkeys((t.corpus, t.shape) for t in trials):
+        own = [t for t in trials if (t.corpus, t.shape) == (corpus, shape)]
+        names = list(dict.fromkeys(t.machine for t in own))
+        lines += [f"## {corpus}, {shape[1]} x {shape[2]}, {own[0].images:,} images", ""]
+        rows = []
+        for sigma in dict.fromkeys(t.sigma for t in own):
+            here = [[t for t in own if (t.machine, t.sigma) == (n, sigma)] for n in names]
+            best = [min(tried, key=lambda t: t.error) for tried in here]
+            least = min(t.error for t in best)
+            cells = [f"{t.error:.4f} ({t.patch_size}; {t.effective:.3g})" for t in best]
+            rows.append(
+                [f"{sigma:g}"]
+                + [
+                    f"**{cell}**" if t.error == least else cell
+                    for t, cell in zip(best, cells, strict=True)
+                ]
+            )
+        lines += [*markdown(["sigma", *(f"`{name}`" for name in names)], rows), ""]
+    return "\n".join(lines)
 
 
 def sizes_markdown(s: Sizes) -> str:

@@ -39,6 +39,7 @@ COMMANDS: dict[str, list[Callable[..., None]]] = {
         machines.zoo,
         machines.denoising_error,
         machines.compress,
+        machines.ablation,
     ],
     "Trained networks": [
         networks.train,

@@ -29,11 +29,13 @@ from scoremachine.cli.words import (
     corpus_of,
     interruptible,
     known_schedule,
+    levels_of,
     machine_of,
     names_of,
     networks_and_corpus,
     pairs,
     parts_of,
+    resized,
     settings_of,
     sizes_of,
 )
@@ -323,3 +325,40 @@ def compress(
         kept = None if keep is None else number(keep, int, keep)
         with interruptible(lambda: "the same command goes on after the sizes that are finished"):
             compress_corpus(corpus, out, machine, asked, kept, steps, held_out, seed, settings)
+
+
+def ablation(
+    data: Annotated[
+        list[str],
+        typer.Option(help="Images, as for generate; can be given again. Of one picture, crops."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("runs/ablation"),
+    sides: Annotated[
+        str | None, typer.Option(help="Sides to resize to, by commas, as 28,32,64.")
+    ] = None,
+    machine: Annotated[
+        str, typer.Option(help="Machines of boxes, by commas, as for compare.")
+    ] = "ls,ls+gaussian,pspc,pspc+gaussian",
+    sigmas: Annotated[str, typer.Option(help="Noise levels, by commas.")] = "5,2,1,0.5,0.2",
+    held_out: Annotated[int, typer.Option(help="Held-out images that report.")] = 16,
+    seed: Seed = 0,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure patch sizes and ways to compose patches, by kind of picture and resolution."""
+    from scoremachine import progress
+    from scoremachine.run import ablate
+
+    levels = levels_of(sigmas)
+    every: list[int | None] = [number(part, int, None) for part in parts_of(sides)] or [None]
+    if sides is not None and (None in every or min(side or 0 for side in every) < 1):
+        raise ValueError(f"sides are {sides!r}; expected whole numbers of pixels, as 28,32,64")
+    with progress.quiet(quiet):
+        corpora = []
+        for name in data:
+            for side in every:
+                corpus = corpus_of(name, None, grayscale, limit, strict) if side is None else None
+                corpora.append(corpus or resized(name, side or 0, grayscale, limit, strict))
+        ablate(corpora, parts_of(machine), levels, held_out, seed, out)

@@ -193,6 +193,17 @@ def corpus_of(
     return Corpus.open(data, size=size, grayscale=grayscale, limit=limit, strict=strict)
 
 
+def resized(data: str, side: int, grayscale: bool, limit: int | None, strict: bool) -> Corpus:
+    """Images at a side: crops where there are fewer than three, all resized elsewhere."""
+    try:
+        corpus = corpus_of(data, None, grayscale, limit, strict)
+    except ValueError:  # of several sizes, or nothing at all, which is said below
+        return corpus_of(data, side, grayscale, limit, strict)
+    if len(corpus) < 3 and min(corpus.shape[1:]) > side:
+        return corpus.crops(side)
+    return corpus_of(data, side, grayscale, limit, strict)
+
+
 def machine_of(name: str, corpus: Corpus, schedule: str, settings: dict[str, Any]) -> Any:
     from scoremachine.machines import build
     from scoremachine.sample import SCHEDULES
