@@ -261,6 +261,26 @@ def test_lots_stand_for_a_flat_posterior(few_lots, boundary, P, sigma, error):
     assert off.max() > 1e-4
 
 
+@pytest.mark.parametrize("C", [1, 3])
+def test_lots_settle_patches_of_few_numbers_too(C, few_lots, monkeypatch):
+    """Of 9 numbers all components lead, and there is no second look at the others."""
+    told = []
+    whole = bounded_module.drawn
+
+    def watched(asked, error, *others, **more):
+        lots = whole(asked, error, *others, **more)
+        told.append(float((lots.error <= error).mean()))
+        return lots
+
+    monkeypatch.setattr(bounded_module, "drawn", watched)
+    images = random_images(0, 80, C, 16, 16)
+    machine, exact = searching(images[4:], 3, 0.05, bound="auto")
+    y, sigma = noised(sm.Corpus(images[:4]), [20.0])
+    D = machine.denoise_bounded(y, sigma)
+    assert told[0] > 0.9
+    assert (D.D - exact.denoise(y, sigma)).abs().max() <= 0.05
+
+
 def test_lots_for_everything_are_exact(monkeypatch):
     """Where every node, leaf and patch is drawn, nothing is left to chance."""
     monkeypatch.setattr(drawn_module, "FIRST", np.full(3, 1e20))

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from azula.noise import RectifiedSchedule
 from PIL import Image
 from scipy.signal import fftconvolve
 
@@ -27,13 +28,14 @@ CASES = (
     ("texture/gravel", (128, 128)),
     ("texture/grass", (128, 256)),
 )
+ERROR = 0.02  # the largest of a pixel: two and a half gray levels
 GRAY = 2.0  # root mean square difference, of 255, at which a block counts as the same
 GAP = 8  # pixels between pictures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/textures.png"))
     options = parser.parse_args()
@@ -42,7 +44,9 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, (H, W) in CASES:
         corpus = sm.Corpus.open(name)
-        machine = sm.build("els", corpus, boundary="circular", error=0.01)
+        # whose noise levels crowd where pictures are decided
+        schedule = RectifiedSchedule()
+        machine = sm.build("els", corpus, boundary="circular", error=ERROR, schedule=schedule)
         machine.prepare(None, [1.0])
         sizes = machine.patch_size.values
         start = time.perf_counter()

@@ -324,6 +324,7 @@ def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
         # how unequal neighbouring levels are: 1 + the squared coefficient of variation of v / u
         before, after = everything[:, STAND_IN:SQUARED:2, 0], everything[:, NODES:SQUARED:2, 0]
         unlike = spread.sum(0) * before / after**2
+        unlike[(before == 0) & (after == 0)] = 1.0  # a level that is not there
         squares = [np.square(o - o.mean(0)).sum(0).max(1) for o in moved]
         variance = np.stack(squares, 1) * TURNS / (TURNS - 1)
     Z2, by_level = everything[:, SQUARED, 0], variance[:, :3]
