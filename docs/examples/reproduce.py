@@ -42,7 +42,7 @@ class Case(NamedTuple):
 MNIST = ("gaussian", "pca", "ls:kamb-mnist-resnet", "ls:network+h", "pspc", "els:network")
 CIFAR10 = ("gaussian", "pca", "ls:kamb-cifar10-resnet", "ls:network+h", "pspc", "els:network")
 UNET = ("gaussian", "pca", "pca:auto", "ls:network+h", "pspc", "pspc:network+h", "els:network",
-        "els:network+gaussian")  # fmt: skip
+        "els:network+gaussian", "composite:network")  # fmt: skip
 CASES = (
     Case("mnist", "resnet", 2500, MNIST, 16),
     Case("cifar10", "resnet", 2500, CIFAR10, 8),
