@@ -73,7 +73,7 @@ class Clusters:
 
     def stored(self) -> dict[str, Tensor]:
         """What is written: whole gray levels as bytes, what half precision holds in that."""
-        gray = torch.round((self.means + 1) * 127.5)
+        gray = _gray(self.means)
         whole = torch.equal(gray / 127.5 - 1, self.means)
         halves = {name: each.half() for name, each in (("V", self.V), ("d", self.d))}
         exact = all(torch.equal(half.float(), vars(self)[name]) for name, half in halves.items())
@@ -131,7 +131,6 @@ class Clusters:
             ones = (1 / v).expand(-1, D)
             square = (q**2) @ ones.T - 2 * q @ scaled.T + (mu * scaled).sum(1)
             logdet = torch.log(v).expand(-1, D).sum(1)
-            pulled = torch.zeros(0, dtype=torch.float64)
             if r:
                 VS = V / v[:, :, None]  # (K, D, r)
                 M = torch.eye(r, dtype=torch.float64) + V.transpose(1, 2) @ VS
@@ -191,7 +190,7 @@ class Mixture(Corpus):
     def __init__(
         self, whole: Clusters, patches: Mapping[int, Clusters] | None = None, name: str = "mixture"
     ) -> None:
-        gray = torch.round((whole.means + 1) * 127.5).clamp(0, 255).byte().numpy()
+        gray = _gray(whole.means).clamp(0, 255).byte().numpy()
         super().__init__(gray.reshape(-1, *whole.shape), name=name)
         self.whole, self.patches = whole, dict(sorted((patches or {}).items()))
         digest = hashlib.sha256()
@@ -392,8 +391,11 @@ def compress(
             raise ValueError(
                 f"patch_size is {P}; expected an odd side of at most {min(corpus.shape[1:])}"
             )
-    budget = budget_of(size, corpus.images.nbytes) / (1 + len(sides)) if _said(size) else None
-    K = None if budget is not None else check_integer("size", size)
+    K, budget = None, None
+    if isinstance(size, str):
+        budget = budget_of(size, corpus.images.nbytes) / (1 + len(sides))
+    else:
+        K = check_integer("size", size)
     if K is not None and len(corpus) < K:
         raise ValueError(
             f"size is {K:,} clusters, and {corpus.name!r} has {len(corpus):,} images; expected no "
@@ -409,13 +411,9 @@ def compress(
     return Mixture(whole, patches, f"{corpus.name}, compressed to {size}")
 
 
-def _said(size: int | str) -> bool:
-    return isinstance(size, str)
-
-
-def budget_of(size: int | str, whole: int) -> float:
+def budget_of(size: str, whole: int) -> float:
     """Bytes from "1%" of `whole` bytes, "500kB" or "10MB"."""
-    text = str(size).strip()
+    text = size.strip()
     units = {"%": whole / 100, "kB": 1e3, "MB": 1e6, "GB": 1e9, "B": 1.0}
     unit = next((unit for unit in units if text.endswith(unit)), "")
     try:
@@ -494,9 +492,7 @@ def _best(images: np.ndarray, ways: list[tuple[int, int]], seed: int) -> Cluster
     losses = []
     for r, k in ways:
         c = _of_rank(images[rest], min(k, len(rest)), r, seed)
-        errors = [
-            ((c.mean(x + s * eps, s) - x) ** 2).mean().log() for s in (0.2, 0.5, 1.0, 2.0, 5.0)
-        ]
+        errors = [((c.mean(x + s * eps, s) - x) ** 2).mean().log() for s in JUDGED]
         losses.append(float(torch.stack(errors).mean()))
     r, k = ways[int(np.argmin(losses))]
     return _of_rank(images, k, r, seed)
@@ -532,7 +528,7 @@ def _of_rank(images: np.ndarray, K: int, rank: int, seed: int) -> Clusters:
     means, V, d = torch.empty(K, D), torch.zeros(K, D, rank), torch.empty(K, D)
     for k, members in enumerate(np.split(order, np.cumsum(counts)[:-1])):
         mine = x[members]
-        means[k] = _rounded(mine.mean(0))
+        means[k] = _gray(mine.mean(0)) / 127.5 - 1
         rest = mine - means[k]
         r = min(rank, len(members) - 1)
         if r > 0:
@@ -547,9 +543,9 @@ def _of_rank(images: np.ndarray, K: int, rank: int, seed: int) -> Clusters:
     return Clusters(weights, means, V, d, shape)
 
 
-def _rounded(x: Tensor) -> Tensor:
-    """To whole gray levels."""
-    return torch.round((x + 1) * 127.5) / 127.5 - 1
+def _gray(x: Tensor) -> Tensor:
+    """The nearest whole gray levels, 0 to 255 of x in [-1, 1]."""
+    return torch.round((x + 1) * 127.5)
 
 
 def _even(K: int) -> Tensor:

@@ -42,11 +42,11 @@ class Moments:
     def wiener(self, sigma: float, rows: slice) -> Tensor:
         """Rows of W = C (C + sigma^2 I)^-1, float64 (n, D)."""
         if not self.orthonormal:
-            return self.V[rows] @ self._inverse(sigma) @ self.V.T
+            return self.V[rows] @ self.inverse(sigma) @ self.V.T
         shrunk = self.V[rows] * (self.eigenvalues / (self.eigenvalues + sigma**2))
         return shrunk @ self.V.T
 
-    def _inverse(self, sigma: float) -> Tensor:
+    def inverse(self, sigma: float) -> Tensor:
         """(sigma^2 diag(1 / eigenvalues) + V^T V)^-1, of the last noise level."""
         if self._solved is None or self._solved[0] != sigma:
             M = torch.diag(sigma**2 / self.eigenvalues) + self.V.T @ self.V

@@ -375,14 +375,18 @@ def ablate(
 ) -> list[Trial]:
     """Measures an ablation, and writes ablation.md, ablation.json and ablation.png to `out`."""
     trials = ablation(corpora, machines, None, sigmas, held_out, seed)
-    text = tables.ablation_markdown(trials)
-    write_text(Path(out) / "ablation.md", text)
     record = [asdict(t) | {"errors": t.errors.tolist()} for t in trials]
-    write_text(Path(out) / "ablation.json", json.dumps(record) + "\n")
     drawing.save_ablation(trials, Path(out) / "ablation.png")
-    print(text)
-    print(f"curves: {Path(out) / 'ablation.png'}")
+    _report(Path(out), "ablation", tables.ablation_markdown(trials), record)
     return trials
+
+
+def _report(out: Path, name: str, text: str, record: Any) -> None:
+    """Writes NAME.md and NAME.json beside NAME.png, and prints the text."""
+    write_text(out / f"{name}.md", text)
+    write_text(out / f"{name}.json", json.dumps(record) + "\n")
+    print(text)
+    print(f"curves: {out / f'{name}.png'}")
 
 
 def compress_corpus(
@@ -408,13 +412,9 @@ def compress_corpus(
         print(f"{mixture.nbytes:,} bytes: {Path(out) / 'mixture.safetensors'}")
     sigmas = edm_sigmas(check_integer("steps", steps))
     found = sizes(corpus, machine, asked, sigmas, held_out, seed, **settings)
-    text = tables.sizes_markdown(found)
-    write_text(Path(out) / "sizes.md", text)
     record = asdict(found) | {"errors": found.errors.tolist()}
-    write_text(Path(out) / "sizes.json", json.dumps(record) + "\n")
     drawing.save_sizes(found, Path(out) / "sizes.png")
-    print(text)
-    print(f"curves: {Path(out) / 'sizes.png'}")
+    _report(Path(out), "sizes", tables.sizes_markdown(found), record)
     return found
 
 

@@ -40,15 +40,50 @@ def kamb_sigmas(steps: int = 20) -> np.ndarray:
     return np.sqrt((1 - abar) / abar)
 
 
-def _check_levels(levels: np.ndarray) -> None:
-    """ValueError unless the noise levels of a schedule are positive and distinct."""
-    if not (np.isfinite(levels).all() and (levels > 0).all()):
-        raise ValueError(f"noise levels are {levels.tolist()}; expected positive numbers")
-    if len(np.unique(levels)) != len(levels):
-        raise ValueError("a schedule lists a noise level twice; keep one of the two")
+class ByLevel:
+    """What is listed for noise levels: kept by rising level, compared and written alike.
+
+    Arguments:
+        levels: Noise levels, float64 (K,), in any order.
+        entries: What belongs to each, an array of K rows.
+        name: What to call it in messages and records.
+
+    Raises:
+        ValueError: Where a level is not positive, or is there twice.
+    """
+
+    def __init__(self, levels: np.ndarray, entries: np.ndarray, name: str) -> None:
+        if not (np.isfinite(levels).all() and (levels > 0).all()):
+            raise ValueError(f"noise levels are {levels.tolist()}; expected positive numbers")
+        if len(np.unique(levels)) != len(levels):
+            raise ValueError("a schedule lists a noise level twice; keep one of the two")
+        order = np.argsort(levels)
+        self.sigmas, self.values, self.name = levels[order], entries[order], name
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            type(other) is type(self)
+            and isinstance(other, ByLevel)
+            and np.array_equal(self.sigmas, other.sigmas)
+            and np.array_equal(self.values, other.values)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.sigmas.tobytes(), self.values.tobytes()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.values.tolist()})"
+
+    def plain(self) -> dict[str, object]:
+        """It as JSON can hold it."""
+        return {
+            "name": self.name,
+            "sigmas": self.sigmas.tolist(),
+            "values": self.values.tolist(),
+        }
 
 
-class LevelSchedule:
+class LevelSchedule(ByLevel):
     """Noise level -> value: the value listed at the nearest noise level, in log sigma.
 
     Arguments:
@@ -73,9 +108,7 @@ class LevelSchedule:
                 f"a schedule got {len(levels)} noise levels and {len(entries)} values; "
                 "expected one value for each of at least one level"
             )
-        _check_levels(levels)
-        order = np.argsort(levels)
-        self.sigmas, self.values, self.name = levels[order], entries[order], name
+        super().__init__(levels, entries, name)
 
     @classmethod
     def check(cls, value: Any) -> float:
@@ -112,28 +145,6 @@ class LevelSchedule:
         if isinstance(value, LevelSchedule):
             raise ValueError(f"{cls.setting} is a {value!r}; expected a {cls.__name__}")
         return cls.named(value) if isinstance(value, str) else cls.constant(value)
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            type(other) is type(self)
-            and isinstance(other, LevelSchedule)
-            and np.array_equal(self.sigmas, other.sigmas)
-            and np.array_equal(self.values, other.values)
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.sigmas.tobytes(), self.values.tobytes()))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, {self.values.tolist()})"
-
-    def plain(self) -> dict[str, object]:
-        """The schedule as JSON can hold it."""
-        return {
-            "name": self.name,
-            "sigmas": self.sigmas.tolist(),
-            "values": self.values.tolist(),
-        }
 
 
 class PatchSchedule(LevelSchedule):
@@ -218,7 +229,7 @@ def check_bandwidth(value: Any) -> float | BandwidthSchedule | str:
     return BandwidthSchedule.check(value)
 
 
-class WeightSchedule:
+class WeightSchedule(ByLevel):
     """Noise level -> weights of M machines, linear in log sigma between the levels that are listed.
 
     Arguments:
@@ -248,35 +259,12 @@ class WeightSchedule:
             )
         if not np.isfinite(rows).all():
             raise ValueError("weights hold NaN or infinite numbers; expected finite ones")
-        _check_levels(levels)
-        order = np.argsort(levels)
-        self.sigmas, self.values, self.name = levels[order], rows[order], name
+        super().__init__(levels, rows, name)
 
     def __call__(self, sigma: float) -> np.ndarray:
         """The weights at noise level `sigma`, (M,); beyond the listed levels, those of the last."""
         at, levels = math.log(sigma), np.log(self.sigmas)
         return np.array([np.interp(at, levels, column) for column in self.values.T])
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, WeightSchedule)
-            and np.array_equal(self.sigmas, other.sigmas)
-            and np.array_equal(self.values, other.values)
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.sigmas.tobytes(), self.values.tobytes()))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, {self.values.tolist()})"
-
-    def plain(self) -> dict[str, object]:
-        """The schedule as JSON can hold it."""
-        return {
-            "name": self.name,
-            "sigmas": self.sigmas.tolist(),
-            "values": self.values.tolist(),
-        }
 
 
 LOCALITIES: dict[str, type[LevelSchedule]] = {

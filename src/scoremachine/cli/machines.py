@@ -356,9 +356,6 @@ def ablation(
     if sides is not None and (None in every or min(side or 0 for side in every) < 1):
         raise ValueError(f"sides are {sides!r}; expected whole numbers of pixels, as 28,32,64")
     with progress.quiet(quiet):
-        corpora = []
-        for name in data:
-            for side in every:
-                corpus = corpus_of(name, None, grayscale, limit, strict) if side is None else None
-                corpora.append(corpus or resized(name, side or 0, grayscale, limit, strict))
+        how = grayscale, limit, strict
+        corpora = [resized(name, side, *how) for name in data for side in every]
         ablate(corpora, parts_of(machine), levels, held_out, seed, out)

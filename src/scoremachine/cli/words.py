@@ -193,8 +193,12 @@ def corpus_of(
     return Corpus.open(data, size=size, grayscale=grayscale, limit=limit, strict=strict)
 
 
-def resized(data: str, side: int, grayscale: bool, limit: int | None, strict: bool) -> Corpus:
-    """Images at a side: crops where there are fewer than three, all resized elsewhere."""
+def resized(
+    data: str, side: int | None, grayscale: bool, limit: int | None, strict: bool
+) -> Corpus:
+    """Images at a side, if one is said: crops of fewer than three, all resized elsewhere."""
+    if side is None:
+        return corpus_of(data, None, grayscale, limit, strict)
     try:
         corpus = corpus_of(data, None, grayscale, limit, strict)
     except ValueError:  # of several sizes, or nothing at all, which is said below

@@ -74,7 +74,7 @@ def _middles(c: Collection, axis: int, at: int, seen: range) -> list[int]:
     if c.wraps:
         return list(fits)
     if len(seen) < p:  # as far from the same border
-        return [at if seen.start > 0 or c.canvas is None else at + n - c.canvas[axis]]
+        return [at if seen.start > 0 else at + n - c.frame[axis]]
     near = n if c.source == "every" else c.reach
     return [a for a in fits if abs(a - at) <= near]
 

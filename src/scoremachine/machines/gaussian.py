@@ -35,25 +35,18 @@ class GaussianScore(Machine):
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
         g = moments(self.corpus, index)
         if self.view is not None:
-            return self._seen(g, y, level)
+            return self._seen(g, y, index, level)
         projected = (y.flatten(1) - g.mean) @ g.V
         shrunk = projected * (g.eigenvalues / (g.eigenvalues + sigma[:, None] ** 2))
         return (g.mean + shrunk @ g.V.T).reshape(y.shape)
 
-    def _seen(self, g: Moments, y: Tensor, level: Tensor) -> Tensor:
+    def _seen(self, g: Moments, y: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
         """mean + C A (A C A + sigma^2 I)^-1 (x_t - A mean), for one noise level."""
         assert self.view is not None
-        view = self.view
-
-        def seen(x: Tensor) -> Tensor:  # in units of the scale
-            pictures = x.reshape(-1, *self.corpus.shape)
-            return view.process.apply(pictures, view.t).flatten(1) / view.scale
-
-        AV = seen(g.V.T).T
-        M = torch.diag(level[0] ** 2 / g.eigenvalues) + AV.T @ AV
-        offset = y.flatten(1) / view.scale - seen(g.mean[None])
-        c = torch.linalg.solve(M, AV.T @ offset.T)
-        return (g.mean + (g.V @ c).T).reshape(y.shape)
+        seen = self.moments(index)  # A mean and A V, in units of the scale
+        offset = y.flatten(1) / self.view.scale - seen.mean
+        c = offset @ seen.V @ seen.inverse(float(level[0]))
+        return (g.mean + c @ g.V.T).reshape(y.shape)
 
     def log_density(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
         """log p(y) of N(mean, C + (sigma^2 + h^2) I), in nats, float64, shape (B,)."""

@@ -24,8 +24,8 @@ from scoremachine.processes import Process
 from scoremachine.schedules import (
     LOCALITIES,
     BandwidthSchedule,
+    ByLevel,
     LevelSchedule,
-    WeightSchedule,
     check_bandwidth,
 )
 
@@ -454,7 +454,7 @@ def widened(D: Tensor, y: Tensor, sigma: Tensor, h: Tensor) -> Tensor:
 
 def plain(value: object) -> object:
     """A setting as what JSON can hold."""
-    return value.plain() if isinstance(value, LevelSchedule | WeightSchedule) else value
+    return value.plain() if isinstance(value, ByLevel) else value
 
 
 def gaussian_constant(D: int, variance: Tensor) -> Tensor:
