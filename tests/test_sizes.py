@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 
 import scoremachine as sm
 from conftest import SMALL, random_corpus, random_images, small
+from scoremachine.kernels import cpu, device, strips
+from scoremachine.posterior import Question, wrap
+from scoremachine.windows import Box, Collection
 
 
 def along(i: int, P: int, seen: int, n: int, boundary: str) -> tuple[list[int], list[list[int]]]:
@@ -94,6 +97,28 @@ def test_a_search_keeps_its_word_at_other_sizes(image, canvas, P, boundary, boun
     assert found.mass_left_out.shape == (2, *canvas)
     assert (found.D - exact.denoise(y, 0.2)).abs().max() <= 0.01
     assert found.mass_left_out.max() > 0
+
+
+@pytest.mark.parametrize(("n", "image", "P"), [(1, (40, 12), 3), (3, (38, 9), 5), (3, (90, 8), 7)])
+@pytest.mark.parametrize("canvas", [None, (9, 50)])
+def test_few_large_images_go_as_strips(n, image, P, canvas):
+    images = random_images(4, n, 2, *image)
+    collection = Collection(
+        image, Box((P, P)), "pixels", "pixel", "every", boundary="circular", canvas=canvas
+    )
+    strips_each, share = strips.cut(collection, n)
+    assert strips_each > 1
+    assert 1 / 8 <= share < 1
+    y = torch.randn(2, 2, *collection.frame, generator=torch.Generator().manual_seed(0)).double()
+    sigma = torch.tensor([0.3, 5.0], dtype=torch.float64)
+    index, T = np.arange(n)[::-1].copy(), torch.full_like(sigma, 60.0)
+    asked = Question(images, index, wrap(y, collection), sigma, collection, T)
+    found, plain = cpu.fold(asked, 3, None), device.fold(asked, 3, None)
+    assert (found.mean - plain.mean).abs().max() < 1e-6
+    assert torch.allclose(found.log_partition, plain.log_partition)
+    assert torch.allclose(found.logits, plain.logits)
+    far = (found.logits - plain.logits).abs() + (found.logits.diff(dim=1).abs().amin(1)[:, None])
+    assert ((found.places == plain.places) | (far < 1e-6)).all()
 
 
 @given(st.integers(0, 2**31), st.integers(0, 20), st.integers(0, 20))

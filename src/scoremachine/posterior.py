@@ -306,13 +306,18 @@ def spread(kernel: Kernel, question: Question, known: Fold, progress: Bar) -> Te
 
 
 def tiles(n: int, collection: Collection) -> Iterator[slice]:
-    """Cuts n images into pieces of about `TILE` logits per picture, after a small first one.
+    """`pieces` of about half a second of a CPU."""
+    return pieces(n, collection, TILE)
+
+
+def pieces(n: int, collection: Collection, logits: int) -> Iterator[slice]:
+    """Cuts n images into pieces of about that many logits per picture, after a small first one.
 
     The first piece finds leaders, below which the others may skip. The pieces depend on nothing
     but n and the collection: neither batch, threads nor device.
     """
     per_image = math.prod(collection.grid) * collection.sources_per_image
-    step = max(8, TILE // per_image // 8 * 8)
+    step = max(8, logits // per_image // 8 * 8)
     start, stop = 0, max(8, min(step, n) // 16 // 8 * 8)
     while start < n:
         yield slice(start, min(stop, n))

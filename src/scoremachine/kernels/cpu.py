@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from scoremachine.kernels import device, rolled
+from scoremachine.kernels import device, rolled, strips
 from scoremachine.kernels.parts import PARTS, fill
 from scoremachine.kernels.simd import (
     LANES,
@@ -676,6 +676,8 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
         return rolled.fold(question, leaders, torch.device("cpu"), ROLLED)
     if c.whole and question.values is not None:
         return device.fold(question, leaders, known)
+    if question.u is None and question.values is None and strips.cut(c, len(index))[0] > 1:
+        return strips.fold(question, leaders, fold)
     y, u, scale, T = _arrays(question)
     if c.whole and question.u is None:
         return Fold.of_parts(*fold_whole(images, index, y, scale, T, leaders))

@@ -1,7 +1,7 @@
 """The fold in plain PyTorch, on any device: CUDA where found, else the CPU.
 
 Every displacement between query and source is one shifted copy of a piece of the corpus; the rest
-is `Collection.look` and its adjoint `paint`.
+is `Collection.look` and its adjoint `paint`. What a GPU has its own programs for goes to `fused`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from scoremachine.kernels import rolled
+from scoremachine import posterior
+from scoremachine.kernels import fused, rolled
 from scoremachine.posterior import Fold, Question, units_of_x
-from scoremachine.posterior import tiles as tiles
 from scoremachine.windows import Collection
 
 NOTHING = -1e300  # the logit of no source at all
+GPU_TILE = 32 * posterior.TILE
 
 
 def where() -> torch.device:
@@ -25,9 +26,18 @@ def where() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def tiles(n: int, collection: Collection) -> Iterator[slice]:
+    """The pieces in which it wants n images; see `scoremachine.posterior.Kernel`."""
+    if where().type == "cuda":
+        return posterior.pieces(n, collection, GPU_TILE)
+    return posterior.tiles(n, collection)
+
+
 def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
     """The fold over the source; see `scoremachine.posterior.Kernel`."""
     device = where()
+    if fused.available() and fused.answers(question):
+        return fused.fold(question, leaders, device)
     if question.collection.source == "rolled":
         return rolled.fold(question, leaders, device, _room(device))
     folds = [

@@ -14,6 +14,7 @@ from azula.noise import Schedule
 from torch import Tensor
 
 from scoremachine.corpus import Corpus
+from scoremachine.kernels import device, fused
 from scoremachine.machines.machine import Label, widened
 from scoremachine.machines.windowed import BoxMachine
 from scoremachine.mixtures import Mixture
@@ -158,6 +159,8 @@ class EquivariantLocalScore(BoxMachine):
         if self.search == "exact" or special or not searchable(collection):
             return self.kernel
         if self.search == "auto":
+            if self.kernel is device and fused.available():
+                return self.kernel  # a GPU compares everything before an index is looked through
             side = max(collection.window.shape)
             least = next(seconds for most, seconds in WORTHWHILE if side <= most)
             if exact_cost(collection, len(index)) < least:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from scoremachine.corpus import Corpus
 from scoremachine.files import read_json, write_text, written
+from scoremachine.kernels.device import where
 from scoremachine.machines.machine import checked
 from scoremachine.names import check_name
 from scoremachine.networks.architectures import architecture
@@ -148,7 +149,11 @@ class Network(Denoiser):
         return cls(Predicted(f, prediction, schedule or VPSchedule()), shape, name)
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> Posterior:
-        return self.denoiser(x_t, t, **kwargs)
+        weights = next(self.parameters(), x_t)
+        if weights.device == x_t.device:
+            return self.denoiser(x_t, t, **kwargs)
+        there = x_t.to(weights.device), torch.as_tensor(t).to(weights.device)
+        return DiracPosterior(mean=self.denoiser(*there, **kwargs).mean.to(x_t.device))
 
     def denoise(self, y: Tensor, sigma: float | Tensor) -> Tensor:
         """D(y, sigma), as `Machine.denoise`: y (B, C, H, W) = x + sigma eps.
@@ -271,6 +276,8 @@ class Network(Denoiser):
     def load(cls, name: str | Path) -> Network:
         """A network from a folder that `save` or diffusers wrote, or one that comes along.
 
+        It computes on the GPU where there is one, wherever the pictures are that it is asked.
+
         Arguments:
             name: A folder: `save`'s, or that of a UNet2DModel of diffusers or its pipeline, with
                 safetensors; or, where there is no folder of that name, one of `built_in()`.
@@ -303,13 +310,13 @@ class Network(Denoiser):
                 "the file is cut short, or the card is another network's"
             ) from None
         network.card, network.name = card, folder.resolve().name
-        return network.eval().requires_grad_(False)
+        return network.eval().requires_grad_(False).to(where())
 
     @classmethod
     def _of_diffusers(cls, folder: Path) -> Network:
         module, prediction, schedule, shape = read_diffusers(folder)
         denoiser = Predicted(module, prediction, schedule, schedule.step)
-        return cls(denoiser, shape, folder.resolve().name)
+        return cls(denoiser, shape, folder.resolve().name).to(where())
 
 
 def built_in() -> list[str]:

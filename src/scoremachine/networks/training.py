@@ -243,7 +243,7 @@ def train(
         raise
     _check(state, how)
     keep()
-    result = state.average.to("cpu").eval()
+    result = state.average.eval()
     result.card["training"] = {
         **how.settings(), "corpus": corpus.name, "corpus_digest": corpus.digest,
         "images": len(seen), "held_out": unseen.tolist(), "steps": state.step,
@@ -325,9 +325,8 @@ def _step(state: State, how: Training, corpus: Corpus, seen: np.ndarray) -> Tens
     state.optimizer.step()
     share = 1 - (1 - 1 / (state.step + 1)) ** (AVERAGE + 1)
     with torch.no_grad():
-        pairs = zip(state.average.parameters(), state.network.parameters(), strict=True)
-        for mean, latest in pairs:
-            mean.lerp_(latest, share)
+        means, latest = (list(each.parameters()) for each in (state.average, state.network))
+        torch._foreach_lerp_(means, latest, share)
     return loss.detach()
 
 

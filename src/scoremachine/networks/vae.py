@@ -85,6 +85,6 @@ class Autoencoder(Denoiser):
         """New pictures, (count, C, H, W)."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            return self.backbone.decode(
-                torch.randn(count, self.backbone.latent, generator=generator)
-            ).float()
+            z = torch.randn(count, self.backbone.latent, generator=generator)
+            weights = next(self.backbone.parameters())
+            return self.backbone.decode(z.to(weights.device)).float().cpu()

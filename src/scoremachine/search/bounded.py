@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scoremachine.corpus import Corpus
 from scoremachine.kept import Kept
+from scoremachine.kernels import strips
 from scoremachine.kernels.parts import PARTS, fill
 from scoremachine.kernels.simd import LANES
 from scoremachine.posterior import Fold, Kernel, Question, folded, spread
@@ -54,7 +55,7 @@ def exact_cost(collection: Collection, n: int) -> float:
         shifts = np.arange(-max(seen - p, 0), max(side - p, 0) + 1)
         overlaps = np.minimum(seen, side - shifts) - np.maximum(0, -shifts)
         area *= int(overlaps.sum())
-    return 1e-9 * LOGIT * LANES * -(-n // LANES) * area  # images go by eights
+    return 1e-9 * LOGIT * LANES * -(-n // LANES) * area * strips.cut(c, n)[1]  # by eights
 
 
 def searchable(collection: Collection) -> bool:

@@ -1,0 +1,171 @@
+"""What a GPU folds at once: the plan of it anywhere, the program itself where there is a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import scoremachine as sm
+from conftest import noised, random_corpus
+from scoremachine.kernels import choose, device, fused
+from scoremachine.posterior import Question, wrap
+from scoremachine.windows import Augment, Box, Collection, Soft
+
+SIGMAS = [0.002, 0.02, 0.2, 1.0, 10.0, 80.0]
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not fused.available(), reason="there is no GPU with Triton")
+
+
+class Told:
+    """`program.fold_rows` as it is told: plain sums over the sources, in numpy."""
+
+    def __getitem__(self, launched):
+        return lambda *given, **sizes: self.run(launched, *given, **sizes)
+
+    def run(
+        self, launched, digits, scales, blocks, classes, offsets, images, ids, sums, best, places,
+        R, K, n, width, pixels, C, LEADERS, **launch,
+    ):  # fmt: skip
+        count, parts = launched
+        q = sum(256**k * digits[k].double() for k in range(3))
+        flat = images.reshape(-1)
+        for kind, first, rows in blocks[:count].tolist():
+            numbers, down, across, begins, pixel = classes[kind].tolist()
+            at = torch.arange(down)[:, None] * width + torch.arange(across) + begins
+            for part in range(parts):
+                some = ids[n * part // parts : n * (part + 1) // parts]
+                base = (some[:, None] * C * pixels + at.reshape(1, -1)).reshape(-1)
+                x = flat[base[:, None] + offsets[kind, :numbers]].double()
+                r = slice(first, first + rows)
+                l = q[r, :numbers] @ x.T * scales[r, :1] - (x**2).sum(1) * scales[r, 1:]
+                m = l.amax(1)
+                w = torch.exp(l - m[:, None])
+                v = flat[base[:, None] + pixel + torch.arange(C) * pixels].double()
+                S = (w @ v).T
+                sums[part, :, r] = torch.cat([m[None], w.sum(1)[None], (w**2).sum(1)[None], S])
+                origin = base - (some * (C - 1) * pixels).repeat_interleave(at.numel()) + pixel
+                k = min(LEADERS, l.shape[1])
+                top = l.topk(k, dim=1)
+                best[part, r, :k], places[part, r, :k] = top.values, origin[top.indices]
+
+
+def asked(C, H, W, P, boundary, canvas=None, augment=None, N=9):
+    corpus = random_corpus(seed=1, N=N, C=C, H=H, W=W)
+    variants = (augment or Augment()).variants
+    c = Collection(
+        (H, W), Box((P, P)), "pixels", "pixel", "every",
+        boundary=boundary, canvas=canvas, variants=variants,
+    )  # fmt: skip
+    y, sigma = noised(corpus, SIGMAS)
+    if canvas:
+        y = y.repeat(1, 1, 3, 3)[:, :, : canvas[0], : canvas[1]]
+    query = wrap(y.double(), c) if c.wraps else y.double()
+    T = torch.full_like(sigma, 60.0)
+    return Question(corpus.images, np.arange(N)[1:], query, sigma, c, T)
+
+
+def assert_same(a, b, leaders):
+    assert (a.mean - b.mean).abs().max() <= 1e-4
+    assert torch.allclose(a.log_partition, b.log_partition, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(a.effective_sources, b.effective_sources, rtol=1e-3)
+    assert a.logits.shape == b.logits.shape
+    if leaders:
+        assert torch.allclose(a.logits, b.logits, rtol=1e-4, atol=1e-3)
+        # equals may come in any order
+        same = (a.places == b.places) | ((a.logits - b.logits).abs() <= 1e-3 * (1 + b.logits.abs()))
+        assert same.all()
+        assert (a.places == b.places).float().mean() > 0.9
+
+
+CASES = [
+    (1, 7, 7, 1, "broken", None, None),
+    (3, 8, 11, 5, "broken", None, None),
+    (3, 8, 11, 11, "broken", None, None),
+    (4, 9, 5, 3, "circular", None, None),
+    (1, 7, 7, 7, "circular", None, None),
+    (3, 8, 8, 3, "broken", (11, 20), Augment(flips=True)),
+    (1, 8, 8, 5, "circular", (11, 20), Augment(flips=True)),
+]
+
+
+@pytest.mark.parametrize("leaders", [0, 3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_plan_compares_what_the_definition_compares(case, leaders, monkeypatch):
+    monkeypatch.setattr(fused, "_program", Told)
+    question = asked(*case)
+    assert fused.answers(question)
+    found = fused.fold(question, leaders, CPU)
+    assert_same(found, plain(question, leaders), leaders)
+
+
+@needs_gpu
+@pytest.mark.parametrize("leaders", [0, 1, 3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_program_equals_the_definition(case, leaders):
+    question = asked(*case, N=40)
+    found = fused.fold(question, leaders, torch.device("cuda"))
+    assert_same(found, plain(question, leaders), leaders)
+
+
+@needs_gpu
+@pytest.mark.parametrize("P", [3, 7, 15])
+def test_a_picture_is_the_same_alone_and_among_others(P):
+    corpus = random_corpus(seed=2, N=300, C=3, H=20, W=20)
+    machine = sm.build("els", corpus, patch_size=P, kernel="torch")
+    y, sigma = noised(corpus, SIGMAS)
+    together = machine.denoise(y, sigma)
+    for p, level in enumerate(SIGMAS):
+        assert torch.equal(machine.denoise(y[p : p + 1], level)[0], together[p])
+
+
+def plain(question, leaders):
+    """The fold of the kernels that are everywhere."""
+    if question.collection.canvas is None:
+        return choose("reference").fold(question, leaders, None)
+    return choose("numba").fold(question, leaders, None)
+
+
+@given(st.lists(st.integers(-fused.LARGEST, fused.LARGEST), min_size=1, max_size=50))
+def test_three_bytes_hold_a_number(numbers):
+    whole = torch.tensor(numbers, dtype=torch.int32)[None]
+    digits = fused._digits(whole)
+    assert digits.dtype == torch.int8
+    assert torch.equal(sum(256**k * digits[k].int() for k in range(3)), whole)
+
+
+def test_images_are_the_same_bytes_less_128():
+    u = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    assert fused._bytes(u, CPU).flatten().tolist() == list(range(-128, 128))
+
+
+def test_a_corpus_too_large_for_the_device_comes_in_pieces(monkeypatch):
+    monkeypatch.setattr(fused, "_program", Told)
+    question = asked(3, 6, 6, 3, "broken", N=20)
+    whole = fused.fold(question, 2, CPU)
+    monkeypatch.setattr(fused, "ROOM", 3 * 6 * 6 * 7)  # bytes: seven images
+    assert_same(fused.fold(question, 2, CPU), whole, 2)
+
+
+def test_many_pictures_go_some_at_a_time(monkeypatch):
+    monkeypatch.setattr(fused, "_program", Told)
+    question = asked(3, 6, 6, 3, "broken", N=20)
+    whole = fused.fold(question, 2, CPU)
+    monkeypatch.setattr(fused, "NUMBERS", 2 * 36 * 32)
+    assert_same(fused.fold(question, 2, CPU), whole, 2)
+
+
+def test_other_questions_go_to_the_general_kernel():
+    plain_one = asked(1, 6, 6, 3, "broken")
+    for other in (
+        Collection((6, 6), Box((3, 3)), "pixels", "pixel"),
+        Collection((6, 6), Soft.gaussian(3, 3), "pixels", "pixel", "every"),
+        Collection((6, 6), Box((3, 3)), "boxes", "window", "every"),
+        Collection((6, 6), Box((3, 3)), "pixels", "pixel", "every",
+                   variants=Augment(contrast=0.5).variants),
+    ):  # fmt: skip
+        assert not fused.folds(other)
+    assert fused.folds(plain_one.collection)
+    assert device.where().type == ("cuda" if torch.cuda.is_available() else "cpu")
