@@ -101,14 +101,16 @@ def test_a_search_keeps_its_word_at_other_sizes(image, canvas, P, boundary, boun
 
 @pytest.mark.parametrize(("n", "image", "P"), [(1, (40, 12), 3), (3, (38, 9), 5), (3, (90, 8), 7)])
 @pytest.mark.parametrize("canvas", [None, (9, 50)])
-def test_few_large_images_go_as_strips(n, image, P, canvas):
+def test_few_large_images_go_as_strips(n, image, P, canvas, monkeypatch):
+    monkeypatch.setattr(strips, "SITES", 100)
     images = random_images(4, n, 2, *image)
     collection = Collection(
         image, Box((P, P)), "pixels", "pixel", "every", boundary="circular", canvas=canvas
     )
-    strips_each, share = strips.cut(collection, n)
-    assert strips_each > 1
-    assert 1 / 8 <= share < 1
+    cut, share = strips.cut(collection, n)
+    assert n / 8 <= share < 1
+    high, wide = (k - P + 1 for k in image)
+    assert sum(len(group.corners) * group.high * group.wide for group in cut) == high * wide
     y = torch.randn(2, 2, *collection.frame, generator=torch.Generator().manual_seed(0)).double()
     sigma = torch.tensor([0.3, 5.0], dtype=torch.float64)
     index, T = np.arange(n)[::-1].copy(), torch.full_like(sigma, 60.0)

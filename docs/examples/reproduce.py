@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--longer", type=int, default=1, help="times the steps and the samples")
-    parser.add_argument("--pictures", type=int, default=8, help="held-out images")
+    parser.add_argument("--pictures", type=int, default=6, help="held-out images")
     parser.add_argument("--images", type=int, default=1000, help="that els is made of")
     parser.add_argument("--only", default=",".join(SHIPPED), help="networks, by commas")
     parser.add_argument("--docs", action="store_true", help="write docs/ and the weights too")
@@ -78,7 +78,7 @@ def main() -> None:
         found = sm.compare(
             network, case.machines, corpus, pictures=options.pictures,
             count=case.seeds * options.longer, steps=case.levels, everywhere=options.images,
-            kept=pieces, ways=4,
+            kept=pieces, ways=3,
         )  # fmt: skip
         report.write(found, folder, page=True)
         report.print_tables(found)

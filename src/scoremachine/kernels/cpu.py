@@ -676,7 +676,7 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
         return rolled.fold(question, leaders, torch.device("cpu"), ROLLED)
     if c.whole and question.values is not None:
         return device.fold(question, leaders, known)
-    if question.u is None and question.values is None and strips.cut(c, len(index))[0] > 1:
+    if question.u is None and question.values is None and strips.cut(c, len(index))[0]:
         return strips.fold(question, leaders, fold)
     y, u, scale, T = _arrays(question)
     if c.whole and question.u is None:

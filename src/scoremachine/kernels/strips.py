@@ -10,54 +10,99 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from scoremachine.kernels.simd import LANES
 from scoremachine.posterior import Fold, Question
 from scoremachine.windows import Collection, Variant
 
 WORTHWHILE = 0.8  # of the work
+SITES = 2**14  # of a picture that go together
+
+Kernel = Callable[[Question, int, Fold | None], Fold]
 
 
-def cut(c: Collection, n: int) -> tuple[int, float]:
-    """Into how many strips each of n images is cut, and what part of the work is left then.
+class Group(NamedTuple):
+    """Strips of one size.
 
-    1 strip where cutting does not pay, or is not right.
+    Attributes:
+        corners: Rows and columns of their first pixels.
+        high: Rows of patches in each.
+        wide: Columns of patches.
     """
-    (H, _), P, blocks = c.image, c.window.shape[0], -(-n // LANES)
+
+    corners: list[tuple[int, int]]
+    high: int
+    wide: int
+
+
+def groups(c: Collection, k: int) -> list[Group]:
+    """k strips of rows; k strips of columns of the rows left over; and what is left of those."""
+    high, wide = (n - p + 1 for n, p in zip(c.image, c.window.shape, strict=True))
+    (rows, below), (columns, beside) = divmod(high, k), divmod(wide, k)
+    found = [
+        Group([(rows * i, 0) for i in range(k)], rows, wide),
+        Group([(rows * k, columns * j) for j in range(k)], below, columns),
+        Group([(rows * k, columns * k)], below, beside),
+    ]
+    return [group for group in found if group.high and group.wide]
+
+
+def cut(c: Collection, n: int) -> tuple[list[Group], float]:
+    """Into which strips each of n images is cut, and what part of the work is left then.
+
+    None where cutting does not pay, or is not right.
+    """
     k = LANES // math.gcd(n, LANES)
-    rows, rest = divmod(H - P + 1, k)
-    if not c.wraps or c.variants != (Variant(),) or k == 1 or rows == 0:
-        return 1, 1.0
-    work = n * k // LANES * (rows + P - 1) + (blocks * (rest + P - 1) if rest else 0)
-    share = work / (blocks * H)
-    return (k, share) if share < WORTHWHILE else (1, 1.0)
+    if not c.wraps or c.variants != (Variant(),) or k == 1:
+        return [], 1.0
+    P, Q = c.window.shape
+    found = groups(c, k)
+    work = sum(-(-n * len(g.corners) // LANES) * (g.high + P - 1) * (g.wide + Q - 1) for g in found)
+    share = work / (-(-n // LANES) * math.prod(c.image))
+    return (found, share) if share < WORTHWHILE else ([], 1.0)
 
 
-def fold(
-    question: Question, leaders: int, by: Callable[[Question, int, Fold | None], Fold]
-) -> Fold:
-    """The fold over the images, `by` a kernel, strip by strip."""
-    c, (H, W) = question.collection, question.collection.image
-    P, (k, _) = c.window.shape[0], cut(c, len(question.index))
-    rows, rest = divmod(H - P + 1, k)  # of patches
-    folds = []
-    for start, number, high in ((0, k, rows), (k * rows, 1, rest)):
-        if high == 0:
-            continue
-        tops = start + high * np.arange(number)
-        of = np.repeat(question.index, number)
-        top = np.tile(tops, len(question.index))
+def fold(question: Question, leaders: int, by: Kernel) -> Fold:
+    """The fold over the images, `by` a kernel, group by group."""
+    c, index = question.collection, question.index
+    (P, Q), (H, W) = c.window.shape, c.image
+    folds: list[Fold] = []
+    for group in cut(c, len(index))[0]:
+        high, wide = group.high + P - 1, group.wide + Q - 1
+        of = np.repeat(index, len(group.corners))
+        top, left = np.array(group.corners * len(index)).T
         strips = np.stack(
-            [question.images[i, :, t : t + high + P - 1] for i, t in zip(of, top, strict=True)]
+            [
+                question.images[i, :, a : a + high, b : b + wide]
+                for i, a, b in zip(of, top, left, strict=True)
+            ]
         )
-        narrow = replace(c, image=strips.shape[2:], canvas=c.frame)
+        narrow = replace(c, image=(high, wide), canvas=c.frame)
         asked = replace(question, images=strips, index=np.arange(len(strips)), collection=narrow)
-        part = by(asked, leaders, None)
-        some = part.places >= 0
-        place = part.places[some].numpy()
-        strip, place = np.divmod(place, strips.shape[2] * W)
-        part.places[some] = part.places.new_tensor((of[strip] * H + top[strip]) * W + place)
+        part = _by_columns(asked, leaders, by)
+        known = part.places >= 0
+        strip, place = np.divmod(part.places[known].numpy(), high * wide)
+        row, column = np.divmod(place, wide)
+        place = (of[strip] * H + top[strip] + row) * W + left[strip] + column
+        part.places[known] = torch.from_numpy(place)
         folds.append(part)
     return functools.reduce(Fold.merge, folds)
+
+
+def _by_columns(question: Question, leaders: int, by: Kernel) -> Fold:
+    """The fold of large pictures, some columns at a time: a site's numbers stay in the cache."""
+    c, Q = question.collection, question.collection.window.shape[1]
+    rows, columns = c.frame
+    step = max(1, SITES // rows)
+    parts = []
+    for start in range(0, columns, step):
+        n = min(step, columns - start)
+        y = question.y[..., start : start + n + Q - 1]
+        asked = replace(question, y=y, collection=replace(c, canvas=(rows, n)))
+        parts.append(by(asked, leaders, None))
+    fields = zip(*(vars(part).values() for part in parts), strict=True)
+    return Fold(*(torch.cat(field, dim=-1) for field in fields))
