@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -34,22 +36,26 @@ class Told:
         flat = images.reshape(-1)
         for kind, first, rows in blocks[:count].tolist():
             numbers, down, across, begins, pixel = classes[kind].tolist()
-            at = torch.arange(down)[:, None] * width + torch.arange(across) + begins
+            at = (torch.arange(down)[:, None] * width + torch.arange(across) + begins).reshape(-1)
+            total, r = n * len(at), slice(first, first + rows)
             for part in range(parts):
-                some = ids[n * part // parts : n * (part + 1) // parts]
-                base = (some[:, None] * C * pixels + at.reshape(1, -1)).reshape(-1)
+                s = torch.arange(total * part // parts, total * (part + 1) // parts)
+                if len(s) == 0:
+                    sums[part, 0, r] = -torch.inf
+                    continue
+                image, place = ids[s // len(at)], at[s % len(at)]
+                base = image * C * pixels + place
                 x = flat[base[:, None] + offsets[kind, :numbers]].double()
-                r = slice(first, first + rows)
                 l = q[r, :numbers] @ x.T * scales[r, :1] - (x**2).sum(1) * scales[r, 1:]
                 m = l.amax(1)
                 w = torch.exp(l - m[:, None])
                 v = flat[base[:, None] + pixel + torch.arange(C) * pixels].double()
                 S = (w @ v).T
                 sums[part, :, r] = torch.cat([m[None], w.sum(1)[None], (w**2).sum(1)[None], S])
-                origin = base - (some * (C - 1) * pixels).repeat_interleave(at.numel()) + pixel
                 k = min(LEADERS, l.shape[1])
                 top = l.topk(k, dim=1)
-                best[part, r, :k], places[part, r, :k] = top.values, origin[top.indices]
+                best[part, r, :k] = top.values
+                places[part, r, :k] = (image * pixels + place + pixel)[top.indices]
 
 
 def asked(C, H, W, P, boundary, canvas=None, augment=None, N=9):
@@ -69,11 +75,11 @@ def asked(C, H, W, P, boundary, canvas=None, augment=None, N=9):
 
 def assert_same(a, b, leaders):
     assert (a.mean - b.mean).abs().max() <= 1e-4
-    assert torch.allclose(a.log_partition, b.log_partition, rtol=1e-5, atol=1e-4)
     assert torch.allclose(a.effective_sources, b.effective_sources, rtol=1e-3)
     assert a.logits.shape == b.logits.shape
     if leaders:
         assert torch.allclose(a.logits, b.logits, rtol=1e-4, atol=1e-3)
+        assert (a.leader_weights - b.leader_weights).abs().max() <= 1e-3
         # equals may come in any order
         same = (a.places == b.places) | ((a.logits - b.logits).abs() <= 1e-3 * (1 + b.logits.abs()))
         assert same.all()
@@ -111,6 +117,19 @@ def test_the_program_equals_the_definition(case, leaders):
 
 
 @needs_gpu
+def test_a_rise_of_millions_of_nats_within_a_step_is_no_loss():
+    image = np.zeros((1, 3, 16, 16), dtype=np.uint8)
+    image[:, :, 8:] = np.random.default_rng(0).integers(250, 256, (1, 3, 8, 16))
+    corpus = sm.Corpus(image)
+    y, sigma = torch.ones(1, 3, 16, 16), torch.tensor([0.002])
+    c = Collection((16, 16), Box((7, 7)), "pixels", "pixel", "every", boundary="circular")
+    T = torch.full((1,), 60.0)
+    question = Question(corpus.images, np.arange(1), wrap(y.double(), c), sigma.double(), c, T)
+    found = fused.fold(question, 3, torch.device("cuda"))
+    assert_same(found, choose("reference").fold(question, 3, None), 3)
+
+
+@needs_gpu
 @pytest.mark.parametrize("P", [3, 7, 15])
 def test_a_picture_is_the_same_alone_and_among_others(P):
     corpus = random_corpus(seed=2, N=300, C=3, H=20, W=20)
@@ -141,11 +160,23 @@ def test_images_are_the_same_bytes_less_128():
     assert fused._bytes(u, CPU).flatten().tolist() == list(range(-128, 128))
 
 
+def test_the_last_corpus_stays_on_the_device(monkeypatch):
+    monkeypatch.setattr(fused, "_program", Told)
+    sent = []
+    send = fused._bytes
+    monkeypatch.setattr(fused, "_bytes", lambda *given: sent.append(1) or send(*given))
+    question = asked(1, 6, 6, 3, "broken")
+    for _ in range(3):
+        fused.fold(question, 0, device.where())
+    assert len(sent) == 1
+
+
 def test_a_corpus_too_large_for_the_device_comes_in_pieces(monkeypatch):
     monkeypatch.setattr(fused, "_program", Told)
-    question = asked(3, 6, 6, 3, "broken", N=20)
+    question = replace(asked(3, 6, 6, 3, "broken", N=20), index=np.array([15, 2, 9, 3, 16]))
     whole = fused.fold(question, 2, CPU)
     monkeypatch.setattr(fused, "ROOM", 3 * 6 * 6 * 7)  # bytes: seven images
+    monkeypatch.setattr(fused, "CHUNK", 3 * 6 * 6 * 2)
     assert_same(fused.fold(question, 2, CPU), whole, 2)
 
 
@@ -153,7 +184,7 @@ def test_many_pictures_go_some_at_a_time(monkeypatch):
     monkeypatch.setattr(fused, "_program", Told)
     question = asked(3, 6, 6, 3, "broken", N=20)
     whole = fused.fold(question, 2, CPU)
-    monkeypatch.setattr(fused, "NUMBERS", 2 * 36 * 32)
+    monkeypatch.setattr(fused, "NUMBERS", 2 * 36 * fused.PARTS * 10)
     assert_same(fused.fold(question, 2, CPU), whole, 2)
 
 

@@ -1,11 +1,11 @@
 """Grows pictures from one photograph with els, and measures what they copy and repeat.
 
-    python docs/examples/textures.py --out runs/textures.png
+    python docs/examples/textures.py --out docs/pictures/textures.png
 
-Below each picture lies a piece of the photograph that it is made of. The table says how long it
-took, the side of the largest block that is in the photograph too (one whose root mean square
-difference from some place of it is below two gray levels), and the highest peak of the picture's
-autocorrelation further away than the largest patch, beside the photograph's own.
+Below each picture lies a piece of the photograph, at 256 x 256, that it is made of. The table says
+how long it took, the side of the largest block that is in the photograph too (one whose root mean
+square difference from some place of it is below two gray levels), and the highest peak of the
+picture's autocorrelation further away than the largest patch, beside the photograph's own.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from azula.noise import RectifiedSchedule
 from PIL import Image
-from scipy.signal import fftconvolve
 
 import scoremachine as sm
 from scoremachine import drawing
+from scoremachine.kernels import choose
+from scoremachine.posterior import posterior
+from scoremachine.windows import Box, Collection
 
 CASES = (
     ("texture/grass", (128, 128)),
@@ -28,14 +31,14 @@ CASES = (
     ("texture/gravel", (128, 128)),
     ("texture/grass", (128, 256)),
 )
-ERROR = 0.02  # the largest of a pixel: two and a half gray levels
+SIDE = 256  # of the photographs
 GRAY = 2.0  # root mean square difference, of 255, at which a block counts as the same
 GAP = 8  # pixels between pictures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/textures.png"))
     options = parser.parse_args()
@@ -43,11 +46,11 @@ def main() -> None:
     print("| photograph | size | patches | seconds | largest copied block | repeats | its own |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, (H, W) in CASES:
-        corpus = sm.Corpus.open(name)
+        corpus = sm.Corpus.open(name, size=SIDE)
         # whose noise levels crowd where pictures are decided
         schedule = RectifiedSchedule()
-        machine = sm.build("els", corpus, boundary="circular", error=ERROR, schedule=schedule)
-        machine.prepare(None, [1.0])
+        settings = {"boundary": "circular", "patch_size": "texture", "schedule": schedule}
+        machine = sm.build("els", corpus, **settings)
         sizes = machine.patch_size.values
         start = time.perf_counter()
         shape = (corpus.shape[0], H, W)
@@ -57,7 +60,7 @@ def main() -> None:
         P = int(sizes.max())
         print(
             f"| {name} | {H} x {W} | {sizes.min()} to {P} | {seconds:.0f} | "
-            f"{copied(image, source, 3 * P)} | {repeats(image, P):.2f} | "
+            f"{copied(image, corpus.images, 2 * P + 1)} | {repeats(image, P):.2f} | "
             f"{repeats(source[:, :H, :W], P):.2f} |",
             flush=True,
         )
@@ -76,31 +79,23 @@ def main() -> None:
 
 
 def copied(image: np.ndarray, source: np.ndarray, most: int) -> int:
-    """The side, up to `most`, of the largest square block of an image that the source holds too.
+    """The side, odd and up to `most`, of the largest square block that the source holds too.
 
-    Blocks are looked at whose corners are at multiples of 4, so it may be 3 more.
+    The nearest patch of the source is what a fold at any noise level calls its leader.
     """
-    low, high = 0, most
+    low, high = 0, (most - 1) // 2
     while low < high:  # if a block is copied, so are all smaller ones in it
-        side = (low + high + 1) // 2
-        low, high = (side, high) if _holds(image, source, side) else (low, side - 1)
-    return low
-
-
-def _holds(image: np.ndarray, source: np.ndarray, side: int) -> bool:
-    """Whether a block of that side is in the source."""
-    s = source.astype(np.float64)
-    _, H, W = s.shape
-    squares = fftconvolve((s**2).sum(0), np.ones((side, side)), "valid")
-    F = np.fft.rfft2(s)
-    for i in range(0, image.shape[1] - side + 1, 4):
-        for j in range(0, image.shape[2] - side + 1, 4):
-            block = image[:, i : i + side, j : j + side].astype(np.float64)
-            products = np.fft.irfft2(F * np.fft.rfft2(block, s=(H, W)).conj(), s=(H, W)).sum(0)
-            inner = products[: H - side + 1, : W - side + 1]
-            if (squares - 2 * inner).min() + (block**2).sum() <= GRAY**2 * block.size:
-                return True
-    return False
+        half = (low + high + 1) // 2
+        P = 2 * half + 1
+        window = Box((P, P))
+        c = Collection(source.shape[2:], window, "pixels", "pixel", "every",
+                       boundary="circular", canvas=image.shape[1:])  # fmt: skip
+        y, sigma = torch.from_numpy(image[None] / 127.5 - 1), torch.ones(1, dtype=torch.float64)
+        fold, _ = posterior(choose("auto"), source, np.arange(len(source)), y, sigma, c, leaders=1)
+        squares = max(0.0, -2 * fold.logits.max().item())
+        nearest = 127.5 * (squares / (len(image) * P**2)) ** 0.5
+        low, high = (half, high) if nearest <= GRAY else (low, half - 1)
+    return 2 * low + 1
 
 
 def repeats(image: np.ndarray, P: int) -> float:

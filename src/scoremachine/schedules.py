@@ -152,7 +152,8 @@ class PatchSchedule(LevelSchedule):
 
     Published: "pspc-cifar10" is PSPC-Square of Niedoba et al. 2411.19339; the "kamb-..." lists
     are the equivariant local machines of Kamb & Ganguli 2412.20292, calibrated on zero-padded
-    ResNets and U-Nets at 32 x 32, entry i at t = (i + 1) / 20.
+    ResNets and U-Nets at 32 x 32, entry i at t = (i + 1) / 20. "texture" is for pictures grown
+    from one photograph of 256 x 256: large enough to hold what it shows.
     """
 
     setting = "patch_size"
@@ -303,6 +304,7 @@ PatchSchedule.published = {
         kamb_sigmas(),
         _digits("3 3 3 5 5 7 7 7 9 9 9 11 13 15 17 21 23 23 25 27"),
     ),
+    "texture": (np.array([0.1, 0.25, 0.5, 1, 10, 1000]), _digits("9 21 35 51 61 15")),
 }
 ShareSchedule.published = {
     "pspc-flex-cifar10": (

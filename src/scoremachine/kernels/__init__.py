@@ -1,6 +1,6 @@
 """The same fold, fast, one file per way to compute it.
 
-A kernel is a module with the two functions of `posterior.Kernel`. It knows windows and sources, and
+A kernel is a module with the functions of `posterior.Kernel`. It knows windows and sources, and
 no machine: adding a machine touches no kernel.
 """
 

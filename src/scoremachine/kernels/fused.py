@@ -1,7 +1,7 @@
 """The fold over every patch of every image in one GPU kernel: products, softmax and mean at once.
 
-Logits are differences of large numbers, so they are made of whole ones. A picture is rounded to 24
-bits, which is what float32 keeps of it, and cut into three signed bytes,
+Logits are differences of large numbers, so they are made of whole ones. A picture is rounded to
+2^-23 of its largest number, and cut into three signed bytes,
 
     q = 65536 q_2 + 256 q_1 + q_0,
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,16 +27,28 @@ from scoremachine.posterior import Fold, Question
 from scoremachine.windows import Box, Collection
 
 LARGEST = 127 * (65536 + 256 + 1)  # number of three signed bytes
-PARTS = 64  # of the source, that are folded side by side
-ROOM = 2**34  # bytes of a corpus that stay on the device
-NUMBERS = 2**25  # of the queries of pictures that go together
+PARTS = 64  # of the source, at most, that are folded side by side
+STATES = 2**18  # of sites and parts of the source
+NUMBERS = 2**25  # of the windows of pictures that go together
+ROOM = 2**34  # bytes, at most, of a corpus that stays on the device
+CHUNK = 2**28  # bytes that are sent there at a time
 CHANNELS = 4  # at most
+WINDOW = 2**17  # numbers of a window whose squares an int32 can hold
+LEAST = (8, 0)  # a GPU's version with such matrix units
 NOTHING = -1e300  # the logit of no source at all
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a GPU is filled: queries and sources of a program, numbers of both in one product."""
+    """How a GPU is filled.
+
+    Attributes:
+        rows: Queries of a program.
+        sources: Patches that it looks at in one step.
+        depth: Numbers of both in one product.
+        warps: Of 32 threads each, in a program.
+        stages: Steps whose numbers are fetched ahead.
+    """
 
     rows: int = 64
     sources: int = 64
@@ -48,8 +61,12 @@ LAUNCH = Launch()
 
 
 def available() -> bool:
-    """Whether there is a GPU, and Triton to write for it."""
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    """Whether there is a GPU with matrix units for bytes, and Triton to write for it."""
+    return (
+        torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= LEAST
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 def folds(collection: Collection) -> bool:
@@ -62,38 +79,43 @@ def folds(collection: Collection) -> bool:
 
 def answers(question: Question) -> bool:
     """Whether `fold` can answer."""
-    images = question.images
-    levels = images.dtype == np.uint8 and images.shape[1] <= CHANNELS and question.values is None
-    return folds(question.collection) and levels and question.u is None
+    images, c = question.images, question.collection
+    levels = images.dtype == np.uint8 and question.values is None and question.u is None
+    small = images.shape[1] <= CHANNELS and images.shape[1] * math.prod(c.window.shape) <= WINDOW
+    return folds(c) and levels and small
 
 
 def fold(question: Question, leaders: int, device: torch.device, launch: Launch = LAUNCH) -> Fold:
     """The fold over the source; see `scoremachine.posterior.Kernel`."""
-    c, y = question.collection, question.y.to(device)
-    plan = _plan(c, y.shape[1], (y.shape[2], y.shape[3]), launch.depth, device)
-    together = max(1, NUMBERS // plan.places.numel())
-    if len(y) > together:
+    c, B = question.collection, len(question.y)
+    kept = 1 << max(leaders - 1, 0).bit_length()  # a power of 2
+    plan = _plan(c, question.y.shape[1], tuple(question.y.shape[2:]), launch.depth, device)
+    state = PARTS * (question.y.shape[1] + 3 + 2 * kept)
+    together = max(1, NUMBERS // (len(plan.sites) * max(plan.places.shape[1], state)))
+    if together < B:
         pairs = zip(question.y.split(together), question.sigma.split(together), strict=True)
         some = [replace(question, y=y, sigma=sigma) for y, sigma in pairs]
         return Fold.batch(fold(part, leaders, device, launch) for part in some)
-    picture, site, blocks = plan.rows(len(y), launch.rows)
+    y = question.y.to(device)
+    picture, site, blocks = plan.rows(B, launch.rows)
     q = 127.5 * y - 0.5  # as images are stored: bytes from -128 to 127
     step = q.abs().amax((1, 2, 3)).clamp(min=1.0) / LARGEST
-    whole = torch.round(q / step[:, None, None, None]).to(torch.int32).flatten(1)
-    whole = torch.cat([whole, whole.new_zeros(len(y), 1)], dim=1)
-    digits = _digits(whole[picture[:, None], plan.places[site]])
+    digits = plan.digits(torch.round(q / step[:, None, None, None]), picture, site)
     variance = (127.5 * question.sigma.to(device)) ** 2
     scales = torch.stack([step / variance, 0.5 / variance], dim=1)[picture].contiguous()
-    found = None
-    for images, ids, first in _read(question, device):
-        for k, variant in enumerate(c.variants):
-            axes = [a for a, m in ((2, variant.mirror_rows), (3, variant.mirror_columns)) if m]
-            source = images.flip(axes) if axes else images
-            part = _launched(plan, digits, scales, blocks, source, ids, leaders, launch)
-            part = _in_order(part, c, len(y), picture, site)
-            part.places[part.places >= 0] += (first + k * len(question.images)) * plan.pixels
-            found = part if found is None else found.merge(part)
-    assert found is not None
+
+    def parts() -> Iterator[Fold]:
+        for images, ids, first in _read(question, device):
+            for k, variant in enumerate(c.variants):
+                axes = [a for a, m in ((2, variant.mirror_rows), (3, variant.mirror_columns)) if m]
+                source = images.flip(axes) if axes else images
+                rows = _launched(plan, digits, scales, blocks, source, ids, leaders, kept, launch)
+                part = _in_order(rows, c, B, picture, site)
+                before = (first + k * len(question.images)) * math.prod(c.image)
+                part.places[part.places >= 0] += before
+                yield part
+
+    found = functools.reduce(Fold.merge, parts())
     # from sums of bytes to those of x: (s + 1/2) / 127.5
     found.S = (found.S + 0.5 * found.Z[:, None]) / 127.5
     sizes = c.look(torch.ones_like(y).sum(1))
@@ -112,14 +134,13 @@ class Plan:
         classes: A row for every kind of site, int32 (n, 5): numbers in its window; rows and
             columns of patches in an image; where the first of them begins, and how far from there
             the site's own pixel is.
-        places: Where the numbers of each site's window are in a picture, int64 (sites, K), and
-            that of a zero after its end.
-        offsets: The same of the first patch of each kind, int32 (n, K).
+        places: Where the numbers of each site's window are in a picture, int32 (sites, K); K is
+            the most of them, rounded up to `Launch.depth`.
+        offsets: Where the numbers of each kind's patches are in an image, counted from the
+            patch's first, int32 (n, K).
         sites: The sites, kind by kind.
         counts: How many of each kind.
         work: How many patches of an image each kind is compared with.
-        width: Columns of an image.
-        pixels: Pixels of an image.
     """
 
     classes: Tensor
@@ -128,8 +149,6 @@ class Plan:
     sites: Tensor
     counts: np.ndarray
     work: np.ndarray
-    width: int
-    pixels: int
 
     def rows(self, B: int, height: int) -> tuple[Tensor, Tensor, Tensor]:
         """For B pictures: picture and site of each row, and (kind, first row, rows) of each block.
@@ -148,6 +167,16 @@ class Plan:
         blocks = np.stack([kind, first, np.minimum(height, stops[kind] - first)], axis=1)
         blocks = blocks[np.argsort(-self.work[kind], kind="stable")].astype(np.int32)
         return picture[order], self.sites.repeat(B)[order], torch.from_numpy(blocks).to(device)
+
+    def digits(self, whole: Tensor, picture: Tensor, site: Tensor) -> Tensor:
+        """Windows of pictures of whole numbers as three signed bytes, lowest first: (3, R, K)."""
+        R, K = len(site), self.places.shape[1]
+        found = torch.empty(3, R, K, dtype=torch.int8, device=whole.device)
+        flat, step = whole.to(torch.int32).flatten(1), max(1, NUMBERS // K)
+        for start in range(0, R, step):
+            rows = slice(start, start + step)
+            found[:, rows] = _digits(flat[picture[rows, None], self.places[site[rows]].long()])
+        return found
 
 
 @dataclass(frozen=True)
@@ -190,8 +219,8 @@ def _kinds(n: int, seen: int, sites: int, p: int, cut: bool) -> list[_Kind]:
     return kinds
 
 
-@functools.lru_cache(maxsize=32)
-def _plan(c: Collection, C: int, query: tuple[int, int], depth: int, device: torch.device) -> Plan:
+@functools.lru_cache(maxsize=8)
+def _plan(c: Collection, C: int, query: tuple[int, ...], depth: int, device: torch.device) -> Plan:
     H, W = c.image
     axes = [
         _kinds(*sizes, c.cut)
@@ -199,8 +228,7 @@ def _plan(c: Collection, C: int, query: tuple[int, int], depth: int, device: tor
     ]
     K = max(C * a.size * b.size for a in axes[0] for b in axes[1])
     K = -(-K // depth) * depth
-    end = C * query[0] * query[1]  # where a picture has its zero
-    places = np.full((c.grid[0] * c.grid[1], K), end)
+    places = np.zeros((math.prod(c.grid), K), dtype=np.int32)
     classes, offsets, members = [], [], []
     for a in axes[0]:
         for b in axes[1]:
@@ -223,8 +251,6 @@ def _plan(c: Collection, C: int, query: tuple[int, int], depth: int, device: tor
         torch.from_numpy(np.concatenate(members)).to(device),
         np.array([len(sites) for sites in members]),
         np.array([down * across for _, down, across, *_ in classes]),
-        W,
-        H * W,
     )
 
 
@@ -248,37 +274,46 @@ def _read(question: Question, device: torch.device) -> Iterator[tuple[Tensor, Te
     """
     global _kept
     images, index = question.images, question.index
-    if images.nbytes <= ROOM:
-        if _kept is None or _kept[0]() is not images or _kept[1].device != device:
-            _kept = weakref.ref(images), _bytes(images, device)
-        yield _kept[1], torch.from_numpy(index).to(device), 0
+    device = torch.empty(0, device=device).device  # "cuda" is one of them
+    room = ROOM
+    if device.type == "cuda":
+        room = min(room, torch.cuda.get_device_properties(device).total_memory // 4)
+    if images.nbytes <= room:
+        kept = _kept
+        if kept is None or kept[0]() is not images or kept[1].device != device:
+            kept = _kept = None  # never two at once
+            kept = _kept = weakref.ref(images), _bytes(images, device)
+        yield kept[1], torch.from_numpy(index).to(device), 0
         return
-    step = max(1, ROOM // images[0].nbytes)
-    for first in range(int(index.min()), int(index.max()) + 1, step):
+    step, stop = max(1, room // images[0].nbytes), int(index.max()) + 1
+    for first in range(int(index.min()), stop, step):
         some = index[(index >= first) & (index < first + step)] - first
         if len(some):
-            part = _bytes(images[first : first + step], device)
+            part = _bytes(images[first : min(first + step, stop)], device)
             yield part, torch.from_numpy(some).to(device), first
 
 
 def _bytes(images: np.ndarray, device: torch.device) -> Tensor:
-    return (torch.from_numpy(np.array(images)).to(device) ^ 128).view(torch.int8)
+    found = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    step = max(1, CHUNK // images[0].nbytes)
+    for start in range(0, len(images), step):
+        found[start : start + step] = torch.from_numpy(np.array(images[start : start + step]))
+    return found.bitwise_xor_(128).view(torch.int8)
 
 
 def _launched(
     plan: Plan, digits: Tensor, scales: Tensor, blocks: Tensor, images: Tensor, ids: Tensor,
-    leaders: int, launch: Launch,
+    leaders: int, kept: int, launch: Launch,
 ) -> Fold:  # fmt: skip
     """Folds of all rows, (1, R): the parts of the source side by side, then merged."""
-    C, R = images.shape[1], digits.shape[1]
-    parts = min(PARTS, len(ids))
+    (C, H, W), R = images.shape[1:], digits.shape[1]
+    parts = max(1, min(PARTS, STATES // len(plan.sites)))
     sums = torch.zeros(parts, C + 3, R, dtype=torch.float64, device=images.device)
-    kept = 1 << max(leaders - 1, 0).bit_length()  # a power of 2
     best = torch.full((parts, R, kept), NOTHING, dtype=torch.float64, device=images.device)
     places = torch.full((parts, R, kept), -1, device=images.device)
     _program()[len(blocks), parts](
         digits, scales, blocks, plan.classes, plan.offsets, images, ids, sums, best, places,
-        R, digits.shape[2], len(ids), plan.width, plan.pixels,
+        R, digits.shape[2], len(ids), W, H * W,
         C=C, LEADERS=leaders, KEPT=kept, ROWS=launch.rows, SOURCES=launch.sources,
         DEPTH=launch.depth, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip

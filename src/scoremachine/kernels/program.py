@@ -50,8 +50,12 @@ def fold_rows(
     depth = tl.arange(0, DEPTH)
     channel = tl.arange(0, 4)
 
-    start = n * part // parts
-    stop = (n * (part + 1) // parts - start) * each
+    # patches of all images, one after the other: the part's are [begin, begin + stop)
+    total = tl.cast(n, tl.int64) * each
+    begin = total * part // parts
+    stop = (total * (part + 1) // parts - begin).to(tl.int32)
+    start = tl.minimum(begin // each, tl.cast(n, tl.int64) - 1)
+    skipped = (begin - start * each).to(tl.int32)
     line = tl.cast(R, tl.int64)
     m = tl.zeros([ROWS], tl.float64)
     Z = tl.zeros([ROWS], tl.float64)
@@ -65,7 +69,7 @@ def fold_rows(
     for step in range(-1, (stop + SOURCES - 1) // SOURCES):
         s = tl.maximum(step, 0) * SOURCES + tl.arange(0, SOURCES)
         is_source = s < stop
-        s = tl.where(is_source, s, 0)
+        s = tl.where(is_source, skipped + s, 0)
         member = s // each
         at = s - member * each
         down = at // across
@@ -96,8 +100,9 @@ def fold_rows(
         top = tl.max(above, 1)
         counts = step >= 0
         rise = tl.where(counts, tl.maximum(top, 0.0), top)
-        w = tl.where(counts, tl.exp(above - rise[:, None]), 0.0)
         m += rise.to(tl.float64)
+        # from l again: a rise of a million nats leaves float32 nothing after the point
+        w = tl.where(is_source[None] & counts, tl.exp((l - m[:, None]).to(tl.float32)), 0.0)
         # nothing has been added up yet where m falls
         less = tl.exp(-tl.maximum(rise, 0.0)).to(tl.float64)
         Z = Z * less + tl.sum(w, 1).to(tl.float64)

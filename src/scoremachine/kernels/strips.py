@@ -22,7 +22,7 @@ from scoremachine.windows import Collection, Variant
 WORTHWHILE = 0.8  # of the work
 SITES = 2**14  # of a picture that go together
 
-Kernel = Callable[[Question, int, Fold | None], Fold]
+Folds = Callable[[Question, int, Fold | None], Fold]
 
 
 class Group(NamedTuple):
@@ -54,7 +54,7 @@ def groups(c: Collection, k: int) -> list[Group]:
 def cut(c: Collection, n: int) -> tuple[list[Group], float]:
     """Into which strips each of n images is cut, and what part of the work is left then.
 
-    None where cutting does not pay, or is not right.
+    No strips and all of the work where cutting does not pay, or is not right.
     """
     k = LANES // math.gcd(n, LANES)
     if not c.wraps or c.variants != (Variant(),) or k == 1:
@@ -66,7 +66,7 @@ def cut(c: Collection, n: int) -> tuple[list[Group], float]:
     return (found, share) if share < WORTHWHILE else ([], 1.0)
 
 
-def fold(question: Question, leaders: int, by: Kernel) -> Fold:
+def fold(question: Question, leaders: int, by: Folds) -> Fold:
     """The fold over the images, `by` a kernel, group by group."""
     c, index = question.collection, question.index
     (P, Q), (H, W) = c.window.shape, c.image
@@ -93,7 +93,7 @@ def fold(question: Question, leaders: int, by: Kernel) -> Fold:
     return functools.reduce(Fold.merge, folds)
 
 
-def _by_columns(question: Question, leaders: int, by: Kernel) -> Fold:
+def _by_columns(question: Question, leaders: int, by: Folds) -> Fold:
     """The fold of large pictures, some columns at a time: a site's numbers stay in the cache."""
     c, Q = question.collection, question.collection.window.shape[1]
     rows, columns = c.frame

@@ -26,8 +26,10 @@ from scoremachine.search.bounded import KINDS, Bounded, exact_cost, searchable
 from scoremachine.windows import Augment, Boundary, Collection
 
 SEARCHES = ("auto", "exact", "bounded")
-# sides of patches up to which, and seconds of one core: a scan that takes longer is worth an index
+# sides of patches up to which, and seconds of one core for `PIXELS` of a picture: a scan that takes
+# longer is worth an index
 WORTHWHILE = (3, 1.0), (7, 2.5), (math.inf, 4.0)
+PIXELS = 1024
 
 
 class Searched(NamedTuple):
@@ -163,7 +165,8 @@ class EquivariantLocalScore(BoxMachine):
                 return self.kernel  # a GPU compares everything before an index is looked through
             side = max(collection.window.shape)
             least = next(seconds for most, seconds in WORTHWHILE if side <= most)
-            if exact_cost(collection, len(index)) < least:
+            pictures = max(1.0, math.prod(collection.frame) / PIXELS)
+            if exact_cost(collection, len(index)) < least * pictures:
                 return self.kernel
             try:
                 self._bounded.check_room(index, collection)
