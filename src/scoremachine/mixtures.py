@@ -33,8 +33,7 @@ from scoremachine.moments import moments_of
 from scoremachine.posterior import wrap
 from scoremachine.progress import bar
 from scoremachine.schedules import check_integer, check_seed
-from scoremachine.search.index import classes
-from scoremachine.windows import Box, Collection
+from scoremachine.windows import Box, Collection, classes
 
 RANKS = (0, 2, 4, 8, 16, 32, 64)  # that a budget is shared out for
 LEADING = 64  # components that clusters are found in
@@ -330,11 +329,8 @@ class Mixture(Corpus):
         for of in classes(c):
             h, w = of.patches.size
             a, b = of.middle
-            n, m = (s.stop - s.start for s in (of.rows, of.columns))
-            top, left = of.rows.start - a, of.columns.start - b
-            if c.wraps:
-                top, left = top + P // 2, left + P // 2
-            windows = y[:, top : top + n + h - 1, left : left + m + w - 1]
+            n, m = of.shape
+            windows = y[:, of.seen[0], of.seen[1]]
             windows = windows.unfold(1, h, 1).unfold(2, w, 1).permute(1, 2, 0, 3, 4)
             # the part of a patch that a box keeps whose middle is at (a, b)
             rows, columns = (slice(P // 2 - at, P // 2 - at + n) for at, n in ((a, h), (b, w)))

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -414,6 +414,93 @@ class Collection:
             H, W = self.frame
             v = v[:, P // 2 : P // 2 + H, Q // 2 : Q // 2 + W]
         return v
+
+
+class Patches(NamedTuple):
+    """Windows of one size at some places of every image.
+
+    Attributes:
+        size: (h, w).
+        tops, lefts: First and number of their rows, and of their columns.
+    """
+
+    size: tuple[int, int]
+    tops: tuple[int, int]
+    lefts: tuple[int, int]
+
+    @property
+    def per_image(self) -> int:
+        """How many there are in an image."""
+        return self.tops[1] * self.lefts[1]
+
+    @property
+    def name(self) -> str:
+        """What an index of them is called."""
+        (h, w), (top, rows), (left, columns) = self
+        return f"{h}x{w}-{top}+{rows}-{left}+{columns}"
+
+    def numbers(self, channels: int) -> int:
+        """D: how many numbers a patch has."""
+        return math.prod(self.size) * channels
+
+
+class Class(NamedTuple):
+    """Sites whose windows the border cuts off alike, and what they are compared with.
+
+    Attributes:
+        rows, columns: The sites: slices of the grid.
+        patches: What their windows are, and are compared with.
+        middle: Which pixel of such a window is the site's.
+        seen: The part of the query that their windows are cut out of, rows and columns; of the
+            continued query, where it wraps.
+    """
+
+    rows: slice
+    columns: slice
+    patches: Patches
+    middle: tuple[int, int]
+    seen: tuple[slice, slice]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of sites."""
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+
+def classes(collection: Collection) -> list[Class]:
+    """The classes of a collection of boxes whose source is every position."""
+    axes = [
+        _axis(n, seen, p, collection.wraps)
+        for n, seen, p in zip(
+            collection.image, collection.frame, collection.window.shape, strict=True
+        )
+    ]
+    return [
+        Class(rows, columns, Patches((h, w), tops, lefts), (a, b), (down, across))
+        for rows, h, tops, a, down in axes[0]
+        for columns, w, lefts, b, across in axes[1]
+    ]
+
+
+def _axis(
+    n: int, seen: int, p: int, wraps: bool
+) -> list[tuple[slice, int, tuple[int, int], int, slice]]:
+    """Along an axis: a class's sites, windows' side, where these fit, the middle, what is seen.
+
+    The images have n pixels along it, and the pictures are `seen` long.
+    """
+    before, after = p // 2, p - 1 - p // 2
+    if wraps:
+        return [(slice(0, seen), p, (0, n - p + 1), before, slice(0, seen + p - 1))]
+    found = []
+    cuts = [(max(0, before - i), max(0, i + after - (seen - 1))) for i in range(seen)]
+    for cut in dict.fromkeys(cuts):
+        sites = [i for i in range(seen) if cuts[i] == cut]
+        side, middle = p - sum(cut), before - cut[0]
+        places = (0, n - p + 1) if cut == (0, 0) else (0 if cut[0] else n - side, 1)
+        rows = slice(sites[0] - middle, sites[-1] - middle + side)
+        found.append((slice(sites[0], sites[-1] + 1), side, places, middle, rows))
+    return found
 
 
 def check_window(size: int, image: Sequence[int], odd: bool) -> int:

@@ -676,8 +676,9 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
         return rolled.fold(question, leaders, torch.device("cpu"), ROLLED)
     if c.whole and question.values is not None:
         return device.fold(question, leaders, known)
-    if question.u is None and question.values is None and strips.cut(c, len(index))[0]:
-        return strips.fold(question, leaders, fold)
+    into, _ = strips.cut(c, len(index))
+    if into and question.u is None and question.values is None:
+        return strips.fold(question, leaders, into, fold)
     y, u, scale, T = _arrays(question)
     if c.whole and question.u is None:
         return Fold.of_parts(*fold_whole(images, index, y, scale, T, leaders))

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from scoremachine import posterior
 from scoremachine.kernels import fused, rolled
+from scoremachine.kernels.fused import NOTHING
 from scoremachine.posterior import Fold, Question, units_of_x
 from scoremachine.windows import Collection
 
-NOTHING = -1e300  # the logit of no source at all
 GPU_TILE = 32 * posterior.TILE
 
 

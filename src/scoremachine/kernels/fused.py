@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from scoremachine.posterior import Fold, Question
-from scoremachine.windows import Box, Collection
+from scoremachine.windows import Box, Collection, classes
 
 LARGEST = 127 * (65536 + 256 + 1)  # number of three signed bytes
 PARTS = 64  # of the source, at most, that are folded side by side
@@ -60,6 +60,7 @@ class Launch:
 LAUNCH = Launch()
 
 
+@functools.cache
 def available() -> bool:
     """Whether there is a GPU with matrix units for bytes, and Triton to write for it."""
     return (
@@ -131,7 +132,7 @@ class Plan:
     """Which sites see which numbers of a picture, and which patches they are compared with.
 
     Attributes:
-        classes: A row for every kind of site, int32 (n, 5): numbers in its window; rows and
+        classes: A row for every class of sites, int32 (n, 5): numbers in its window; rows and
             columns of patches in an image; where the first of them begins, and how far from there
             the site's own pixel is.
         places: Where the numbers of each site's window are in a picture, int32 (sites, K); K is
@@ -179,78 +180,34 @@ class Plan:
         return found
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Sites of one axis that see the same part of their window.
-
-    Attributes:
-        sites: Which.
-        first: Where the window begins, for the first of them.
-        size: How many rows of the window they see.
-        begins: Where the first patch that they are compared with begins.
-        count: How many there are.
-        pixel: The site's own row in what it sees.
-    """
-
-    sites: range
-    first: int
-    size: int
-    begins: int
-    count: int
-    pixel: int
-
-
-def _kinds(n: int, seen: int, sites: int, p: int, cut: bool) -> list[_Kind]:
-    """The kinds of sites of an axis: images of n, pictures of `seen`, windows of p pixels."""
-    if not cut:
-        return [_Kind(range(sites), 0, p, 0, n - p + 1, p // 2)]
-    half, inner = p // 2, []
-    kinds = []
-    for i in range(sites):
-        top, bottom = max(i - half, 0), min(i - half + p, seen)
-        if bottom - top == p:
-            inner.append(i)
-        else:  # what is cut off at the first row begins an image; at the last, ends it
-            begins = 0 if i < half else n - (bottom - top)
-            kinds.append(_Kind(range(i, i + 1), top, bottom - top, begins, 1, i - top))
-    if inner:
-        whole = range(inner[0], inner[-1] + 1)
-        kinds.append(_Kind(whole, inner[0] - half, p, 0, n - p + 1, half))
-    return kinds
-
-
 @functools.lru_cache(maxsize=8)
 def _plan(c: Collection, C: int, query: tuple[int, ...], depth: int, device: torch.device) -> Plan:
     H, W = c.image
-    axes = [
-        _kinds(*sizes, c.cut)
-        for sizes in zip(c.image, c.frame, c.grid, c.window.shape, strict=True)
-    ]
-    K = max(C * a.size * b.size for a in axes[0] for b in axes[1])
+    kinds = classes(c)
+    K = max(of.patches.numbers(C) for of in kinds)
     K = -(-K // depth) * depth
     places = np.zeros((math.prod(c.grid), K), dtype=np.int32)
-    classes, offsets, members = [], [], []
-    for a in axes[0]:
-        for b in axes[1]:
-            k, i, j = (x.ravel() for x in np.indices((C, a.size, b.size)))
-            rows = np.arange(len(a.sites))[:, None] + a.first
-            columns = np.arange(len(b.sites))[None] + b.first
-            sites = (np.array(a.sites)[:, None] * c.grid[1] + np.array(b.sites)[None]).ravel()
-            corner = (rows * query[1] + columns).reshape(-1, 1)
-            places[sites, : len(k)] = corner + (k * query[0] + i) * query[1] + j
-            offset = np.zeros(K, dtype=np.int32)
-            offset[: len(k)] = (k * H + i) * W + j
-            begins, pixel = a.begins * W + b.begins, a.pixel * W + b.pixel
-            classes.append((len(k), a.count, b.count, begins, pixel))
-            offsets.append(offset)
-            members.append(sites)
+    offsets = np.zeros((len(kinds), K), dtype=np.int32)
+    grid, pixels = np.arange(len(places)).reshape(c.grid), np.arange(math.prod(query))
+    rows, members = [], []
+    for kind, of in enumerate(kinds):
+        (h, w), (n, m) = of.patches.size, of.shape
+        k, i, j = (x.ravel() for x in np.indices((C, h, w)))
+        sites = grid[of.rows, of.columns].ravel()
+        seen = pixels.reshape(query)[of.seen]
+        corners = seen[:n, :m].reshape(-1, 1)
+        places[sites, : len(k)] = corners + (k * query[0] + i) * query[1] + j
+        offsets[kind, : len(k)] = (k * H + i) * W + j
+        (top, down), (left, across), (a, b) = of.patches.tops, of.patches.lefts, of.middle
+        rows.append((len(k), down, across, top * W + left, a * W + b))
+        members.append(sites)
     return Plan(
-        torch.tensor(classes, dtype=torch.int32, device=device),
+        torch.tensor(rows, dtype=torch.int32, device=device),
         torch.from_numpy(places).to(device),
-        torch.from_numpy(np.stack(offsets)).to(device),
+        torch.from_numpy(offsets).to(device),
         torch.from_numpy(np.concatenate(members)).to(device),
         np.array([len(sites) for sites in members]),
-        np.array([down * across for _, down, across, *_ in classes]),
+        np.array([of.patches.per_image for of in kinds]),
     )
 
 
@@ -331,8 +288,7 @@ def _launched(
 
 def _in_order(fold: Fold, c: Collection, B: int, picture: Tensor, site: Tensor) -> Fold:
     """A fold of rows (1, ..., R) as one of pictures and sites (B, ..., *sites)."""
-    n = c.grid[0] * c.grid[1]
-    to = picture * n + site
+    to = picture * math.prod(c.grid) + site
 
     def ordered(x: Tensor) -> Tensor:
         flat = torch.empty_like(x[0])

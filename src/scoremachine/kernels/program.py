@@ -5,7 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NOTHING = tl.constexpr(-1e300)
+from scoremachine.kernels import fused
+
+NOTHING = tl.constexpr(fused.NOTHING)
 
 
 @triton.jit

@@ -66,12 +66,12 @@ def cut(c: Collection, n: int) -> tuple[list[Group], float]:
     return (found, share) if share < WORTHWHILE else ([], 1.0)
 
 
-def fold(question: Question, leaders: int, by: Folds) -> Fold:
-    """The fold over the images, `by` a kernel, group by group."""
+def fold(question: Question, leaders: int, into: list[Group], by: Folds) -> Fold:
+    """The fold over the images, `by` a kernel, group by group of those that they are cut into."""
     c, index = question.collection, question.index
     (P, Q), (H, W) = c.window.shape, c.image
     folds: list[Fold] = []
-    for group in cut(c, len(index))[0]:
+    for group in into:
         high, wide = group.high + P - 1, group.wide + Q - 1
         of = np.repeat(index, len(group.corners))
         top, left = np.array(group.corners * len(index)).T

@@ -23,6 +23,7 @@ from torch import Tensor
 from scoremachine import drawing
 from scoremachine.corpus import Corpus
 from scoremachine.files import write_text, written
+from scoremachine.kernels.device import where
 from scoremachine.names import check_name
 from scoremachine.networks.network import Network
 from scoremachine.progress import bar
@@ -78,7 +79,7 @@ class Training:
             raise ValueError(f"rate is {self.rate!r}; expected a learning rate in (0, 1)")
         check_seed(self.seed)
         if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.device = where().type
         elif self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is 'cuda', and PyTorch finds no such device; use 'cpu'")
         if self.precision == "auto":

@@ -24,18 +24,16 @@ from scoremachine.search.ahead import Ahead
 from scoremachine.search.drawn import Answers, Asked, drawn
 from scoremachine.search.index import (
     DETERMINISTIC,
-    Class,
     Index,
-    Patches,
     Source,
     build_all,
-    classes,
+    check_number,
     estimate,
     indexed,
 )
 from scoremachine.search.rounds import Purse, blank, queries, sought
 from scoremachine.search.seek import guess
-from scoremachine.windows import Box, Collection, Variant
+from scoremachine.windows import Box, Class, Collection, Patches, Variant, classes
 
 ERROR = 1e-3  # the largest error of a pixel, unless another is asked for
 LEVEL = 0.01  # how often, at most, an error is larger than a statistical bound tells
@@ -139,7 +137,7 @@ class Bounded:
         missing = self.missing(index, collection)
         source, C = self.source(index), self.corpus.shape[0]
         for p in missing:
-            p.check(len(index))
+            check_number(p, len(index))
         room = sum(estimate(p, len(index), C)[0] for p in missing)
         if missing and room + 2**28 > (free := shutil.disk_usage(source.folder).free):
             P, Q = collection.window.shape
@@ -325,10 +323,9 @@ def _enter(
 ) -> None:
     """Writes what was found for a class where its sites are in the fold of a picture."""
     at = ..., of.rows, of.columns
-    shape = of.rows.stop - of.rows.start, of.columns.stop - of.columns.start
     more = energy[at]
     for name, value in vars(found).items():
-        v = value.reshape(*shape, -1).movedim(-1, 0)[None]
+        v = value.reshape(*of.shape, -1).movedim(-1, 0)[None]
         if name in ("m", "Z", "Z2", "left"):
             v = v[:, 0]
         if name == "m":

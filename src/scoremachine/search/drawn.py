@@ -32,9 +32,10 @@ from scoremachine.search.draw import (
     weigh,
 )
 from scoremachine.search.floats import LANES
-from scoremachine.search.index import Class, Index, Source
+from scoremachine.search.index import Index, Source
 from scoremachine.search.rounds import Purse
 from scoremachine.search.seek import FAR, LOG2E
+from scoremachine.windows import Class
 
 FIRST = np.array([600.0, 1_200.0, 600.0])  # nodes, leaves and patches of the first round
 MANY = 16.0  # times as many where there is no other way

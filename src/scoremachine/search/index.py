@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from scoremachine.search.embedding import ROUNDING, SAMPLE, Embedding, computed
 from scoremachine.search.floats import LANES
 from scoremachine.search.seek import FAR, Tree, Windows
 from scoremachine.search.tree import LEAF, NODE
-from scoremachine.windows import Collection
+from scoremachine.windows import Class, Collection, Patches, classes
 
 VERSION = 1  # of the format; another number is another index
 BUCKET = 12_000  # patches that are arranged together
@@ -51,98 +51,24 @@ ARRAYS: dict[str, Any] = {
 }
 
 
-class Patches(NamedTuple):
-    """Windows of one size at some places of every image.
-
-    Attributes:
-        size: (h, w).
-        tops, lefts: First and number of their rows, and of their columns.
-    """
-
-    size: tuple[int, int]
-    tops: tuple[int, int]
-    lefts: tuple[int, int]
-
-    @property
-    def per_image(self) -> int:
-        """How many there are in an image."""
-        return self.tops[1] * self.lefts[1]
-
-    @property
-    def name(self) -> str:
-        """What an index of them is called."""
-        (h, w), (top, rows), (left, columns) = self
-        return f"{h}x{w}-{top}+{rows}-{left}+{columns}"
-
-    def numbers(self, channels: int) -> int:
-        """D: how many numbers a patch has."""
-        return math.prod(self.size) * channels
-
-    def check(self, N: int) -> None:
-        """ValueError for more patches in N images than an index can number."""
-        n = N * self.per_image
-        if n > LARGEST:
-            raise ValueError(
-                f"an index holds at most {LARGEST:,} patches, and {N:,} images have {n:,} of "
-                f"{self.size[0]} x {self.size[1]}: use limit, or search='exact'"
-            )
-
-    def kept(self, channels: int) -> int:
-        """How many components an index of them keeps: more make it larger and a search shorter."""
-        D = self.numbers(channels)
-        if min(self.tops[1], self.lefts[1]) == 1:
-            return min(D, 32)
-        if D > DETERMINISTIC:
-            return 60
-        return min(D, max(27, 8 * math.ceil(0.72 * math.sqrt(D / 3))))
-
-
-class Class(NamedTuple):
-    """Sites whose windows the border cuts off alike, and what they are compared with.
-
-    Attributes:
-        rows, columns: The sites: slices of the grid.
-        patches: What their windows are, and are compared with.
-        middle: Which pixel of such a window is the site's.
-    """
-
-    rows: slice
-    columns: slice
-    patches: Patches
-    middle: tuple[int, int]
-
-
-def classes(collection: Collection) -> list[Class]:
-    """The classes of a collection of boxes whose source is every position."""
-    axes = [
-        _axis(n, seen, p, collection.wraps)
-        for n, seen, p in zip(
-            collection.image, collection.frame, collection.window.shape, strict=True
+def check_number(patches: Patches, N: int) -> None:
+    """ValueError for more patches in N images than an index can number."""
+    n = N * patches.per_image
+    if n > LARGEST:
+        raise ValueError(
+            f"an index holds at most {LARGEST:,} patches, and {N:,} images have {n:,} of "
+            f"{patches.size[0]} x {patches.size[1]}: use limit, or search='exact'"
         )
-    ]
-    return [
-        Class(rows, columns, Patches((h, w), tops, lefts), (a, b))
-        for rows, h, tops, a in axes[0]
-        for columns, w, lefts, b in axes[1]
-    ]
 
 
-def _axis(n: int, seen: int, p: int, wraps: bool) -> list[tuple[slice, int, tuple[int, int], int]]:
-    """Along an axis: the sites of each class, their windows' side, where these fit, the middle.
-
-    The images have n pixels along it, and the pictures are `seen` long.
-    """
-    before, after = p // 2, p - 1 - p // 2
-    if wraps:
-        return [(slice(0, seen), p, (0, n - p + 1), before)]
-    found = []
-    cuts = [(max(0, before - i), max(0, i + after - (seen - 1))) for i in range(seen)]
-    for cut in dict.fromkeys(cuts):
-        sites = [i for i in range(seen) if cuts[i] == cut]
-        side = p - sum(cut)
-        places = (0, n - p + 1) if cut == (0, 0) else (0 if cut[0] else n - side, 1)
-        found.append((slice(sites[0], sites[-1] + 1), side, places, before - cut[0]))
-    return found
+def components(patches: Patches, channels: int) -> int:
+    """How many components an index of them keeps: more make it larger and a search shorter."""
+    D = patches.numbers(channels)
+    if min(patches.tops[1], patches.lefts[1]) == 1:
+        return min(D, 32)
+    if D > DETERMINISTIC:
+        return 60
+    return min(D, max(27, 8 * math.ceil(0.72 * math.sqrt(D / 3))))
 
 
 def indexed(collection: Collection) -> list[Class]:
@@ -302,7 +228,7 @@ def estimate(patches: Patches, N: int, channels: int) -> tuple[int, float]:
     """About how many bytes an index has, and how many seconds two cores need to build it."""
     n = N * patches.per_image
     D = patches.numbers(channels)
-    kept = patches.kept(channels)
+    kept = components(patches, channels)
     K = computed(D, kept)
     return round(n * (kept + 17)), n * (1.3e-6 + 4e-9 * D + 3e-11 * D * K)
 
@@ -317,7 +243,7 @@ def build(source: Source, patches: Patches, folder: Path, progress: Bar | None =
         OSError: Where the disk is full.
     """
     n = len(source.pixels) * patches.per_image
-    patches.check(len(source.pixels))
+    check_number(patches, len(source.pixels))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(folder.name + ".lock")):
         if (folder / "meta.json").exists():  # another process was faster
@@ -366,7 +292,7 @@ def _plan(source: Source, patches: Patches, part: Path) -> None:
     some = np.empty((min(len(sample), SAMPLE), D))
     chosen = np.sort(rng.permutation(sample)[: len(some)])
     fill(tree.cut_out, (images, chosen, tops, lefts, size, np.zeros(D), some))
-    embedding = Embedding.of(some, patches.kept(C))
+    embedding = Embedding.of(some, components(patches, C))
     V = embedding.V[:, : embedding.leading]
     E = np.empty((len(sample), V.shape[1]), np.float32)
     for rows in _rows(len(sample), D):

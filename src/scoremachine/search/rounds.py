@@ -15,8 +15,9 @@ from scoremachine.kernels.whole import NOTHING
 from scoremachine.posterior import Fold, Question
 from scoremachine.search.embedding import ROUNDING
 from scoremachine.search.floats import LANES
-from scoremachine.search.index import Class, Index
+from scoremachine.search.index import Index
 from scoremachine.search.seek import COSTS, Queries, Windows, seek
+from scoremachine.windows import Class
 
 BOXES, PATCHES = 22.0, 18.0  # nats below the nearest known patch at which the first round skips
 DEVIATIONS = 0.5  # of the noise, that a statistical bound allows for in a group of components
@@ -149,14 +150,9 @@ def blank(B: int, C: int, leaders: int, sites: tuple[int, ...]) -> Fold:
 
 def queries(question: Question, opened: Index, of: Class, kind: str) -> tuple[Queries, np.ndarray]:
     """The windows of a picture at the sites of a class; and less the mean, float64 (Q, D)."""
-    c, (h, w) = question.collection, of.patches.size
-    y = question.y[0].numpy()
-    (a, b), C = of.middle, len(y)
-    rows, columns = of.rows, of.columns
-    top = rows.start + (c.window.shape[0] // 2 if c.wraps else 0) - a
-    left = columns.start + (c.window.shape[1] // 2 if c.wraps else 0) - b
-    n = (rows.stop - rows.start, columns.stop - columns.start)
-    y = y[:, top : top + n[0] + h - 1, left : left + n[1] + w - 1].transpose(1, 2, 0)
+    (h, w), y = of.patches.size, question.y[0].numpy()
+    C = len(y)
+    y = y[:, of.seen[0], of.seen[1]].transpose(1, 2, 0)
     windows = np.lib.stride_tricks.sliding_window_view(y, (h, w), (0, 1)).transpose(0, 1, 3, 4, 2)
     windows = windows.reshape(-1, h, w * C)
     row = -(-w * C // simd.LANES) * simd.LANES
