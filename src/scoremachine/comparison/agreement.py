@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap
 
 DRAWS = 2000  # of a bootstrap
 
@@ -57,6 +56,8 @@ class Summary:
         low, median, high = np.quantile(known, [0.25, 0.5, 0.75])
         interval = (float(known[0]), float(known[0]))
         if len(known) > 1 and np.ptp(known) > 0:
+            from scipy.stats import bootstrap  # half a second that other commands do without
+
             found = bootstrap(
                 (known,), np.median, n_resamples=DRAWS, method="percentile", rng=0
             ).confidence_interval

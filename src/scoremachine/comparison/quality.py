@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from skimage.feature import hog
-from sklearn.metrics.pairwise import polynomial_kernel
 
 from scoremachine import drawing
 from scoremachine.comparison.parts import apart, entered
@@ -56,6 +54,8 @@ def features(images: np.ndarray) -> np.ndarray:
 
     scikit-image's, on 8 x 8 cells over the picture, or as many as fit (Dalal & Triggs 2005).
     """
+    from skimage.feature import hog  # slow to import, and other commands do without
+
     side = max(2, min(images.shape[2:]) // 8)
     settings = {"pixels_per_cell": (side, side), "cells_per_block": (2, 2), "channel_axis": 0}
     return np.stack([hog(image, **settings) for image in images])
@@ -68,6 +68,8 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float,
     Binkowski et al. 1801.01401, in other features than Inception's. 0 where both are of one
     distribution; it can be below.
     """
+    from sklearn.metrics.pairwise import polynomial_kernel
+
     n = min(len(a), len(b), 1000)
     if n < 2:
         raise ValueError(f"{len(a)} and {len(b)} pictures; expected at least two of each")
