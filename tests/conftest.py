@@ -11,6 +11,8 @@ from hypothesis import settings
 
 import scoremachine as sm
 from scoremachine.corpus import Corpus
+from scoremachine.kernels import fused
+from scoremachine.windows import Collection
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -81,3 +83,9 @@ def small(name: str, corpus: Corpus | np.ndarray, **settings) -> sm.Machine:
     """The machine called `name` with its settings in `SMALL`, or others."""
     corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
     return sm.build(name, corpus, **{**SMALL[name], **settings})
+
+
+def compared(y: torch.Tensor, kernel: str, collection: Collection) -> torch.Tensor:
+    """The pictures whose answer a kernel gives where y is asked for; see `kernels.fused`."""
+    takes = kernel == "torch" and fused.available() and fused.folds(collection)
+    return fused.rounded(y) if takes else y

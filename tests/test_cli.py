@@ -276,6 +276,8 @@ def test_calibrate_prints_its_table_and_draws_its_curves(tmp_path):
     assert len(found["chosen"]) == 3
     with Image.open(tmp_path / "calibration.png") as picture:
         assert picture.width > 1000
+    machine = sm.build("ls", random_corpus(H=8, W=8), patch_size=str(tmp_path / "calibration.json"))
+    assert [machine.patch_size(sigma) for sigma in found["sigmas"]] == found["chosen"]
 
 
 def test_quiet_is_quiet(inside, tmp_path):

@@ -9,7 +9,7 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
 import scoremachine as sm
-from conftest import noised, random_corpus
+from conftest import compared, noised, random_corpus
 from scoremachine import posterior as fold_module
 from scoremachine.kernels import choose
 from scoremachine.windows import Box, Collection, Masks, Soft, Variant
@@ -137,7 +137,7 @@ def test_one_pass_gives_density_confidence_and_leaders(c, kernel):
     corpus = random_corpus(seed=6, N=20, C=3, H=6, W=7)
     y, sigma = noised(corpus, [0.1, 1.0, 10.0])
     index = np.arange(2, 20)  # without the duplicates: leaders are then unique
-    asked = corpus.images, index, y.double(), sigma, c, 4
+    asked = corpus.images, index, compared(y.double(), kernel, c), sigma, c, 4
     fold, D = fold_module.posterior(choose(kernel), *asked)
     slow, D_slow = fold_module.posterior(choose("reference"), *asked)
     assert (D - D_slow).abs().max() <= TOLERANCE / 10
@@ -153,7 +153,7 @@ def test_derivatives_equal_their_definition_and_finite_differences(c, kernel):
     """u^T dD/dy, every entry; and along a direction v, by central differences."""
     corpus = random_corpus(seed=6, N=20, C=3, H=6, W=7)
     y, sigma = noised(corpus, [0.02, 0.5, 2.0, 10.0])
-    y = y.double()
+    y = compared(y.double(), kernel, c)
     generator = torch.Generator().manual_seed(1)
     u, v = torch.randn(2, *y.shape, dtype=torch.float64, generator=generator)
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 import scoremachine as sm
 from conftest import noised, random_corpus
 from scoremachine.kernels import choose, device, fused
-from scoremachine.posterior import Question, wrap
+from scoremachine.posterior import Question, posterior, wrap
 from scoremachine.windows import Augment, Box, Collection, Soft
 
 SIGMAS = [0.002, 0.02, 0.2, 1.0, 10.0, 80.0]
+seeds = st.integers(0, 2**31)
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not fused.available(), reason="there is no GPU with Triton")
 
@@ -186,6 +187,37 @@ def test_many_pictures_go_some_at_a_time(monkeypatch):
     whole = fused.fold(question, 2, CPU)
     monkeypatch.setattr(fused, "NUMBERS", 2 * 36 * fused.PARTS * 10)
     assert_same(fused.fold(question, 2, CPU), whole, 2)
+
+
+@given(seeds, st.floats(-3, 2).map(lambda e: 10.0**e))
+def test_a_picture_is_rounded_once(seed, size):
+    y = size * torch.from_numpy(np.random.default_rng(seed).normal(size=(2, 3, 5, 4)))
+    near = fused.rounded(y)
+    largest = (127.5 * y - 0.5).abs().amax((1, 2, 3), keepdim=True).clamp(min=1) / 127.5
+    assert ((near - y).abs() <= largest * 2.0**-23).all()
+    assert torch.allclose(fused.rounded(near), near, rtol=0, atol=1e-14 * largest.max().item())
+
+
+def test_what_is_differentiated_is_what_was_compared(monkeypatch):
+    monkeypatch.setattr(fused, "_program", Told)
+    monkeypatch.setattr(fused, "available", lambda: True)
+    monkeypatch.setattr(device, "where", lambda: CPU)
+    corpus = random_corpus(seed=6, N=20, C=3, H=6, W=7)
+    y, sigma = noised(corpus, [0.02, 0.5, 10.0])
+    y = y.double()
+    c = Collection((6, 7), Box((3, 3)), "pixels", "pixel", "every")
+    u = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def slope(kernel, y):
+        x = y.clone().requires_grad_()
+        fold, D = posterior(choose(kernel), corpus.images, np.arange(2, 20), x, sigma, c, 2)
+        return fold, torch.autograd.grad(D, x, u)[0]
+
+    fold, g = slope("torch", y)
+    slow, g_slow = slope("reference", fused.rounded(y))
+    torch.testing.assert_close(g, g_slow, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fold.log_partition, slow.log_partition, rtol=1e-7, atol=1e-5)
+    torch.testing.assert_close(fold.logits, slow.logits, rtol=1e-7, atol=1e-5)
 
 
 def test_other_questions_go_to_the_general_kernel():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scoremachine.sample import EDMSchedule
-from scoremachine.schedules import BandwidthSchedule, PatchSchedule, edm_sigmas, kamb_sigmas
+from scoremachine.schedules import (
+    BandwidthSchedule,
+    PatchSchedule,
+    ShareSchedule,
+    edm_sigmas,
+    kamb_sigmas,
+)
 from scoremachine.windows import Box, Collection, Masks, Soft
 
 
@@ -85,6 +93,27 @@ def test_bad_bandwidths_are_refused():
 def test_unknown_schedule_names_are_answered_with_the_known():
     with pytest.raises(ValueError, match="pspc-cifar10"):
         PatchSchedule.named("pspc-cifar")
+
+
+def test_a_schedule_is_read_from_a_calibration(tmp_path):
+    path = tmp_path / "mine" / "calibration.json"
+    path.parent.mkdir()
+    chosen = {"setting": "patch_size", "sigmas": [10.0, 0.1], "chosen": [9, 3]}
+    path.write_text(json.dumps(chosen))
+    schedule = PatchSchedule.of(str(path))
+    assert schedule == PatchSchedule([0.1, 10.0], [3, 9])
+    assert schedule.name == "mine"
+    with pytest.raises(ValueError, match="is a calibration of patch_size; expected one of share"):
+        ShareSchedule.of(str(path))
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"sigmas": [1.0]}'])
+def test_a_file_that_is_no_calibration_is_refused(tmp_path, content):
+    path = tmp_path / "calibration.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match="is no calibration; expected the"):
+        PatchSchedule.of(str(path))
 
 
 @pytest.mark.parametrize(("image", "P"), [((5, 7), 3), ((6, 6), 6), ((4, 9), 4)])

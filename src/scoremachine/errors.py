@@ -15,6 +15,7 @@ from scoremachine.progress import bar, say
 from scoremachine.schedules import LOCALITIES, LevelSchedule, check_integer, edm_sigmas
 from scoremachine.stacking import stack, with_calibrated
 
+WEIGHING = 4  # times as many images weigh the machines of a composite as choose a locality
 ELS_IMAGES = 1000  # ELS is brute force: about a second a picture and step for so many
 DRAWS = 2000  # of a bootstrap
 
@@ -115,7 +116,8 @@ def denoising_errors(
         corpus: The images; those held out are no source. `els` takes 1,000 of the others.
         machines: Names.
         sigmas: Noise levels; None: the 18 of EDM.
-        choosing: How many held-out images calibrate.
+        choosing: How many held-out images calibrate; four times as many, these among them, weigh
+            the machines of a composite.
         reporting: How many others report.
         seed: Of the choice of images and of their noise.
         published: Also these: (machine, locality), as ("pspc", "pspc-cifar10").
@@ -135,13 +137,16 @@ def denoising_errors(
             raise ValueError(f"{name} has no locality, so nothing of it can be as published")
         schedule = LOCALITIES[setting].of(locality)
         also.append((schedule, build(name, corpus, **{setting: schedule})))
-    _, source, choosers, reporters = split(corpus, choosing, seed, reporting=reporting)
+    mixes = any(isinstance(machine, Composite) for machine in built)
+    most = WEIGHING * choosing if mixes else choosing
+    _, source, unseen, reporters = split(corpus, most, seed, reporting=reporting)
+    choosers = unseen[:choosing]
     found: list[Errors] = []
     with bar("Measuring machines", total=len(built)) as progress:
         for machine in built:
             parts: Parts = corpus, fewer(machine.name, source), choosers, reporters
             if isinstance(machine, Composite):
-                found.append(_mixed(machine, parts, sigmas, choosing, seed))
+                found.append(_mixed(machine, parts, sigmas, choosing, unseen, seed))
             else:
                 found += _calibrated(machine, parts, sigmas, choosing, seed)
             found += [
@@ -172,18 +177,29 @@ def _calibrated(
     return [plain, replace(with_h, bandwidths=c.chosen_bandwidths)]
 
 
-def _mixed(machine: Composite, parts: Parts, sigmas: Any, choosing: int, seed: int) -> Errors:
-    """The composite of machines whose localities are calibrated on the images that weigh them."""
+def _mixed(
+    machine: Composite, parts: Parts, sigmas: Any, choosing: int, weighing: np.ndarray, seed: int
+) -> Errors:
+    """The composite: localities from the images that choose, weights from `weighing`."""
     levels = edm_sigmas() if sigmas is None else sigmas
-    s = stack(with_calibrated(machine, levels, choosing, seed, parts), levels, parts, seed)
-    nothing = [0.0] * len(s.sigmas)
-    return Errors(machine.name, "", s.source, s.sigmas, np.array(s.errors), [], nothing)
+    corpus, source, _, reporters = parts
+    ready = with_calibrated(machine, levels, choosing, seed, parts)
+    weights = stack(ready, levels, (corpus, source, weighing, reporters[:0]), seed).schedule
+    made = machine.remade(corpus, of=ready.members, weights=weights)
+    return _as_it_is(made, parts, sigmas, "", choosing, seed)
 
 
 def _published(
     made: Machine, parts: Parts, sigmas: Any, schedule: LevelSchedule, choosing: int, seed: int
 ) -> Errors:
-    c = calibrate(made, sigmas, choosing, (), (), seed, parts)  # nothing is left to choose
-    values = [schedule(sigma) for sigma in c.sigmas]
-    way, nothing = f"published: {schedule.name}", [0.0] * len(c.sigmas)
-    return Errors(made.name, way, c.source, c.sigmas, np.array(c.plain_errors), values, nothing)
+    e = _as_it_is(made, parts, sigmas, f"published: {schedule.name}", choosing, seed)
+    return replace(e, values=[schedule(sigma) for sigma in e.sigmas])
+
+
+def _as_it_is(
+    made: Machine, parts: Parts, sigmas: Any, way: str, choosing: int, seed: int
+) -> Errors:
+    """A machine of which nothing is left to choose."""
+    c = calibrate(made, sigmas, choosing, (), (), seed, parts)
+    nothing = [0.0] * len(c.sigmas)
+    return Errors(made.name, way, c.source, c.sigmas, np.array(c.plain_errors), [], nothing)

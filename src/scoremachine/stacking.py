@@ -2,9 +2,9 @@
 
 At a noise level, the machines' answers D_1 ... D_M to noised held-out pictures, and these pictures
 y themselves, are regressed on the clean ones, with weights that add up to 1. The penalty pulls
-towards the machine that is best by itself; how hard is decided by leaving one picture out at a
-time, so that a composite of machines that have nothing to add to it *is* the best one. Breiman
-1996, Stacked regressions.
+towards the machine that is best by itself, as hard as costs no more than a standard error on
+pictures left out one at a time, so that a composite of machines that have nothing to add to it *is*
+the best one. Breiman 1996, Stacked regressions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from scoremachine.files import write_text
 from scoremachine.progress import bar, say
 from scoremachine.schedules import WeightSchedule
 
-LAYOUT = 1  # of the files beside the corpus
+LAYOUT = 2  # of the files beside the corpus
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # penalties, in units of each difference's own square
 HELD_OUT = 16  # pictures that "auto" weights are chosen on
 
@@ -172,8 +172,8 @@ def weights_of(Z: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, float]:
     """Weights (M + 1,) that add up to 1, of answers Z (M + 1, R, n) to pictures x; the penalty.
 
     With the best answer Z_b, w minimizes |x - Z_b - sum_m w_m (Z_m - Z_b)|^2 + lambda sum_m w_m^2
-    |Z_m - Z_b|^2, at the lambda whose error on pictures left out one at a time is least; lambda may
-    be infinite.
+    |Z_m - Z_b|^2. lambda, which may be infinite, is the largest whose error on pictures left out
+    one at a time is within one standard error of the least (paired, over pictures).
     """
     M, R, _ = Z.shape
     best = int(((Z - x) ** 2).sum((1, 2)).argmin())
@@ -185,21 +185,21 @@ def weights_of(Z: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, float]:
     def solved(G: np.ndarray, c: np.ndarray, ridge: float) -> np.ndarray:
         return np.linalg.lstsq(G + ridge * np.diag(np.diag(G)), c, rcond=1e-12)[0]
 
-    def left_out(ridge: float) -> float:
-        """The error, less that of the best machine, on pictures left out one at a time."""
-        total = 0.0
+    def left_out(ridge: float) -> list[float]:
+        """The errors, less those of the best machine, on pictures left out one at a time."""
+        found = []
         for k in range(R):
             w = solved(G.sum(0) - G[k], c.sum(0) - c[k], ridge)
-            total += w @ G[k] @ w - 2 * w @ c[k]
-        return total
+            found.append(w @ G[k] @ w - 2 * w @ c[k])
+        return found
 
-    losses = [left_out(ridge) for ridge in RIDGES] if R > 1 else [0.0]
-    found = np.zeros(M)
-    found[best] = 1.0
-    if min(losses) >= 0:
-        return found, float("inf")
-    ridge = RIDGES[int(np.argmin(losses))]
-    w = solved(G.sum(0), c.sum(0), ridge)
+    ridge = float("inf")
+    if R > 1:
+        losses = np.array([*map(left_out, RIDGES), [0.0] * R])
+        worse = losses - losses[losses.sum(1).argmin()]
+        near = worse.sum(1) <= worse.std(1) * R**0.5  # within a standard error of the sum
+        ridge = (*RIDGES, ridge)[np.flatnonzero(near)[-1]]
+    w = np.zeros(M - 1) if np.isinf(ridge) else solved(G.sum(0), c.sum(0), ridge)
     return np.insert(w, best, 1 - w.sum()), ridge
 
 

@@ -181,7 +181,7 @@ def calibrate(
     with progress.quiet(quiet):
         other = None
         if beside is not None:
-            other = LOCALITIES[kind_of(machine).locality or "patch_size"].named(beside)
+            other = LOCALITIES[kind_of(machine).locality or "patch_size"].of(beside)
         settings = settings_of(None, None, boundary, window, augment, others, kernel)
         where = data, size, grayscale, limit, strict
         teachers, corpus = networks_and_corpus([network] if network else [], *where)

@@ -58,7 +58,8 @@ MachineNames = Annotated[
 PatchSize = Annotated[
     str | None,
     typer.Option(
-        help="ls, els, pspc: a number, a published schedule's name, or auto (held-out choice)."
+        help="ls, els, pspc: a number, a published schedule's name, what calibrate wrote "
+        "(calibration.json), or auto (held-out choice)."
     ),
 ]
 WindowName = Annotated[

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,6 +56,8 @@ def spread(question: Question, known: Fold) -> Tensor:
     device, c = where(), question.collection
     if c.source == "rolled":
         return rolled.spread(question, known, device, _room(device))
+    if fused.available() and fused.answers(replace(question, u=None)):
+        question = replace(question, y=fused.rounded(question.y))  # as `known` is
     D = torch.zeros_like(question.y, device=device)
     for p in range(len(D)):
         m, Z = known.m[p].to(device), known.Z[p].to(device)

@@ -86,6 +86,19 @@ def answers(question: Question) -> bool:
     return folds(c) and levels and small
 
 
+def rounded(y: Tensor) -> Tensor:
+    """The pictures (B, C, H, W) that are compared where y is asked for."""
+    whole, step = _whole(y)
+    return (whole * step[:, None, None, None] + 0.5) / 127.5
+
+
+def _whole(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures in whole steps, as images are stored, bytes from -128 to 127; the steps, (B,)."""
+    q = 127.5 * y - 0.5
+    step = q.abs().amax((1, 2, 3)).clamp(min=1.0) / LARGEST
+    return torch.round(q / step[:, None, None, None]), step
+
+
 def fold(question: Question, leaders: int, device: torch.device, launch: Launch = LAUNCH) -> Fold:
     """The fold over the source; see `scoremachine.posterior.Kernel`."""
     c, B = question.collection, len(question.y)
@@ -99,9 +112,8 @@ def fold(question: Question, leaders: int, device: torch.device, launch: Launch 
         return Fold.batch(fold(part, leaders, device, launch) for part in some)
     y = question.y.to(device)
     picture, site, blocks = plan.rows(B, launch.rows)
-    q = 127.5 * y - 0.5  # as images are stored: bytes from -128 to 127
-    step = q.abs().amax((1, 2, 3)).clamp(min=1.0) / LARGEST
-    digits = plan.digits(torch.round(q / step[:, None, None, None]), picture, site)
+    whole, step = _whole(y)
+    digits = plan.digits(whole, picture, site)
     variance = (127.5 * question.sigma.to(device)) ** 2
     scales = torch.stack([step / variance, 0.5 / variance], dim=1)[picture].contiguous()
 
@@ -120,7 +132,12 @@ def fold(question: Question, leaders: int, device: torch.device, launch: Launch 
     # from sums of bytes to those of x: (s + 1/2) / 127.5
     found.S = (found.S + 0.5 * found.Z[:, None]) / 127.5
     sizes = c.look(torch.ones_like(y).sum(1))
-    constant = (2 * c.look(y.sum(1)) - sizes / 255) / (510 * variance[:, None, None] / 127.5**2)
+    near = rounded(y)
+    constant = (2 * c.look(near.sum(1)) - sizes / 255) / (510 * variance[:, None, None] / 127.5**2)
+    # |y|^2 is what others leave out, and here it is that of the picture that was compared
+    constant += c.look((y**2 - near**2).sum(1)) / (
+        2 * question.sigma.to(device)[:, None, None] ** 2
+    )
     found.m += constant
     found.logits += constant[:, None]
     found.logits[found.places < 0] = NOTHING

@@ -134,7 +134,8 @@ class BoxMachine(WindowMachine):
     Arguments:
         corpus: The images.
         patch_size: The box's side P: a number, a `PatchSchedule`, the name of a published one
-            (`PatchSchedule.names()`), or "auto" (held-out calibration, the default).
+            (`PatchSchedule.names()`), the path of a calibration.json, or "auto" (held-out
+            calibration, the default).
         window: "box": ones; "gaussian": tapered, a standard deviation of P / 4; "wiener": tapered
             like the corpus's Wiener filter at the noise level, averaged over positions. Query and
             response are tapered alike (Niedoba et al. 2605.24192).
