@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from conftest import SMALL, random_corpus
 from scoremachine import errors as errors_module
 from scoremachine.calibration import split
 from scoremachine.errors import Errors, denoising_errors, ties
+from scoremachine.schedules import WeightSchedule
 from test_calibration import stripes
 
 
@@ -60,6 +63,26 @@ def test_errors_are_those_of_each_machine_on_the_same_held_out_pictures():
         D = alone.denoise(x + 0.3 * eps, 0.3)
         expected = ((D - x) ** 2).mean((1, 2, 3)).numpy()
         np.testing.assert_allclose(e.errors[0], expected, rtol=1e-4)
+
+
+def test_a_composite_that_is_one_machine_has_its_errors(monkeypatch):
+    """On the same images, with the same noise, although more of them weigh than choose."""
+    weighed = []
+
+    def one_of(name, corpus, **settings):
+        return sm.build(name, corpus, **({"of": "ls"} if name == "composite" else {}), **settings)
+
+    def stack(machine, sigmas, parts, seed):
+        weighed.append(parts[2])
+        return SimpleNamespace(schedule=WeightSchedule([1.0], [[1.0]]))
+
+    monkeypatch.setattr(errors_module, "build", one_of)
+    monkeypatch.setattr(errors_module, "stack", stack)
+    corpus = stripes(80, 6)
+    ls, _, mixed = denoising_errors(corpus, ["ls", "composite"], [2.0, 0.02], 4, reporting=8)
+    assert ls.images == mixed.images == 80 - 16 - 8
+    assert len(weighed[0]) == 16
+    np.testing.assert_array_equal(mixed.errors, ls.errors)
 
 
 def test_els_takes_fewer_images_and_the_same_held_out_ones(monkeypatch, capsys):
