@@ -37,6 +37,7 @@ from scoremachine.windows import Box, Collection, classes
 
 RANKS = (0, 2, 4, 8, 16, 32, 64)  # that a budget is shared out for
 LEADING = 64  # components that clusters are found in
+DISTANCES = 10**10  # that k-means may measure: about a minute
 PATCHES = 200_000  # patches, at most, that clusters are made of
 ROOM = 2**26  # numbers in memory at once
 PRIOR = 1.0  # images that a cluster's diagonal counts the average one for
@@ -249,8 +250,8 @@ class Mixture(Corpus):
         c = collection
         plain = isinstance(c.window, Box) and len(c.variants) == 1 and c.reach == 0
         if c.whole and c.source == "same":
-            return self._images(y, sigma)
-        if plain and c.response == "pixel" and c.source == "same":
+            way = self._images
+        elif plain and c.response == "pixel" and c.source == "same":
             way = self._windows
         elif plain and c.response == "pixel" and c.source == "every":
             way = self._everywhere
@@ -259,61 +260,64 @@ class Mixture(Corpus):
                 "a mixture is the source of ideal, and of ls and els with plain boxes: use one of "
                 "them, or the images"
             )
-        return torch.stack([way(y[b], float(sigma[b]), c) for b in range(len(y))])
-
-    def _images(self, y: Tensor, sigma: Tensor) -> Tensor:
-        """Pictures against whole clusters, those of one noise level together."""
         D = torch.empty_like(y)
-        for level in sigma.unique():
+        for level in sigma.unique():  # what is the same for all pictures of one is made once
             some = sigma == level
-            D[some] = self.whole.mean(y[some].flatten(1), float(level)).reshape(y[some].shape)
+            D[some] = way(y[some], float(level), c)
         return D
+
+    def _images(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
+        """Pictures against whole clusters."""
+        return self.whole.mean(y.flatten(1), sigma).reshape(y.shape)
 
     def _windows(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
         """Every pixel's box against the same box of every cluster."""
-        C, H, W = y.shape
+        C, H, W = y.shape[1:]
         r = self.whole.rank
         if r > DENSE:
             return self._dense(y, sigma, c)
-        merged = _Merged()
+        merged = [_Merged() for _ in y]
         for some in self.whole.tiles(H * W * (C * (r + 3) + r * r + 2 * r + 4)):
             K = len(some)
             v = some.variances(sigma).expand(K, C * H * W).reshape(K, C, H, W)
-            delta = y - some.means.double().reshape(K, C, H, W)
-            square = c.look((delta**2 / v).sum(1))
+            mu = some.means.double().reshape(K, C, H, W)
             logdet = c.look(torch.log(v).sum(1))
-            pulled = delta / v
             if r:
                 V = some.V.double().reshape(K, C, H, W, r).permute(0, 4, 1, 2, 3)  # (K, r, C, H, W)
                 VS = V / v[:, None]
-                a = c.look((V * pulled[:, None]).sum(2).flatten(0, 1)).reshape(K, r, H, W)
                 M = torch.einsum("kichw,kjchw->kijhw", V, VS).reshape(-1, H, W)
                 M = c.look(M).reshape(K, r, r, H, W).permute(0, 3, 4, 1, 2)
                 L = torch.linalg.cholesky(M + torch.eye(r, dtype=torch.float64))
-                a = a.permute(0, 2, 3, 1)[..., None]
-                u = torch.cholesky_solve(a, L)
-                square = square - (a * u).sum((3, 4))
                 logdet = logdet + 2 * torch.log(torch.diagonal(L, dim1=3, dim2=4)).sum(3)
-                pulled = pulled - torch.einsum("kichw,khwi->kchw", VS, u[..., 0])
-            l = torch.log(some.weights)[:, None, None] - 0.5 * (square + logdet)
-            m, w = merged.weigh(l.permute(1, 2, 0))
-            merged.add(m, w, torch.einsum("hwk,kchw->hwc", w, pulled))
-        return y - sigma**2 * merged.mean().permute(2, 0, 1)
+            for picture, of in zip(y, merged, strict=True):
+                delta = picture - mu
+                pulled = delta / v
+                square = c.look((delta * pulled).sum(1))
+                if r:
+                    a = c.look((V * pulled[:, None]).sum(2).flatten(0, 1)).reshape(K, r, H, W)
+                    a = a.permute(0, 2, 3, 1)[..., None]
+                    u = torch.cholesky_solve(a, L)
+                    square = square - (a * u).sum((3, 4))
+                    pulled = pulled - torch.einsum("kichw,khwi->kchw", VS, u[..., 0])
+                l = torch.log(some.weights)[:, None, None] - 0.5 * (square + logdet)
+                m, w = of.weigh(l.permute(1, 2, 0))
+                of.add(m, w, torch.einsum("hwk,kchw->hwc", w, pulled))
+        return y - sigma**2 * torch.stack([of.mean() for of in merged]).permute(0, 3, 1, 2)
 
     def _dense(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
         """The same, box by box: for covariances of high rank."""
-        C, H, W = y.shape
+        H, W = y.shape[2:]
         P, Q = c.window.shape
-        rows = []
+        pixels = []
         for i in range(H):
             down = slice(max(0, i - P // 2), i + P // 2 + 1)
             for j in range(W):
                 across = slice(max(0, j - Q // 2), j + Q // 2 + 1)
                 part = self.whole.part(down, across)
-                q = y[:, down, across].reshape(1, -1)
-                D = part.reduced().mean(q, sigma).reshape(part.shape)
-                rows.append(D[:, i - down.start, j - across.start])
-        return torch.stack(rows, 1).reshape(C, H, W)
+                q = y[:, :, down, across]
+                D = part.reduced().mean(q.flatten(1), sigma).reshape(q.shape)
+                pixels.append(D[:, :, i - down.start, j - across.start])
+        return torch.stack(pixels, 2).reshape(y.shape)
 
     def _everywhere(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
         """Every pixel's box against clusters of patches; a cut box against what is left of them."""
@@ -323,20 +327,20 @@ class Mixture(Corpus):
                 f"this mixture has no clusters of {P} x {P} patches; there are sides "
                 f"{', '.join(map(str, self.patches)) or 'none'}: compress with patch_size={P}"
             )
-        clusters, C = self.patches[P], len(y)
-        y = wrap(y[None], c)[0] if c.wraps else y
-        D = torch.empty(C, *c.grid, dtype=torch.float64)
+        clusters, (B, C) = self.patches[P], y.shape[:2]
+        y = wrap(y, c) if c.wraps else y
+        D = torch.empty(B, C, *c.grid, dtype=torch.float64)
         for of in classes(c):
             h, w = of.patches.size
             a, b = of.middle
             n, m = of.shape
-            windows = y[:, of.seen[0], of.seen[1]]
-            windows = windows.unfold(1, h, 1).unfold(2, w, 1).permute(1, 2, 0, 3, 4)
+            windows = y[:, :, of.seen[0], of.seen[1]]
+            windows = windows.unfold(2, h, 1).unfold(3, w, 1).permute(0, 2, 3, 1, 4, 5)
             # the part of a patch that a box keeps whose middle is at (a, b)
             rows, columns = (slice(P // 2 - at, P // 2 - at + n) for at, n in ((a, h), (b, w)))
-            found = clusters.part(rows, columns).mean(windows.reshape(n * m, -1), sigma)
-            found = found.reshape(n, m, C, h, w)[..., a, b]
-            D[:, of.rows, of.columns] = found.permute(2, 0, 1)
+            found = clusters.part(rows, columns).mean(windows.reshape(B * n * m, -1), sigma)
+            found = found.reshape(B, n, m, C, h, w)[..., a, b]
+            D[:, :, of.rows, of.columns] = found.permute(0, 3, 1, 2)
         return D
 
 
@@ -517,7 +521,10 @@ def _of_rank(images: np.ndarray, K: int, rank: int, seed: int) -> Clusters:
         leading = PCA(min(LEADING, D, len(some)), svd_solver="randomized", random_state=seed)
         leading.fit(x[some].numpy())
         z = np.concatenate([leading.transform(part.numpy()) for part in x.split(4096)])
-        k_means = MiniBatchKMeans(K, n_init=1, random_state=seed, batch_size=max(4096, 2 * K))
+        k_means = MiniBatchKMeans(
+            K, n_init=1, random_state=seed, batch_size=max(4096, 2 * K),
+            max_iter=int(np.clip(DISTANCES // (N * K), 3, 100)),
+        )  # fmt: skip
         found = k_means.fit_predict(z)
     _, found, counts = np.unique(found, return_inverse=True, return_counts=True)
     K, order = len(counts), np.argsort(found, kind="stable")
