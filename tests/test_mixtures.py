@@ -115,6 +115,30 @@ def test_els_answers_by_the_marginals_of_patches(boundary):
                 assert D[i, j] == pytest.approx(found, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        Collection.of_images((4, 5)),
+        Collection((4, 5), Box((3, 3)), "pixels", "pixel"),
+        Collection((4, 5), Box((3, 3)), "pixels", "pixel", "every"),
+        Collection((4, 5), Box((3, 3)), "pixels", "pixel", "every", boundary="circular"),
+    ],
+    ids=["ideal", "ls", "els", "els-circular"],
+)
+@pytest.mark.parametrize("dense", [48, 1])
+def test_a_picture_is_the_same_among_others_of_its_noise_level_and_of_others(
+    row, dense, monkeypatch
+):
+    monkeypatch.setattr(mixtures, "DENSE", dense)
+    m = Mixture(some_clusters(4, (1, 4, 5), 2), {3: some_clusters(6, (1, 3, 3), 2, seed=1)})
+    y = torch.randn(6, 1, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sigma = torch.tensor(SIGMAS * 2, dtype=torch.float64)
+    together = m.posterior(y, sigma, row)
+    for b in range(6):
+        alone = m.posterior(y[b : b + 1], sigma[b : b + 1], row)[0]
+        torch.testing.assert_close(together[b], alone, rtol=0, atol=1e-12)
+
+
 def test_derivatives_are_those_of_autograd():
     m = Mixture(some_clusters(3, (1, 3, 4), 2), {3: some_clusters(3, (1, 3, 3), 2)})
     y = torch.randn(1, 1, 3, 4, dtype=torch.float64, requires_grad=True)
