@@ -11,7 +11,7 @@ import torch
 import scoremachine as sm
 from conftest import SMALL, random_corpus
 from scoremachine import errors as errors_module
-from scoremachine.calibration import split
+from scoremachine.calibration import denoising_error, held_out_pictures, split
 from scoremachine.errors import Errors, denoising_errors, ties
 from scoremachine.schedules import WeightSchedule
 from test_calibration import stripes
@@ -66,23 +66,33 @@ def test_errors_are_those_of_each_machine_on_the_same_held_out_pictures():
 
 
 def test_a_composite_that_is_one_machine_has_its_errors(monkeypatch):
-    """On the same images, with the same noise, although more of them weigh than choose."""
+    """On the same pictures, with the same noise, of a source without the images that weigh."""
     weighed = []
 
     def one_of(name, corpus, **settings):
         return sm.build(name, corpus, **({"of": "ls"} if name == "composite" else {}), **settings)
 
     def stack(machine, sigmas, parts, seed):
-        weighed.append(parts[2])
+        weighed.append(parts)
         return SimpleNamespace(schedule=WeightSchedule([1.0], [[1.0]]))
 
     monkeypatch.setattr(errors_module, "build", one_of)
     monkeypatch.setattr(errors_module, "stack", stack)
     corpus = stripes(80, 6)
-    ls, _, mixed = denoising_errors(corpus, ["ls", "composite"], [2.0, 0.02], 4, reporting=8)
-    assert ls.images == mixed.images == 80 - 16 - 8
-    assert len(weighed[0]) == 16
-    np.testing.assert_array_equal(mixed.errors, ls.errors)
+    levels = [2.0, 0.02]
+    ls, _, mixed = denoising_errors(corpus, ["ls", "composite"], levels, 4, reporting=8)
+    _, source, choosers, reporters = split(corpus, 4, 0, reporting=8)
+    assert ls.images == len(source)  # as without a composite
+    _, rest, weighing, _ = weighed[0]
+    assert len(weighing) == 16
+    assert set(choosers) <= set(weighing)
+    assert set(weighing) - set(choosers) == set(source) - set(rest)
+    assert mixed.images == len(rest)
+    _, pictures = held_out_pictures((corpus, rest, choosers, reporters), 0)
+    for k, level in enumerate(levels):
+        alone = sm.build("ls", corpus, patch_size=ls.values[k])
+        expected = denoising_error(alone, rest, pictures, level)
+        np.testing.assert_array_equal(mixed.errors[k], expected)
 
 
 def test_els_takes_fewer_images_and_the_same_held_out_ones(monkeypatch, capsys):

@@ -116,8 +116,8 @@ def denoising_errors(
         corpus: The images; those held out are no source. `els` takes 1,000 of the others.
         machines: Names.
         sigmas: Noise levels; None: the 18 of EDM.
-        choosing: How many held-out images calibrate; four times as many, these among them, weigh
-            the machines of a composite.
+        choosing: How many held-out images calibrate. A composite is weighed on four times as many,
+            these among them, and made of so many fewer.
         reporting: How many others report.
         seed: Of the choice of images and of their noise.
         published: Also these: (machine, locality), as ("pspc", "pspc-cifar10").
@@ -137,16 +137,13 @@ def denoising_errors(
             raise ValueError(f"{name} has no locality, so nothing of it can be as published")
         schedule = LOCALITIES[setting].of(locality)
         also.append((schedule, build(name, corpus, **{setting: schedule})))
-    mixes = any(isinstance(machine, Composite) for machine in built)
-    most = WEIGHING * choosing if mixes else choosing
-    _, source, unseen, reporters = split(corpus, most, seed, reporting=reporting)
-    choosers = unseen[:choosing]
+    _, source, choosers, reporters = split(corpus, choosing, seed, reporting=reporting)
     found: list[Errors] = []
     with bar("Measuring machines", total=len(built)) as progress:
         for machine in built:
             parts: Parts = corpus, fewer(machine.name, source), choosers, reporters
             if isinstance(machine, Composite):
-                found.append(_mixed(machine, parts, sigmas, choosing, unseen, seed))
+                found.append(_mixed(machine, parts, sigmas, choosing, seed))
             else:
                 found += _calibrated(machine, parts, sigmas, choosing, seed)
             found += [
@@ -177,16 +174,17 @@ def _calibrated(
     return [plain, replace(with_h, bandwidths=c.chosen_bandwidths)]
 
 
-def _mixed(
-    machine: Composite, parts: Parts, sigmas: Any, choosing: int, weighing: np.ndarray, seed: int
-) -> Errors:
-    """The composite: localities from the images that choose, weights from `weighing`."""
+def _mixed(machine: Composite, parts: Parts, sigmas: Any, choosing: int, seed: int) -> Errors:
+    """The composite: weighed on the images that choose localities and on some of the source."""
     levels = edm_sigmas() if sigmas is None else sigmas
-    corpus, source, _, reporters = parts
+    corpus, source, choosers, reporters = parts
     ready = with_calibrated(machine, levels, choosing, seed, parts)
+    order = np.random.default_rng(seed).permutation(source)
+    more = order[: min((WEIGHING - 1) * len(choosers), len(source) // 4)]
+    source, weighing = np.setdiff1d(source, more), np.sort(np.concatenate([choosers, more]))
     weights = stack(ready, levels, (corpus, source, weighing, reporters[:0]), seed).schedule
     made = machine.remade(corpus, of=ready.members, weights=weights)
-    return _as_it_is(made, parts, sigmas, "", choosing, seed)
+    return _as_it_is(made, (corpus, source, choosers, reporters), sigmas, "", choosing, seed)
 
 
 def _published(

@@ -57,7 +57,7 @@ def spread(question: Question, known: Fold) -> Tensor:
     if c.source == "rolled":
         return rolled.spread(question, known, device, _room(device))
     if fused.available() and fused.answers(replace(question, u=None)):
-        question = replace(question, y=fused.rounded(question.y))  # as `known` is
+        question, known = fused.compared(question, known)
     D = torch.zeros_like(question.y, device=device)
     for p in range(len(D)):
         m, Z = known.m[p].to(device), known.Z[p].to(device)

@@ -88,11 +88,23 @@ def answers(question: Question) -> bool:
 
 def rounded(y: Tensor) -> Tensor:
     """The pictures (B, C, H, W) that are compared where y is asked for."""
-    whole, step = _whole(y)
+    whole, step = _in_steps(y)
     return (whole * step[:, None, None, None] + 0.5) / 127.5
 
 
-def _whole(y: Tensor) -> tuple[Tensor, Tensor]:
+def compared(question: Question, known: Fold) -> tuple[Question, Fold]:
+    """The question that a fold of `fold` answers, and the fold without the |y|^2 of `_left_out`."""
+    near = rounded(question.y)
+    extra = _left_out(question.y, near, question.sigma, question.collection)
+    return replace(question, y=near), replace(known, m=known.m - extra)
+
+
+def _left_out(y: Tensor, near: Tensor, sigma: Tensor, c: Collection) -> Tensor:
+    """What logits need for near, where others leave out the |y|^2 of y: (B, *sites)."""
+    return c.look((y**2 - near**2).sum(1)) / (2 * sigma[:, None, None] ** 2)
+
+
+def _in_steps(y: Tensor) -> tuple[Tensor, Tensor]:
     """Pictures in whole steps, as images are stored, bytes from -128 to 127; the steps, (B,)."""
     q = 127.5 * y - 0.5
     step = q.abs().amax((1, 2, 3)).clamp(min=1.0) / LARGEST
@@ -112,7 +124,7 @@ def fold(question: Question, leaders: int, device: torch.device, launch: Launch 
         return Fold.batch(fold(part, leaders, device, launch) for part in some)
     y = question.y.to(device)
     picture, site, blocks = plan.rows(B, launch.rows)
-    whole, step = _whole(y)
+    whole, step = _in_steps(y)
     digits = plan.digits(whole, picture, site)
     variance = (127.5 * question.sigma.to(device)) ** 2
     scales = torch.stack([step / variance, 0.5 / variance], dim=1)[picture].contiguous()
@@ -134,10 +146,7 @@ def fold(question: Question, leaders: int, device: torch.device, launch: Launch 
     sizes = c.look(torch.ones_like(y).sum(1))
     near = rounded(y)
     constant = (2 * c.look(near.sum(1)) - sizes / 255) / (510 * variance[:, None, None] / 127.5**2)
-    # |y|^2 is what others leave out, and here it is that of the picture that was compared
-    constant += c.look((y**2 - near**2).sum(1)) / (
-        2 * question.sigma.to(device)[:, None, None] ** 2
-    )
+    constant += _left_out(y, near, question.sigma.to(device), c)
     found.m += constant
     found.logits += constant[:, None]
     found.logits[found.places < 0] = NOTHING
