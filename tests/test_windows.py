@@ -105,14 +105,21 @@ def test_a_schedule_is_read_from_a_calibration(tmp_path):
     assert schedule.name == "mine"
     with pytest.raises(ValueError, match="is a calibration of patch_size; expected one of share"):
         ShareSchedule.of(str(path))
+    for other, says in (({"weights": []}, "of weights"), ({"setting": None}, "that has no local")):
+        path.write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=says):
+            PatchSchedule.of(str(path))
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"sigmas": [1.0]}'])
+UNREADABLE = '{"setting": "patch_size", "sigmas": null, "chosen": 3}'
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"sigmas": [1.0]}', UNREADABLE])
 def test_a_file_that_is_no_calibration_is_refused(tmp_path, content):
     path = tmp_path / "calibration.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ValueError, match="is no calibration; expected the"):
+    with pytest.raises(ValueError, match="holds no patch_size; expected the"):
         PatchSchedule.of(str(path))
 
 

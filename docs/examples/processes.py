@@ -44,8 +44,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of ordinary diffusion")
     parser.add_argument("--out", type=Path, default=Path("runs/processes"))
     options = parser.parse_args()
+    if options.data == "photographs" and options.limit:
+        parser.error("--limit is for other --data; the photographs are taken whole")
     if options.data == "photographs":
-        whole = photographs(64)
+        whole = photographs(options.size or 64)
     else:
         whole = sm.Corpus.open(options.data, size=options.size, limit=options.limit)
     order = np.random.default_rng(0).permutation(len(whole))
@@ -81,14 +83,7 @@ def main() -> None:
         rows.append((f"{process}\n{steps} steps\n{seconds:.2f} s", images[some], nearest[some]))
     options.out.mkdir(parents=True, exist_ok=True)
     drawing.save_zoo(rows, options.out / "processes.png")
-    head = [
-        "",
-        "steps",
-        "processor seconds a picture",
-        "kernel distance",
-        "to nearest image",
-        "variety",
-    ]
+    head = ["", "steps", "seconds a picture", "kernel distance x 1,000", "to nearest", "variety"]
     text = "\n".join([*tables.markdown(head, table), "", *denoising(machine, unseen)])
     (options.out / "processes.md").write_text(text + "\n")
     print(text)

@@ -37,7 +37,7 @@ from scoremachine.windows import Box, Collection, classes
 
 RANKS = (0, 2, 4, 8, 16, 32, 64)  # that a budget is shared out for
 LEADING = 64  # components that clusters are found in
-DISTANCES = 10**10  # that k-means may measure: about a minute
+DISTANCES = 10**10  # that k-means measures, about, but never in fewer than 3 rounds
 PATCHES = 200_000  # patches, at most, that clusters are made of
 ROOM = 2**26  # numbers in memory at once
 PRIOR = 1.0  # images that a cluster's diagonal counts the average one for
@@ -123,30 +123,34 @@ class Clusters:
     def mean(self, q: Tensor, sigma: float) -> Tensor:
         """E[x | q] of vectors q = x + sigma eps, float64 (Q, D), differentiable."""
         D, r = q.shape[1], self.rank
-        merged = _Merged()
-        for c in self.tiles(D * (r + 3) + len(q) * (r + 2)):
+        pieces = q.split(max(1, ROOM // D))
+        folds = [_Merged() for _ in pieces]
+        for c in self.tiles(D * (r + 3) + len(pieces[0]) * (r + 2)):
             v = c.variances(sigma)
             mu, V = c.means.double(), c.V.double()
             scaled = mu / v
             ones = (1 / v).expand(-1, D)
-            square = (q**2) @ ones.T - 2 * q @ scaled.T + (mu * scaled).sum(1)
             logdet = torch.log(v).expand(-1, D).sum(1)
             if r:
                 VS = V / v[:, :, None]  # (K, D, r)
                 M = torch.eye(r, dtype=torch.float64) + V.transpose(1, 2) @ VS
                 L = torch.linalg.cholesky(M)
                 flat = VS.permute(1, 0, 2).flatten(1)  # (D, K r)
-                a = (q @ flat).unflatten(1, (-1, r)) - torch.einsum("kd,kdr->kr", mu, VS)
-                u = torch.cholesky_solve(a.permute(1, 2, 0), L).permute(2, 0, 1)  # (Q, K, r)
-                square = square - (a * u).sum(2)
+                middle = torch.einsum("kd,kdr->kr", mu, VS)
                 logdet = logdet + 2 * torch.log(torch.diagonal(L, dim1=1, dim2=2)).sum(1)
-            l = torch.log(c.weights) - 0.5 * (square + logdet)
-            m, w = merged.weigh(l)
-            pulled = q * (w @ ones) - w @ scaled
-            if r:
-                pulled = pulled - (w[..., None] * u).flatten(1) @ flat.T
-            merged.add(m, w, pulled)
-        return q - sigma**2 * merged.mean()
+            for piece, fold in zip(pieces, folds, strict=True):
+                square = (piece**2) @ ones.T - 2 * piece @ scaled.T + (mu * scaled).sum(1)
+                if r:
+                    a = (piece @ flat).unflatten(1, (-1, r)) - middle
+                    u = torch.cholesky_solve(a.permute(1, 2, 0), L).permute(2, 0, 1)  # (Q, K, r)
+                    square = square - (a * u).sum(2)
+                l = torch.log(c.weights) - 0.5 * (square + logdet)
+                m, w = fold.weigh(l)
+                pulled = piece * (w @ ones) - w @ scaled
+                if r:
+                    pulled = pulled - (w[..., None] * u).flatten(1) @ flat.T
+                fold.add(m, w, pulled)
+        return q - sigma**2 * torch.cat([fold.mean() for fold in folds])
 
 
 class _Merged:
@@ -276,7 +280,7 @@ class Mixture(Corpus):
         r = self.whole.rank
         if r > DENSE:
             return self._dense(y, sigma, c)
-        merged = [_Merged() for _ in y]
+        folds = [_Merged() for _ in y]
         for some in self.whole.tiles(H * W * (C * (r + 3) + r * r + 2 * r + 4)):
             K = len(some)
             v = some.variances(sigma).expand(K, C * H * W).reshape(K, C, H, W)
@@ -289,7 +293,7 @@ class Mixture(Corpus):
                 M = c.look(M).reshape(K, r, r, H, W).permute(0, 3, 4, 1, 2)
                 L = torch.linalg.cholesky(M + torch.eye(r, dtype=torch.float64))
                 logdet = logdet + 2 * torch.log(torch.diagonal(L, dim1=3, dim2=4)).sum(3)
-            for picture, of in zip(y, merged, strict=True):
+            for picture, fold in zip(y, folds, strict=True):
                 delta = picture - mu
                 pulled = delta / v
                 square = c.look((delta * pulled).sum(1))
@@ -300,9 +304,9 @@ class Mixture(Corpus):
                     square = square - (a * u).sum((3, 4))
                     pulled = pulled - torch.einsum("kichw,khwi->kchw", VS, u[..., 0])
                 l = torch.log(some.weights)[:, None, None] - 0.5 * (square + logdet)
-                m, w = of.weigh(l.permute(1, 2, 0))
-                of.add(m, w, torch.einsum("hwk,kchw->hwc", w, pulled))
-        return y - sigma**2 * torch.stack([of.mean() for of in merged]).permute(0, 3, 1, 2)
+                m, w = fold.weigh(l.permute(1, 2, 0))
+                fold.add(m, w, torch.einsum("hwk,kchw->hwc", w, pulled))
+        return y - sigma**2 * torch.stack([fold.mean() for fold in folds]).permute(0, 3, 1, 2)
 
     def _dense(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
         """The same, box by box: for covariances of high rank."""
@@ -330,17 +334,21 @@ class Mixture(Corpus):
         clusters, (B, C) = self.patches[P], y.shape[:2]
         y = wrap(y, c) if c.wraps else y
         D = torch.empty(B, C, *c.grid, dtype=torch.float64)
+        together = max(1, ROOM // (C * P * P * math.prod(c.grid)))  # pictures
         for of in classes(c):
             h, w = of.patches.size
             a, b = of.middle
             n, m = of.shape
-            windows = y[:, :, of.seen[0], of.seen[1]]
-            windows = windows.unfold(2, h, 1).unfold(3, w, 1).permute(0, 2, 3, 1, 4, 5)
             # the part of a patch that a box keeps whose middle is at (a, b)
             rows, columns = (slice(P // 2 - at, P // 2 - at + n) for at, n in ((a, h), (b, w)))
-            found = clusters.part(rows, columns).mean(windows.reshape(B * n * m, -1), sigma)
-            found = found.reshape(B, n, m, C, h, w)[..., a, b]
-            D[:, :, of.rows, of.columns] = found.permute(0, 3, 1, 2)
+            part = clusters.part(rows, columns)
+            for first in range(0, B, together):
+                some = slice(first, first + together)
+                windows = y[some, :, of.seen[0], of.seen[1]]
+                windows = windows.unfold(2, h, 1).unfold(3, w, 1).permute(0, 2, 3, 1, 4, 5)
+                found = part.mean(windows.reshape(-1, C * h * w), sigma)
+                found = found.reshape(-1, n, m, C, h, w)[..., a, b]
+                D[some, :, of.rows, of.columns] = found.permute(0, 3, 1, 2)
         return D
 
 

@@ -157,20 +157,21 @@ class LevelSchedule(ByLevel):
         Raises:
             ValueError: For anything else, or what was chosen for another setting.
         """
+        name = path.resolve().parent.name
         try:
             record = json.loads(path.read_text())
-            setting, sigmas, chosen = (record[key] for key in ("setting", "sigmas", "chosen"))
-        except (OSError, ValueError, LookupError, TypeError):
+            setting = "weights" if "weights" in record else record["setting"]
+            if setting == cls.setting:
+                return cls(record["sigmas"], record["chosen"], name=name)
+        except (OSError, json.JSONDecodeError, LookupError, TypeError):
             raise ValueError(
-                f"{path} is no calibration; expected the calibration.json that scoremachine "
+                f"{path} holds no {cls.setting}; expected the calibration.json that scoremachine "
                 "calibrate --out writes"
             ) from None
-        if setting != cls.setting:
-            raise ValueError(
-                f"{path} is a calibration of {setting}; expected one of {cls.setting}: calibrate "
-                "the same machine"
-            )
-        return cls(sigmas, chosen, name=path.resolve().parent.name)
+        raise ValueError(
+            f"{path} is a calibration of {setting or 'a machine that has no locality'}; expected "
+            f"one of {cls.setting}: calibrate the same kind of machine"
+        )
 
 
 class PatchSchedule(LevelSchedule):

@@ -148,7 +148,7 @@ def calibrate(
     held_out: Annotated[int, typer.Option(help="Images that choose; as many others report.")] = 16,
     steps: Annotated[int, typer.Option(help="How many EDM noise levels.")] = 18,
     beside: Annotated[
-        str | None, typer.Option(help="A published schedule to print beside.")
+        str | None, typer.Option(help="A schedule to print beside: a name, or a file of calibrate.")
     ] = None,
     network: Annotated[
         str | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ def spelled(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: For an unknown name, or a locality of a machine that has none.
     """
-    rest, *additions = text.strip().split("+")
+    rest, *additions = re.split(r"\+(?!.*\.json)", text.strip())  # a path may hold one
     name, colon, value = rest.partition(":")
     kind = kind_of(name)
     settings: dict[str, Any] = {}

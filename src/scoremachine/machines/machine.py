@@ -347,7 +347,8 @@ class LocalMachine(Machine):
 
     Arguments:
         corpus: The images.
-        local: A number, a schedule, the name of a published one, or "auto" (held-out calibration).
+        local: A number, a schedule, the name of a published one, the path of a calibration.json,
+            or "auto" (held-out calibration).
         bandwidth, kernel, schedule: See `Machine`.
     """
 
