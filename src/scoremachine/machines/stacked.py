@@ -44,7 +44,7 @@ class Composite(Machine):
     def __init__(
         self,
         corpus: Corpus,
-        of: Members = "gaussian,ls,pspc,pspc-flex,pca:auto",
+        of: Members = "ideal,gaussian,ls,pspc,pspc-flex,pca:auto",
         weights: WeightSchedule | Sequence[float] | float | str = "auto",
         bandwidth: float | BandwidthSchedule | str = 0.0,
         kernel: str = "auto",
