@@ -16,6 +16,7 @@ from sklearn.metrics import r2_score
 import scoremachine as sm
 from conftest import random_corpus
 from scoremachine.comparison import Entrant, Summary, agreement, compare, parts, report, shared_bias
+from scoremachine.machines import spelled
 from scoremachine.networks import Network
 
 
@@ -247,3 +248,13 @@ def test_a_bias_needs_networks_and_a_pair(corpus):
     ]:
         with pytest.raises(ValueError, match=re.escape(words)):
             shared_bias(networks, machines, corpus, **options)
+
+
+def test_a_machine_is_spelled_with_the_file_of_a_calibration():
+    assert spelled("ls:7+gaussian+h") == (
+        "ls",
+        {"patch_size": 7, "window": "gaussian", "bandwidth": "auto"},
+    )
+    path = "runs/ls+h/calibration.json"
+    assert spelled(f"ls:{path}") == ("ls", {"patch_size": path})
+    assert spelled(f"ls:{path}+h") == ("ls", {"patch_size": path, "bandwidth": "auto"})

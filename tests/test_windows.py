@@ -114,11 +114,11 @@ def test_a_schedule_is_read_from_a_calibration(tmp_path):
 UNREADABLE = '{"setting": "patch_size", "sigmas": null, "chosen": 3}'
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"sigmas": [1.0]}', UNREADABLE])
+@pytest.mark.parametrize("content", [None, "", "[]", "\xff", '{"sigmas": [1.0]}', UNREADABLE])
 def test_a_file_that_is_no_calibration_is_refused(tmp_path, content):
     path = tmp_path / "calibration.json"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match="holds no patch_size; expected the"):
         PatchSchedule.of(str(path))
 

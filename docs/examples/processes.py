@@ -44,12 +44,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of ordinary diffusion")
     parser.add_argument("--out", type=Path, default=Path("runs/processes"))
     options = parser.parse_args()
-    if options.data == "photographs" and options.limit:
-        parser.error("--limit is for other --data; the photographs are taken whole")
-    if options.data == "photographs":
-        whole = photographs(options.size or 64)
-    else:
+    if options.data != "photographs":
         whole = sm.Corpus.open(options.data, size=options.size, limit=options.limit)
+    elif options.limit:
+        parser.error("--limit is for other --data; the photographs are taken whole")
+    else:
+        whole = photographs(options.size or 64)
     order = np.random.default_rng(0).permutation(len(whole))
     held = min(options.held_out, len(whole) // 4)
     unseen, corpus = whole.subset(np.sort(order[:held])), whole.subset(np.sort(order[held:]))

@@ -163,7 +163,7 @@ class LevelSchedule(ByLevel):
             setting = "weights" if "weights" in record else record["setting"]
             if setting == cls.setting:
                 return cls(record["sigmas"], record["chosen"], name=name)
-        except (OSError, json.JSONDecodeError, LookupError, TypeError):
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError):
             raise ValueError(
                 f"{path} holds no {cls.setting}; expected the calibration.json that scoremachine "
                 "calibrate --out writes"

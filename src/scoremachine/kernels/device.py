@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scoremachine import posterior
 from scoremachine.kernels import fused, rolled
-from scoremachine.kernels.fused import NOTHING
+from scoremachine.kernels.whole import NOTHING
 from scoremachine.posterior import Fold, Question, units_of_x
 from scoremachine.windows import Collection
 

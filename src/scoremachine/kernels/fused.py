@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoremachine.kernels.whole import NOTHING
 from scoremachine.posterior import Fold, Question
 from scoremachine.windows import Box, Collection, classes
 
@@ -35,7 +36,6 @@ CHUNK = 2**28  # bytes that are sent there at a time
 CHANNELS = 4  # at most
 WINDOW = 2**17  # numbers of a window whose squares an int32 can hold
 LEAST = (8, 0)  # a GPU's version with such matrix units
-NOTHING = -1e300  # the logit of no source at all
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ def answers(question: Question) -> bool:
 
 def rounded(y: Tensor) -> Tensor:
     """The pictures (B, C, H, W) that are compared where y is asked for."""
-    whole, step = _in_steps(y)
-    return (whole * step[:, None, None, None] + 0.5) / 127.5
+    return _in_units(*_in_steps(y))
 
 
 def compared(question: Question, known: Fold) -> tuple[Question, Fold]:
@@ -109,6 +108,11 @@ def _in_steps(y: Tensor) -> tuple[Tensor, Tensor]:
     q = 127.5 * y - 0.5
     step = q.abs().amax((1, 2, 3)).clamp(min=1.0) / LARGEST
     return torch.round(q / step[:, None, None, None]), step
+
+
+def _in_units(whole: Tensor, step: Tensor) -> Tensor:
+    """The pictures that whole steps are."""
+    return (whole * step[:, None, None, None] + 0.5) / 127.5
 
 
 def fold(question: Question, leaders: int, device: torch.device, launch: Launch = LAUNCH) -> Fold:
@@ -144,7 +148,7 @@ def fold(question: Question, leaders: int, device: torch.device, launch: Launch 
     # from sums of bytes to those of x: (s + 1/2) / 127.5
     found.S = (found.S + 0.5 * found.Z[:, None]) / 127.5
     sizes = c.look(torch.ones_like(y).sum(1))
-    near = rounded(y)
+    near = _in_units(whole, step)
     constant = (2 * c.look(near.sum(1)) - sizes / 255) / (510 * variance[:, None, None] / 127.5**2)
     constant += _left_out(y, near, question.sigma.to(device), c)
     found.m += constant

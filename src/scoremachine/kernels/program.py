@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from scoremachine.kernels import fused
+from scoremachine.kernels import whole
 
-NOTHING = tl.constexpr(fused.NOTHING)
+NOTHING = tl.constexpr(whole.NOTHING)
 
 
 @triton.jit
