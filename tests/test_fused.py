@@ -37,10 +37,11 @@ class Told:
         flat = images.reshape(-1)
         for kind, first, rows in blocks[:count].tolist():
             numbers, down, across, begins, pixel = classes[kind].tolist()
-            at = (torch.arange(down)[:, None] * width + torch.arange(across) + begins).reshape(-1)
+            down, across = (torch.arange(n, device=images.device) for n in (down, across))
+            at = (down[:, None] * width + across + begins).reshape(-1)
             total, r = n * len(at), slice(first, first + rows)
             for part in range(parts):
-                s = torch.arange(total * part // parts, total * (part + 1) // parts)
+                s = torch.arange(total * part // parts, total * (part + 1) // parts).to(at)
                 if len(s) == 0:
                     sums[part, 0, r] = -torch.inf
                     continue

@@ -107,12 +107,14 @@ def fold_rows(
         w = tl.where(is_source[None] & counts, tl.exp((l - m[:, None]).to(tl.float32)), 0.0)
         # nothing has been added up yet where m falls
         less = tl.exp(-tl.maximum(rise, 0.0)).to(tl.float64)
-        Z = Z * less + tl.sum(w, 1).to(tl.float64)
-        Z2 = Z2 * less * less + tl.sum(w * w, 1).to(tl.float64)
+        # sums without a rounding: a mean is then off by no more than its patches differ
+        exactly = w.to(tl.float64)
+        Z = Z * less + tl.sum(exactly, 1)
+        Z2 = Z2 * less * less + tl.sum(exactly * exactly, 1)
         S *= less[:, None]
         for c in tl.static_range(C):
-            v = tl.load(images + base + pixel + c * pixels).to(tl.float32)
-            S += tl.where(channel[None] == c, tl.sum(w * v[None], 1).to(tl.float64)[:, None], 0.0)
+            v = tl.load(images + base + pixel + c * pixels).to(tl.float64)
+            S += tl.where(channel[None] == c, tl.sum(exactly * v[None], 1)[:, None], 0.0)
         if LEADERS > 0:
             l = tl.where(is_source[None] & counts, l, NOTHING)
             smallest = tl.min(logits, 1)
