@@ -274,10 +274,11 @@ class _Mean(torch.autograd.Function):
         return unwrap(g, c) if c.wraps else g, None, None, None, None, None
 
 
-def units_of_x(images: np.ndarray) -> Tensor:
+def units_of_x(images: np.ndarray | Tensor) -> Tensor:
     """Images as x, float64: uint8 from 0 to 255 become [-1, 1], floats stay what they are."""
-    x = torch.from_numpy(images).double()
-    return x / 127.5 - 1 if images.dtype == np.uint8 else x
+    given = torch.as_tensor(images)
+    x = given.double()
+    return x / 127.5 - 1 if given.dtype == torch.uint8 else x
 
 
 def with_slope(value: Tensor, slope: Tensor, y: Tensor) -> Tensor:

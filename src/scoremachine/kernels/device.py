@@ -6,10 +6,10 @@ is `Collection.look` and its adjoint `paint`. What a GPU has its own programs fo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,13 +41,10 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
         return fused.fold(question, leaders, device)
     if question.collection.source == "rolled":
         return rolled.fold(question, leaders, device, _room(device))
-    folds = [
-        functools.reduce(
-            Fold.merge,
-            (_summary(question, p, *piece, leaders) for piece in _read(question, device)),
-        )
-        for p in range(len(question.y))
-    ]
+    folds: list[Fold] = []
+    for piece in _read(question, device):
+        parts = [_summary(question, p, *piece, leaders) for p in range(len(question.y))]
+        folds = list(map(Fold.merge, folds, parts)) if folds else parts
     return Fold.batch(folds).cpu()
 
 
@@ -58,11 +55,11 @@ def spread(question: Question, known: Fold) -> Tensor:
         return rolled.spread(question, known, device, _room(device))
     if fused.available() and fused.answers(replace(question, u=None)):
         question, known = fused.compared(question, known)
+    m, Z = known.m.to(device), known.Z.to(device)
     D = torch.zeros_like(question.y, device=device)
-    for p in range(len(D)):
-        m, Z = known.m[p].to(device), known.Z[p].to(device)
-        for s, v, _, shift in _read(question, device):
-            a = torch.exp(_logits(question, p, s, shift) - m) / Z
+    for s, v, _, shift in _read(question, device):
+        for p in range(len(D)):
+            a = torch.exp(_logits(question, p, s, shift) - m[p]) / Z[p]
             if question.u is not None:
                 a *= _inner(question, p, v) - known.mean[p, 0].to(device)
             D[p] += (c.paint(a)[:, None] * (v if question.u is None else s)).sum(0)
@@ -89,8 +86,8 @@ def _read(
     step = max(1, _room(device) // ((C + 8) * H * W))
     for start in range(0, len(question.index), step):
         ids = question.index[start : start + step]
-        seen = units_of_x(images[ids]).to(device)
-        told = seen if question.values is None else units_of_x(question.values[ids]).to(device)
+        seen = _sent(images[ids], device)
+        told = seen if question.values is None else _sent(question.values[ids], device)
         for k, variant in enumerate(c.variants):
             s = variant.of(seen)
             v = s if told is seen else variant.of(told)
@@ -98,6 +95,11 @@ def _read(
                 s_moved = _shifted(s, dy, dx, c, question.y.shape[2:])
                 v_moved = s_moved if v is s else _shifted(v, dy, dx, c, question.y.shape[2:])
                 yield s_moved, v_moved, torch.from_numpy(ids + k * N).to(device), (dy, dx)
+
+
+def _sent(images: np.ndarray, device: torch.device) -> Tensor:
+    """Images as x on the device, where bytes become float64."""
+    return units_of_x(torch.from_numpy(images).to(device))
 
 
 def _shifted(s: Tensor, dy: int, dx: int, c: Collection, frame: torch.Size) -> Tensor:
