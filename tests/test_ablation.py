@@ -36,6 +36,31 @@ def test_larger_patches_have_fewer_effective_sources():
     assert [t.effective for t in trials] == sorted((t.effective for t in trials), reverse=True)
 
 
+def test_what_is_finished_is_kept(monkeypatch):
+    corpus, asked = stripes(40, 7), ([3, 7], [0.5, 2.0], 4)
+    whole = ablation([corpus], ["ls"], *asked, seed=1)
+    machine, calls = type(sm.build("ls", corpus)), []
+    evidence = machine.evidence
+
+    def counted(self, *given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evidence(self, *given)
+
+    monkeypatch.setattr(machine, "evidence", counted)
+    with pytest.raises(KeyboardInterrupt):
+        ablation([corpus], ["ls"], *asked, seed=2)  # at its second noise level
+    found = ablation([corpus], ["ls"], *asked, seed=2)
+    assert len(calls) == 3 + 2
+    again = ablation([corpus], ["ls"], *asked, seed=2)
+    assert len(calls) == 3 + 2
+    for a, b, other in zip(found, again, whole, strict=True):
+        assert (a.patch_size, a.sigma, a.effective) == (b.patch_size, b.sigma, b.effective)
+        assert np.array_equal(a.errors, b.errors)
+        assert not np.array_equal(a.errors, other.errors)
+
+
 def test_machines_without_boxes_are_refused():
     with pytest.raises(ValueError, match="pca has no boxes"):
         ablation([stripes(20, 7)], ["pca"])

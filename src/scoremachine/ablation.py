@@ -6,18 +6,22 @@ averaged (`pspc`); it ends sharply or fades out (`+gaussian`).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from scoremachine.calibration import held_out_pictures, split, spread_candidates
+from scoremachine.calibration import held_out_pictures, kept_by_level, split, spread_candidates
 from scoremachine.corpus import Corpus
-from scoremachine.machines import BoxMachine, build, spelled
-from scoremachine.progress import bar
+from scoremachine.machines import BoxMachine, build, kind_of, spelled
+from scoremachine.progress import Bar, bar
 from scoremachine.schedules import check_integer
 
+LAYOUT = 1  # of the files beside the corpus
 VARIANTS = ("ls", "ls+gaussian", "pspc", "pspc+gaussian")
 LEVELS = (5.0, 2.0, 1.0, 0.5, 0.2)
 
@@ -60,6 +64,8 @@ def ablation(
 ) -> list[Trial]:
     """Measures machines of boxes at every patch size, on several sets of images.
 
+    What is finished is kept beside the corpora.
+
     Arguments:
         corpora: The sets.
         machines: Names, as `machines.spelled` takes them, of machines of boxes.
@@ -73,34 +79,51 @@ def ablation(
         ValueError: For a machine without boxes, or a set of fewer than 3 images.
     """
     check_integer("held_out", held_out)
+    entered = [(text, *spelled(text)) for text in machines]
+    for text, name, _ in entered:
+        if not issubclass(kind_of(name), BoxMachine):
+            raise ValueError(f"{text} has no boxes to change the size of; use ls, els or pspc")
     trials = []
-    steps = len(corpora) * len(machines) * len(sigmas)
-    with bar("Ablating", total=steps) as progress:
+    with bar("Ablating", total=len(corpora) * len(machines) * len(sigmas)) as progress:
         for corpus in corpora:
-            _, index, _, reporting = split(corpus, 1, seed, reporting=held_out)
-            (x, eps), _ = held_out_pictures((corpus, index, reporting, reporting[:0]), seed)
-            for text in machines:
-                name, settings = spelled(text)
+            for text, name, settings in entered:
                 machine = build(name, corpus, **settings)
-                if not isinstance(machine, BoxMachine):
-                    raise ValueError(
-                        f"{text} has no boxes to change the size of; use ls, els or pspc"
-                    )
-                values = patch_sizes or spread_candidates(machine)
-                values = [P for P in values if machine.takes(P)]
-                for sigma in map(float, sigmas):
-                    levels = torch.full((len(x),), sigma, dtype=torch.float64)
-                    for P in values:
-                        tried = machine.remade(corpus, patch_size=P)
-                        assert isinstance(tried, BoxMachine)
-                        row = tried.windows(sigma, index)
-                        found = tried.evidence(x + sigma * eps, levels, index, row)
-                        errors = ((found.mean - x) ** 2).mean((1, 2, 3)).numpy()
-                        spoke = float(found.fold.effective_sources.median())
-                        trials.append(
-                            Trial(
-                                corpus.name, corpus.shape, len(index), text, P, sigma, errors, spoke
-                            )
-                        )
-                    progress.advance()
+                assert isinstance(machine, BoxMachine)
+                values = [P for P in patch_sizes or spread_candidates(machine) if machine.takes(P)]
+                trials += _trials(machine, text, values, sigmas, held_out, seed, progress)
     return trials
+
+
+def _trials(
+    machine: BoxMachine,
+    text: str,
+    patch_sizes: Sequence[int],
+    sigmas: Sequence[float],
+    held_out: int,
+    seed: int,
+    progress: Bar,
+) -> list[Trial]:
+    """The trials of a machine, at all noise levels and patch sizes."""
+    corpus = machine.corpus
+    _, index, _, reporting = split(corpus, 1, seed, reporting=held_out)
+    (x, eps), _ = held_out_pictures((corpus, index, reporting, reporting[:0]), seed)
+
+    def measured(sigma: float) -> dict[str, Any]:
+        levels = torch.full((len(x),), sigma, dtype=torch.float64)
+        errors, effective = [], []
+        for P in patch_sizes:
+            tried = machine.remade(corpus, patch_size=P)
+            found = tried.evidence(x + sigma * eps, levels, index, tried.windows(sigma, index))
+            errors.append(((found.mean - x) ** 2).mean((1, 2, 3)).tolist())
+            effective.append(float(found.fold.effective_sources.median()))
+        return {"errors": errors, "effective": effective}
+
+    what = [LAYOUT, machine.settings(), list(patch_sizes), list(sigmas), held_out, seed]
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    path = corpus.cache_path / f"ablation-{digest}.json"
+    rows = kept_by_level(path, np.asarray(sigmas), measured, "effective", progress, 1)
+    return [
+        Trial(corpus.name, corpus.shape, len(index), text, P, float(sigma), np.array(errors), spoke)
+        for sigma, row in zip(sigmas, rows, strict=True)
+        for P, errors, spoke in zip(patch_sizes, row["errors"], row["effective"], strict=True)
+    ]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from scoremachine.cli.words import (
+    GOES_ON,
     AugmentText,
     Bandwidth,
     BoundaryName,
@@ -358,4 +359,5 @@ def ablation(
     with progress.quiet(quiet):
         how = grayscale, limit, strict
         corpora = [resized(name, side, *how) for name in data for side in every]
-        ablate(corpora, parts_of(machine), levels, held_out, seed, out)
+        with interruptible(lambda: GOES_ON):
+            ablate(corpora, parts_of(machine), levels, held_out, seed, out)

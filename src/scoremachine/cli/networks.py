@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from scoremachine.cli.words import (
+    GOES_ON,
     Data,
     Everywhere,
     Grayscale,
@@ -28,8 +29,6 @@ from scoremachine.cli.words import (
     parts_of,
     seconds_of,
 )
-
-GOES_ON = "the same command goes on after what is finished"
 
 
 def train(

@@ -115,6 +115,9 @@ Machines = Annotated[
 ]
 
 
+GOES_ON = "the same command goes on after what is finished"
+
+
 @contextmanager
 def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
     """Ctrl-C ends the block with a sentence and exit code 130."""
