@@ -105,6 +105,7 @@ def test_class_takes_a_name_and_leaves_the_others_out(inside, tmp_path):
         (["--patch-size", "9"], "larger than the 8 x 8"),
         (["--patch-size", "pspc"], "pspc-cifar10"),
         (["--schedule", "linear"], "no schedule is called 'linear'"),
+        (["--schedule", "edm:1,8"], "schedule is 'edm:1,8'; expected"),
         (["--sampler", "dpm"], "no sampler is called 'dpm'"),
         (["--count", "0"], "count is 0"),
         (["--steps", "-1"], "steps is -1"),

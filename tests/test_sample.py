@@ -13,7 +13,7 @@ from azula.sample import DDIMSampler
 import scoremachine as sm
 from conftest import SMALL, noised, random_corpus, small
 from scoremachine.machines import MACHINES
-from scoremachine.sample import SAMPLERS, SCHEDULES, EDMSchedule
+from scoremachine.sample import SAMPLERS, SCHEDULES, EDMSchedule, schedule_of
 from scoremachine.schedules import edm_sigmas
 
 
@@ -69,6 +69,26 @@ def test_edm_steps_visit_the_edm_levels_and_end_at_the_answer(steps):
     x = sm.generate(recorder, count=1, steps=steps, shape=(1, 4, 4))
     np.testing.assert_allclose(recorder.sigmas, edm_sigmas(steps), rtol=1e-6)
     assert (x == 0).all()
+
+
+def test_edm_may_begin_and_end_at_other_levels():
+    recorder = Recorder(schedule_of("edm:8,0.03"))
+    sm.generate(recorder, count=1, steps=10, shape=(1, 4, 4))
+    np.testing.assert_allclose(recorder.sigmas, edm_sigmas(10, 0.03, 8.0), rtol=1e-6)
+    for name, kind in SCHEDULES.items():
+        assert type(schedule_of(name)) is kind
+
+
+@pytest.mark.parametrize("text", ["edm:8", "edm:0.03,8", "edm:8,0", "edm:8,x", "edm:1,1", "vp:8,1"])
+def test_levels_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match=f"schedule is '{text}'; expected vp.*as edm:8,0.03"):
+        schedule_of(text)
+
+
+@pytest.mark.parametrize("levels", [(2.0, 1.0), (0.0, 1.0), (1.0, float("inf"))])
+def test_an_edm_schedule_falls(levels):
+    with pytest.raises(ValueError, match="expected sigma_max > sigma_min > 0"):
+        EDMSchedule(*levels)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -43,11 +43,11 @@ from scoremachine.networks.architectures import check_settings
 from scoremachine.progress import bar, say
 from scoremachine.sample import (
     SAMPLERS,
-    SCHEDULES,
     PictureNoise,
     check_start,
     check_through,
     generate_batches,
+    schedule_of,
 )
 from scoremachine.schedules import LOCALITIES, LevelSchedule, check_integer, edm_sigmas
 from scoremachine.sensitivity import Sensitivity, sensitivity
@@ -440,7 +440,7 @@ def zoo(
     for name in machines:
         some = fewer(name, everything)
         part = corpus.subset(some) if len(some) < len(everything) else corpus
-        builts.append(build(name, part, schedule=SCHEDULES[schedule]()))
+        builts.append(build(name, part, schedule=schedule_of(schedule)))
     ideal = build("ideal", corpus)
     assert isinstance(ideal, IdealScore)
     rows = []

@@ -32,6 +32,11 @@ class EDMSchedule(Schedule):
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
+        if not (0 < sigma_min < sigma_max < math.inf and 0 < rho < math.inf):
+            raise ValueError(
+                f"an EDM schedule goes from sigma_max = {sigma_max:g} to sigma_min = {sigma_min:g} "
+                f"with rho = {rho:g}; expected sigma_max > sigma_min > 0 and rho > 0"
+            )
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,6 +136,28 @@ def walk(
         finally:
             if isinstance(machine, Machine):
                 machine.begin(None)
+
+
+def schedule_of(text: str) -> Schedule:
+    """A schedule by its name in `SCHEDULES`; "edm:8,0.03" is EDM's from noise level 8 to 0.03.
+
+    Raises:
+        ValueError: For an unknown name, or noise levels that are none.
+    """
+    name, colon, levels = text.partition(":")
+    check_name("schedule", name, SCHEDULES)
+    if not colon:
+        return SCHEDULES[name]()
+    try:
+        high, low = map(float, levels.split(","))
+    except ValueError:
+        high = low = 0.0
+    if name != "edm" or not high > low > 0:
+        raise ValueError(
+            f"schedule is {text!r}; expected {', '.join(SCHEDULES)}, or edm:HIGH,LOW with noise "
+            "levels HIGH > LOW > 0, as edm:8,0.03"
+        )
+    return EDMSchedule(low, high)
 
 
 def times_of(schedule: Schedule, steps: int, start: float = 0.0) -> Tensor:

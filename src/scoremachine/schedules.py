@@ -337,7 +337,10 @@ PatchSchedule.published = {
         np.geomspace(0.05, 20.0, 16),
         _digits("3 3 3 3 3 5 5 7 9 9 11 15 15 15 15 15"),
     ),
-    "texture": (np.array([0.1, 0.25, 0.5, 1, 10, 1000]), _digits("9 21 35 51 61 15")),
+    "texture": (
+        np.array([0.05, 0.09, 0.13, 0.18, 0.22, 0.3, 0.375, 0.45, 0.57, 0.7, 0.83, 1, 1.5, 1000]),
+        _digits("3 9 11 15 17 21 29 35 39 43 47 51 61 15"),
+    ),
 }
 ShareSchedule.published = {
     "pspc-flex-cifar10": (

@@ -21,6 +21,7 @@ from scoremachine.cli.words import (
     MachineNames,
     PatchSize,
     Quiet,
+    ScheduleName,
     Seed,
     Settings,
     Size,
@@ -29,7 +30,6 @@ from scoremachine.cli.words import (
     WindowName,
     corpus_of,
     interruptible,
-    known_schedule,
     levels_of,
     machine_of,
     names_of,
@@ -51,7 +51,7 @@ def generate(
     steps: Annotated[int, typer.Option(help="How many noise levels to visit.")] = 20,
     seed: Seed = 0,
     sampler: Annotated[str, typer.Option(help="ddim, ddpm, euler or heun.")] = "ddim",
-    schedule: Annotated[str, typer.Option(help="vp, cosine, edm or rectified.")] = "vp",
+    schedule: ScheduleName = "vp",
     patch_size: PatchSize = None,
     bandwidth: Bandwidth = "0",
     boundary: BoundaryName = None,
@@ -227,7 +227,7 @@ def zoo(
     steps: Annotated[int, typer.Option(help="How many noise levels to visit.")] = 18,
     seed: Seed = 0,
     sampler: Annotated[str, typer.Option(help="ddim, ddpm, euler or heun.")] = "ddim",
-    schedule: Annotated[str, typer.Option(help="vp, cosine, edm or rectified.")] = "edm",
+    schedule: ScheduleName = "edm",
     label: ClassName = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after what is already finished.")
@@ -241,10 +241,11 @@ def zoo(
     """Draw every machine's samples from the same noise, with the nearest training images."""
     from scoremachine import progress
     from scoremachine.run import zoo as draw
+    from scoremachine.sample import schedule_of
 
     with progress.quiet(quiet):
         names = names_of(machines)
-        known_schedule(schedule)
+        schedule_of(schedule)  # refuses what is none before images are read
         corpus = corpus_of(data, size, grayscale, limit, strict)
         settings = count, steps, seed, sampler, schedule, label, resume
         with interruptible(

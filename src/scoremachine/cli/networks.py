@@ -22,7 +22,6 @@ from scoremachine.cli.words import (
     any_value,
     corpus_of,
     interruptible,
-    known_schedule,
     levels_of,
     networks_and_corpus,
     pairs,
@@ -94,7 +93,8 @@ def compare(
     steps: Annotated[int, typer.Option(help="How many noise levels a sample visits.")] = 20,
     sampler: Annotated[str, typer.Option(help="ddim, ddpm, euler or heun.")] = "ddim",
     schedule: Annotated[
-        str | None, typer.Option(help="vp, cosine, edm or rectified; the network's unless given.")
+        str | None,
+        typer.Option(help="As for generate (vp, cosine, ...); the network's unless given."),
     ] = None,
     everywhere: Everywhere = 2000,
     report: Annotated[
@@ -110,17 +110,15 @@ def compare(
     """Measure how well machines predict a trained network: tables, curves and pictures in --out."""
     from scoremachine import progress
     from scoremachine.run import compare_network
-    from scoremachine.sample import SCHEDULES
+    from scoremachine.sample import schedule_of
 
     with progress.quiet(quiet):
-        if schedule is not None:
-            known_schedule(schedule)
+        way = None if schedule is None else schedule_of(schedule)
         (loaded,), corpus = networks_and_corpus([network], data, size, grayscale, limit, strict)
         with interruptible(lambda: GOES_ON):
             compare_network(
                 loaded, parts_of(machine), corpus, out, report, pictures=pictures, count=count,
-                steps=steps, seed=seed, sampler=sampler, everywhere=everywhere,
-                schedule=None if schedule is None else SCHEDULES[schedule](),
+                steps=steps, seed=seed, sampler=sampler, everywhere=everywhere, schedule=way,
             )  # fmt: skip
 
 

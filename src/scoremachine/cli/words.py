@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scoremachine.names import any_number, check_name, number
+from scoremachine.names import any_number, number
 
 if TYPE_CHECKING:
     from scoremachine.corpus import Corpus
@@ -128,6 +128,14 @@ def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+ScheduleName = Annotated[
+    str,
+    typer.Option(
+        help="vp, cosine, edm or rectified; edm:8,0.03 is edm from noise level 8 to 0.03."
+    ),
+]
+
+
 def networks_and_corpus(
     names: Sequence[str], data: str, size: int | None, grayscale: bool, limit: int | None,
     strict: bool,
@@ -214,16 +222,9 @@ def resized(
 
 def machine_of(name: str, corpus: Corpus, schedule: str, settings: dict[str, Any]) -> Any:
     from scoremachine.machines import build
-    from scoremachine.sample import SCHEDULES
+    from scoremachine.sample import schedule_of
 
-    known_schedule(schedule)
-    return build(name, corpus, schedule=SCHEDULES[schedule](), **settings)
-
-
-def known_schedule(name: str) -> None:
-    from scoremachine.sample import SCHEDULES
-
-    check_name("schedule", name, SCHEDULES)
+    return build(name, corpus, schedule=schedule_of(schedule), **settings)
 
 
 def names_of(machines: str | None) -> list[str]:
