@@ -402,7 +402,8 @@ def test_a_network_is_trained_and_compared(inside, tmp_path):
     assert "ls:3" in done.stdout
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
-        "compare.csv", "compare.json", "compare.png", "samples.png", "way.png", "report.html"
+        "compare.csv", "compare.md", "compare.json", "compare.png", "samples.png", "way.png",
+        "report.html",
     }  # fmt: skip
     settings = json.loads((tmp_path / "out" / "compare.json").read_text())["settings"]
     card = json.loads((tmp_path / "network" / "network.json").read_text())

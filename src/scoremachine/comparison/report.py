@@ -42,12 +42,13 @@ img {{ max-width: 100%; }} small {{ color: #666; }}
 
 
 def write(found: Comparison, out: Path, page: bool = False) -> list[Path]:
-    """Writes compare.json, compare.csv, compare.png, samples.png and way.png, and report.html.
+    """Writes compare.json, .csv, .md and .png, samples.png and way.png, and report.html.
 
     Returns what was written, the page last if it was asked for.
     """
     files = [out / name for name in ("compare.csv", "compare.png", "samples.png", "way.png")]
     write_text(files[0], csv(found))
+    write_text(out / "compare.md", markdown(found))
     drawing.save_comparison(found, files[1])
     drawing.save_zoo(rows(found), files[2])
     drawing.save_way(found, files[3])
@@ -55,7 +56,7 @@ def write(found: Comparison, out: Path, page: bool = False) -> list[Path]:
         files.append(out / "report.html")
         write_text(files[-1], html_page(found, files[1:4]))
     write_text(out / "compare.json", json.dumps(as_json(found), indent=1) + "\n")
-    return [*files[:4], out / "compare.json", *files[4:]]
+    return [*files[:4], out / "compare.md", out / "compare.json", *files[4:]]
 
 
 def quality_table(found: Sequence[Quality]) -> tuple[list[str], list[list[str]]]:
