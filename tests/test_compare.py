@@ -172,6 +172,8 @@ def test_entrants_are_read_from_words():
     assert soft.settings == {"patch_size": 9, "window": "gaussian", "bandwidth": "auto"}
     assert Entrant.of("ls:network+wiener").towards
     assert Entrant.of("ls:network+wiener").settings == {"window": "wiener"}
+    both = {"patch_size": 5, "window": "gaussian", "boundary": "circular"}
+    assert Entrant.of("els:5+gaussian+circular").settings == both
 
 
 def test_what_cannot_work_is_refused_with_a_sentence(corpus):
@@ -182,6 +184,7 @@ def test_what_cannot_work_is_refused_with_a_sentence(corpus):
         (["gaussian:3"], corpus, {}, "no locality"),
         (["ls+k"], corpus, {}, "expected +h"),
         (["pca+gaussian"], corpus, {}, "with machines of boxes"),
+        (["ls:3+circular"], corpus, {}, "+circular with els"),
         (["ls:3", "ls:3"], corpus, {}, "twice"),
         ([], corpus, {}, "at least one"),
         (["ls:big"], corpus, {}, "patch_size"),

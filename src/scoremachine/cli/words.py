@@ -109,8 +109,9 @@ Machines = Annotated[
         "--machine",
         help="Machines, by commas: NAME, NAME:SIZE or NAME:SCHEDULE, as ls, els:7 or "
         "pspc:pspc-cifar10; +h for a calibrated bandwidth, +gaussian or +wiener for a tapered "
-        "window, as ls+h or els:9+gaussian. compare and study also take NAME:network, whose sizes "
-        "(composite:network: weights) agree best with the network.",
+        "window, els+circular for borders that wrap around, as ls+h or els:9+gaussian. compare and "
+        "study also take NAME:network, whose sizes (composite:network: weights) agree best with "
+        "the network.",
     ),
 ]
 

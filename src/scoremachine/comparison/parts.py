@@ -55,7 +55,7 @@ class Entrant:
 
     @classmethod
     def of(cls, text: str) -> Entrant:
-        """From NAME[:LOCALITY][+WINDOW][+h], as in `machines.spelled`.
+        """From NAME[:LOCALITY][+WINDOW][+circular][+h], as in `machines.spelled`.
 
         The locality "network" stands for what agrees best with the network
         (`calibration.towards`); of a composite, the weights do (`stacking.weights_towards`).

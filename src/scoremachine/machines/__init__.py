@@ -50,10 +50,10 @@ def kind_of(name: str) -> type[Machine]:
 
 
 def spelled(text: str) -> tuple[str, dict[str, Any]]:
-    """A machine as NAME[:LOCALITY][+WINDOW][+h]: its name, and settings of `build`.
+    """A machine as NAME[:LOCALITY][+WINDOW][+circular][+h]: its name, and settings of `build`.
 
-    The window is that of a machine of boxes, gaussian or wiener; h stands for a calibrated
-    bandwidth.
+    The window is that of a machine of boxes, gaussian or wiener; circular is the boundary of
+    `els`; h stands for a calibrated bandwidth.
 
     Raises:
         ValueError: For an unknown name, or a locality of a machine that has none.
@@ -67,10 +67,12 @@ def spelled(text: str) -> tuple[str, dict[str, Any]]:
             settings["bandwidth"] = "auto"
         elif addition in WINDOWS and issubclass(kind, BoxMachine):
             settings["window"] = addition
+        elif addition == "circular" and issubclass(kind, EquivariantLocalScore):
+            settings["boundary"] = addition
         else:
             raise ValueError(
-                f"{text!r} has +{addition}; expected +h, or +gaussian or +wiener with machines "
-                "of boxes (ls, els, pspc)"
+                f"{text!r} has +{addition}; expected +h, +gaussian or +wiener with machines of "
+                "boxes (ls, els, pspc), or +circular with els"
             )
     if colon:
         if kind.locality is None:
