@@ -170,6 +170,9 @@ def save_ablation(trials: Sequence[Trial], path: Path) -> None:
                 sizes, errors = [t.patch_size for t in own], [t.error for t in own]
                 axis.plot(sizes, errors, marker="o", ms=2, lw=1, label=name)
             axis.set(xscale="log", yscale="log")
+            tried = sorted({t.patch_size for t in here})
+            axis.set_xticks(tried[::2], tried[::2])
+            axis.set_xticks([], minor=True)
             axis.tick_params(labelsize=5, which="both")
         row[0].set_ylabel(f"{corpus}\n{shape[1]} x {shape[2]}", fontsize=6)
     for axis, sigma in zip(axes[0], levels, strict=True):
