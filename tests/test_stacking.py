@@ -18,7 +18,7 @@ from scoremachine.calibration import held_out_pictures, split
 from scoremachine.errors import denoising_errors
 from scoremachine.networks import Network
 from scoremachine.schedules import WeightSchedule
-from scoremachine.stacking import stack, weights_of, weights_towards
+from scoremachine.stacking import stack, weights_of
 from test_calibration import stripes
 
 OF = "gaussian,ls:3,pspc:5"
@@ -133,20 +133,6 @@ def test_senseless_weight_schedules_are_refused(sigmas, values, says):
 # ---------------------------------------------------------------- its weights
 
 
-def test_where_walks_begin_the_picture_counts_for_nothing():
-    """The weight of y at sigma = 20, were it that at 1000 too, is noise of size 0.5 there."""
-    corpus, schedule = random_corpus(N=60), sm.EDMSchedule(0.002, 1000.0)
-
-    def shrunk(x_t, t):
-        return 0.2 * x_t / (1 + schedule(t)[1] ** 2).reshape(-1, 1, 1, 1)
-
-    network = Network.of(shrunk, corpus.shape, schedule=schedule)
-    m = composite(corpus, "ideal", "auto")
-    m = m.remade(corpus, weights=weights_towards(network, m, corpus))
-    y = 1000 * torch.randn(8, *corpus.shape, generator=torch.Generator().manual_seed(3))
-    assert m.denoise(y, 1000.0).abs().max() < 0.2
-
-
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6))
 def test_weights_add_up_and_are_no_worse_than_the_best_machine(seed, M, R, n):
     rng = np.random.default_rng(seed)
@@ -248,7 +234,7 @@ def test_towards_a_network_that_is_a_mixture_it_finds_the_weights():
     corpus = stripes(160, 9)
     unseen = list(range(0, 160, 5))
     source = corpus.subset(np.setdiff1d(np.arange(160), unseen))
-    made = composite(source, "gaussian,ls:auto,pspc:auto,pca:auto", [0.4, 0.3, 0.3, 0.0])
+    made = composite(source, "gaussian,ls:auto,pspc:auto,pca:auto", [0.4, 0.3, 0.2, 0.0])
     network = Network(made, corpus.shape, "mixture")
     network.card = {"training": {"corpus_digest": corpus.digest, "held_out": unseen}}
     compared = sm.compare(network, ["composite:network"], corpus, pictures=4, count=2, steps=4)

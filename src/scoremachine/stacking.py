@@ -42,7 +42,6 @@ from scoremachine.schedules import WeightSchedule
 LAYOUT = 2  # of the files beside the corpus
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # penalties, in units of each difference's own square
 HELD_OUT = 16  # pictures that "auto" weights are chosen on
-FIRST = 1000.0  # a noise level as walks begin with, where the least weight of y is much noise
 
 
 class Mixed(Calibrated, Protocol):
@@ -184,10 +183,7 @@ def weights_of(Z: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, float]:
     c = np.einsum("arn,rn->ra", A, r)
 
     def solved(G: np.ndarray, c: np.ndarray, ridge: float) -> np.ndarray:
-        sizes = np.sqrt(np.diag(G))  # which differ by much where y is nearly all noise
-        sizes[sizes == 0] = 1.0
-        scaled = G / np.outer(sizes, sizes) + ridge * np.diag(np.diag(G) > 0)
-        return np.linalg.lstsq(scaled, c / sizes, rcond=1e-12)[0] / sizes
+        return np.linalg.lstsq(G + ridge * np.diag(np.diag(G)), c, rcond=1e-12)[0]
 
     def left_out(ridge: float) -> list[float]:
         """The errors, less those of the best machine, on pictures left out one at a time."""
@@ -214,21 +210,20 @@ def automatic_weights(machine: Mixed) -> WeightSchedule:
     if N < 3:  # nothing can be held out
         return WeightSchedule([1.0], [[1 / M] * M], name="equal")
     _decide(machine)
-    sigmas = (*AUTO_SIGMAS, FIRST)
-    subset = affordable(machine, len(sigmas) * HELD_OUT)
+    subset = affordable(machine, len(AUTO_SIGMAS) * HELD_OUT)
     say(
         f"'auto': choosing weights of {', '.join(machine.members)} by denoising {HELD_OUT} "
         f"held-out pictures with {len(subset):,} of {N:,} images (kept for the next time)"
     )
     corpus, source, choosing, _ = split(subset, HELD_OUT, seed=0, reporting=1)
     nobody = np.zeros(0, dtype=np.int64)
-    return stack(machine, sigmas, (corpus, source, choosing, nobody)).schedule
+    return stack(machine, AUTO_SIGMAS, (corpus, source, choosing, nobody)).schedule
 
 
 def weights_towards(network: Teacher, machine: Mixed, corpus: Corpus) -> WeightSchedule:
     """The weights with which a composite agrees best with a network, as `calibration.towards`."""
     low, high = network.levels()
-    sigmas = sorted({s for s in (*TOWARDS_SIGMAS, min(FIRST, high)) if low <= s <= high})
+    sigmas = sorted((s for s in TOWARDS_SIGMAS if low <= s <= high), reverse=True)
     _decide(machine)
     subset = affordable(machine, len(sigmas) * HELD_OUT, TOWARDS)
     say(
