@@ -6,8 +6,6 @@ averaged (`pspc`); it ends sharply or fades out (`+gaussian`).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,8 +117,7 @@ def _trials(
         return {"errors": errors, "effective": effective}
 
     what = [LAYOUT, machine.settings(), list(patch_sizes), list(sigmas), held_out, seed]
-    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    path = corpus.cache_path / f"ablation-{digest}.json"
+    path = corpus.record_path("ablation", what)
     rows = kept_by_level(path, np.asarray(sigmas), measured, "effective", progress, 1)
     return [
         Trial(corpus.name, corpus.shape, len(index), text, P, float(sigma), np.array(errors), spoke)

@@ -172,8 +172,7 @@ def calibrate(
         asked.append([hashlib.sha256(p.tobytes()).hexdigest() for p in parts[1:]])
     if network is not None:
         asked.append(network.key)
-    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-    path = machine.corpus.cache_path / f"calibration-{machine.name}-{digest}.json"
+    path = machine.corpus.record_path(f"calibration-{machine.name}", asked)
     if path.exists():
         try:
             return Calibration(**json.loads(path.read_text()))

@@ -230,6 +230,11 @@ class Corpus:
         """The folder for what is kept about this corpus; it may not exist yet."""
         return cache_root() / "corpora" / self.key
 
+    def record_path(self, name: str, asked: Any) -> Path:
+        """Where a JSON file of what was found is kept, by a digest of what was asked."""
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        return self.cache_path / f"{name}-{digest}.json"
+
     def indices(self, label: int | str | None = None) -> np.ndarray:
         """The positions of the images with a label, int64, rising; of all images for None.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,8 +125,7 @@ def sizes(
         return found | {"errors": errors}
 
     what = [LAYOUT, exact.settings(), every, levels.tolist(), held_out, seed]
-    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    path = corpus.cache_path / f"sizes-{digest}.json"
+    path = corpus.record_path("sizes", what)
     with bar("Measuring sizes", total=len(every) * len(levels)) as progress:
         rows = kept_by_level(path, np.arange(len(every)), measured, "errors", progress, len(levels))
     return Sizes(

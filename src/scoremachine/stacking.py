@@ -108,8 +108,7 @@ def stack(
     of = {label: member.settings() for label, member in machine.members.items()}
     asked = [LAYOUT, of, levels.tolist(), seed, None if network is None else network.key]
     asked += [corpus.key, *(hashlib.sha256(p.tobytes()).hexdigest() for p in parts[1:])]
-    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-    path = corpus.cache_path / f"stacking-{digest}.json"
+    path = corpus.record_path("stacking", asked)
     if path.exists():
         try:
             return Stacking(**json.loads(path.read_text()))

@@ -114,6 +114,12 @@ Machines = Annotated[
         "the network.",
     ),
 ]
+ScheduleName = Annotated[
+    str,
+    typer.Option(
+        help="vp, cosine, edm or rectified; edm:8,0.03 is edm from noise level 8 to 0.03."
+    ),
+]
 
 
 GOES_ON = "the same command goes on after what is finished"
@@ -127,14 +133,6 @@ def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"interrupted: {sentence()}", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-ScheduleName = Annotated[
-    str,
-    typer.Option(
-        help="vp, cosine, edm or rectified; edm:8,0.03 is edm from noise level 8 to 0.03."
-    ),
-]
 
 
 def networks_and_corpus(

@@ -56,13 +56,14 @@ def spread(question: Question, known: Fold) -> Tensor:
     if fused.available() and fused.answers(replace(question, u=None)):
         question, known = fused.compared(question, known)
     m, Z = known.m.to(device), known.Z.to(device)
+    b = None if question.u is None else known.mean[:, 0].to(device)
     D = torch.zeros_like(question.y, device=device)
     for s, v, _, shift in _read(question, device):
         for p in range(len(D)):
             a = torch.exp(_logits(question, p, s, shift) - m[p]) / Z[p]
-            if question.u is not None:
-                a *= _inner(question, p, v) - known.mean[p, 0].to(device)
-            D[p] += (c.paint(a)[:, None] * (v if question.u is None else s)).sum(0)
+            if b is not None:
+                a *= _inner(question, p, v) - b[p]
+            D[p] += (c.paint(a)[:, None] * (v if b is None else s)).sum(0)
     return D.cpu()
 
 
