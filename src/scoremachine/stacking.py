@@ -42,6 +42,7 @@ from scoremachine.schedules import WeightSchedule
 LAYOUT = 2  # of the files beside the corpus
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # penalties, in units of each difference's own square
 HELD_OUT = 16  # pictures that "auto" weights are chosen on
+BEYOND = 1000.0  # a noise level at which machines are all alike, and only y is weighed
 
 
 class Mixed(Calibrated, Protocol):
@@ -91,6 +92,7 @@ def stack(
     parts: Parts,
     seed: int = 0,
     network: Teacher | None = None,
+    beyond: float | None = None,
 ) -> Stacking:
     """Finds the weights of a composite.
 
@@ -101,12 +103,15 @@ def stack(
             and of those that report (which may be none).
         seed: Of the noise.
         network: Its D is what is regressed on, where given, not the clean picture.
+        beyond: One more noise level, above the others, where nothing tells the machines apart. They
+            keep their weights, and what is found is the noisy picture's: next to nothing of it,
+            right at a lower level, is much noise there.
     """
     corpus, source, choosing, _ = parts
     machine = machine.remade(corpus)  # type: ignore[assignment]
-    levels = np.sort(np.asarray(sigmas, dtype=float))[::-1]
+    levels = np.sort(np.asarray([*sigmas, *([] if beyond is None else [beyond])], float))[::-1]
     of = {label: member.settings() for label, member in machine.members.items()}
-    asked = [LAYOUT, of, levels.tolist(), seed, None if network is None else network.key]
+    asked = [LAYOUT, of, levels.tolist(), seed, None if network is None else network.key, beyond]
     asked += [corpus.key, *(hashlib.sha256(p.tobytes()).hexdigest() for p in parts[1:])]
     path = corpus.record_path("stacking", asked)
     if path.exists():
@@ -127,7 +132,11 @@ def stack(
 
     def measured(sigma: float) -> dict[str, Any]:
         Z, x = both(chooser, sigma)
-        w, ridge = weights_of(Z, x)
+        if sigma == beyond:  # every machine is their mean
+            (rest, w_0), ridge = weights_of(np.stack([Z[:-1].mean(0), Z[-1]]), x)
+            w = np.append(np.full(len(of), rest / len(of)), w_0)
+        else:
+            w, ridge = weights_of(Z, x)
         found: dict[str, Any] = {"weights": w[:-1].tolist(), "ridges": ridge}
         found |= {"errors": [], "member_errors": [[] for _ in of]}
         if len(reporter[0]):
@@ -139,6 +148,9 @@ def stack(
     with bar("Weighing machines", total=len(levels)) as progress:
         unfinished = path.with_name(f"{path.stem}-unfinished.json")
         rows = kept_by_level(unfinished, levels, measured, "member_errors", progress, 1)
+    if beyond is not None:
+        highest, below = (np.array(row["weights"]) for row in rows[:2])
+        rows[0]["weights"] = (below + (highest.sum() - below.sum()) / len(of)).tolist()
     columns = ("weights", "ridges", "errors", "member_errors")
     found = Stacking(
         machines=list(of),
@@ -216,7 +228,7 @@ def automatic_weights(machine: Mixed) -> WeightSchedule:
     )
     corpus, source, choosing, _ = split(subset, HELD_OUT, seed=0, reporting=1)
     nobody = np.zeros(0, dtype=np.int64)
-    return stack(machine, AUTO_SIGMAS, (corpus, source, choosing, nobody)).schedule
+    return stack(machine, AUTO_SIGMAS, (corpus, source, choosing, nobody), beyond=BEYOND).schedule
 
 
 def weights_towards(network: Teacher, machine: Mixed, corpus: Corpus) -> WeightSchedule:
@@ -232,7 +244,8 @@ def weights_towards(network: Teacher, machine: Mixed, corpus: Corpus) -> WeightS
     )
     parts = unseen_parts(network, subset, corpus, HELD_OUT) or split(subset, HELD_OUT, seed=0)
     nobody = np.zeros(0, dtype=np.int64)
-    return stack(machine, sigmas, (*parts[:3], nobody), network=network).schedule
+    beyond = min(BEYOND, high) if high > sigmas[0] else None
+    return stack(machine, sigmas, (*parts[:3], nobody), 0, network, beyond).schedule
 
 
 def _decide(machine: Mixed) -> None:
