@@ -35,7 +35,7 @@ from scoremachine.progress import bar
 from scoremachine.schedules import check_integer, check_seed
 from scoremachine.windows import Box, Collection, classes
 
-RANKS = (0, 2, 4, 8, 16, 32, 64)  # that a budget is shared out for
+RANKS = (0, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # that a budget is shared out for
 LEADING = 64  # components that clusters are found in
 DISTANCES = 10**10  # that k-means measures, about, but never in fewer than 3 rounds
 PATCHES = 200_000  # patches, at most, that clusters are made of
@@ -481,8 +481,10 @@ def least_bytes(corpus: Corpus, patch_size: Sequence[int] | None = None) -> int:
 
 
 def _fitting(N: int, K: int) -> int:
-    """The rank of so many clusters: about the square root of a cluster's images."""
-    return 0 if K == N else min(64, max(1, round(math.sqrt(N / K))) - 1)
+    """The rank of so many clusters: about the square root of a cluster's images; all for one."""
+    if K in (1, N):
+        return N - K
+    return min(64, max(1, round(math.sqrt(N / K))) - 1)
 
 
 def _bytes(K: int, D: int, rank: int) -> int:
