@@ -35,14 +35,14 @@ from scoremachine.progress import bar
 from scoremachine.schedules import check_integer, check_seed
 from scoremachine.windows import Box, Collection, classes
 
-RANKS = (0, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # that a budget is shared out for
+RANKS = (0, 2, 4, 8, 16, 32, 64, 128, 256)  # that a budget is shared out for
 LEADING = 64  # components that clusters are found in
 DISTANCES = 10**10  # that k-means measures, about, but never in fewer than 3 rounds
 PATCHES = 200_000  # patches, at most, that clusters are made of
 ROOM = 2**26  # numbers in memory at once
 PRIOR = 1.0  # images that a cluster's diagonal counts the average one for
 JUDGED = (0.2, 0.5, 1.0, 2.0, 5.0)  # noise levels at which ways to spend a budget are compared
-DENSE = 48  # rank from which a window's own covariance is taken, not its capacity matrix
+BOXES = (3, 7, 15)  # sides that they are compared on too, as ls sees pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,10 +278,12 @@ class Mixture(Corpus):
         """Every pixel's box against the same box of every cluster."""
         C, H, W = y.shape[1:]
         r = self.whole.rank
-        if r > DENSE:
+        if r > C * math.prod(c.window.shape):  # more than a box's own covariance has rows
             return self._dense(y, sigma, c)
-        folds = [_Merged() for _ in y]
-        for some in self.whole.tiles(H * W * (C * (r + 3) + r * r + 2 * r + 4)):
+        shared = C * (r + 3) + r * r  # numbers of a cluster and pixel; a picture's are C + r
+        pieces = y.split(max(1, shared // (3 * (C + r))))
+        folds = [_Merged() for _ in pieces]
+        for some in self.whole.tiles(H * W * shared):
             K = len(some)
             v = some.variances(sigma).expand(K, C * H * W).reshape(K, C, H, W)
             mu = some.means.double().reshape(K, C, H, W)
@@ -290,26 +292,28 @@ class Mixture(Corpus):
                 V = some.V.double().reshape(K, C, H, W, r).permute(0, 4, 1, 2, 3)  # (K, r, C, H, W)
                 VS = V / v[:, None]
                 M = torch.einsum("kichw,kjchw->kijhw", V, VS).reshape(-1, H, W)
-                M = c.look(M).reshape(K, r, r, H, W).permute(0, 3, 4, 1, 2)
+                M = torch.cat([c.look(maps) for maps in M.split(max(1, ROOM // (4 * H * W)))])
+                M = M.reshape(K, r, r, H, W).permute(0, 3, 4, 1, 2)
                 L = torch.linalg.cholesky(M + torch.eye(r, dtype=torch.float64))
                 logdet = logdet + 2 * torch.log(torch.diagonal(L, dim1=3, dim2=4)).sum(3)
-            for picture, fold in zip(y, folds, strict=True):
-                delta = picture - mu
+            for piece, fold in zip(pieces, folds, strict=True):
+                B = len(piece)
+                delta = piece[:, None] - mu  # (B, K, C, H, W)
                 pulled = delta / v
-                square = c.look((delta * pulled).sum(1))
+                square = c.look((delta * pulled).sum(2).flatten(0, 1)).reshape(B, K, H, W)
                 if r:
-                    a = c.look((V * pulled[:, None]).sum(2).flatten(0, 1)).reshape(K, r, H, W)
-                    a = a.permute(0, 2, 3, 1)[..., None]
+                    a = torch.einsum("krchw,bkchw->bkrhw", V, pulled).flatten(0, 2)
+                    a = c.look(a).reshape(B, K, r, H, W).permute(1, 3, 4, 2, 0)  # (K, H, W, r, B)
                     u = torch.cholesky_solve(a, L)
-                    square = square - (a * u).sum((3, 4))
-                    pulled = pulled - torch.einsum("kichw,khwi->kchw", VS, u[..., 0])
+                    square = square - (a * u).sum(3).permute(3, 0, 1, 2)
+                    pulled = pulled - torch.einsum("krchw,khwrb->bkchw", VS, u)
                 l = torch.log(some.weights)[:, None, None] - 0.5 * (square + logdet)
-                m, w = fold.weigh(l.permute(1, 2, 0))
-                fold.add(m, w, torch.einsum("hwk,kchw->hwc", w, pulled))
-        return y - sigma**2 * torch.stack([fold.mean() for fold in folds]).permute(0, 3, 1, 2)
+                m, w = fold.weigh(l.permute(0, 2, 3, 1))
+                fold.add(m, w, torch.einsum("bhwk,bkchw->bhwc", w, pulled))
+        return y - sigma**2 * torch.cat([fold.mean() for fold in folds]).permute(0, 3, 1, 2)
 
     def _dense(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
-        """The same, box by box: for covariances of high rank."""
+        """The same, box by box: for covariances of higher rank than boxes have numbers."""
         H, W = y.shape[2:]
         P, Q = c.window.shape
         pixels = []
@@ -493,16 +497,27 @@ def _bytes(K: int, D: int, rank: int) -> int:
 
 
 def _best(images: np.ndarray, ways: list[tuple[int, int]], seed: int) -> Clusters:
-    """The way to spend a budget that denoises images best that are held out of it."""
-    N = len(images)
+    """The way to spend a budget that denoises images best that are held out of it.
+
+    Whole ones, as `ideal` does, and boxes in their middle, as `ls` does.
+    """
+    N, (_, h, w) = len(images), images.shape[1:]
     order = np.random.default_rng(seed).permutation(N)
     held, rest = order[: min(64, N // 8 + 1)], np.sort(order[min(64, N // 8 + 1) :])
-    x = torch.from_numpy(images[held]).flatten(1).double() / 127.5 - 1
+    x = torch.from_numpy(images[held]).double() / 127.5 - 1
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    boxes = [(slice(0, h), slice(0, w))]
+    for P in BOXES:
+        if min(h, w) > P:
+            boxes.append((slice((h - P) // 2, (h + P) // 2), slice((w - P) // 2, (w + P) // 2)))
     losses = []
     for r, k in ways:
         c = _of_rank(images[rest], min(k, len(rest)), r, seed)
-        errors = [((c.mean(x + s * eps, s) - x) ** 2).mean().log() for s in JUDGED]
+        errors = []
+        for rows, columns in boxes:
+            part = c.part(rows, columns).reduced()
+            z, e = (each[:, :, rows, columns].flatten(1) for each in (x, eps))
+            errors += [((part.mean(z + s * e, s) - z) ** 2).mean().log() for s in JUDGED]
         losses.append(float(torch.stack(errors).mean()))
     r, k = ways[int(np.argmin(losses))]
     return _of_rank(images, k, r, seed)

@@ -388,15 +388,17 @@ class Collection:
         if isinstance(self.window, Masks):
             return self.window.look(v).reshape(len(v), *self.grid)
         P, Q = self.window.shape
-        if self.cut:
-            v = pad(v, (Q // 2, Q // 2, P // 2, P // 2))
         if isinstance(self.window, Box):
             for axis, p in ((1, P), (2, Q)):
+                n, before = v.shape[axis], p // 2 if self.cut else 0
                 total = torch.cumsum(v, axis)
                 total = torch.cat([torch.zeros_like(total.narrow(axis, 0, 1)), total], dim=axis)
-                n = total.shape[axis] - p
-                v = total.narrow(axis, p, n) - total.narrow(axis, 0, n)
+                first = torch.arange(n + 2 * before - p + 1, device=v.device) - before
+                ends = (first + p).clamp(max=n), first.clamp(min=0)
+                v = total.index_select(axis, ends[0]) - total.index_select(axis, ends[1])
             return v
+        if self.cut:
+            v = pad(v, (Q // 2, Q // 2, P // 2, P // 2))
         return conv2d(v[:, None], self.window.filter(v.device))[:, 0]
 
     def paint(self, w: Tensor) -> Tensor:
