@@ -133,6 +133,7 @@ def test_senseless_bandwidths_are_refused(name, bandwidth):
         ("ls", {"augment": "flips=0"}, "'flips=0' gives flips a value"),
         ("ls", {"schedule": "vp"}, "schedule is 'vp'; expected an azula Schedule"),
         ("ideal", {"self": 1}, "has no setting 'self'"),
+        ("ideal", {"label": "3"}, "give it to denoise, score, log_density or generate"),
         ("ls", {"augment": "contrast=1.5"}, "contrast is 1.5; expected a number from 0 to below 1"),
         ("ls", {"augment": "brightness=-1"}, "brightness is -1.0; expected a number from 0"),
         ("ls", {"augment": 3}, "augment is 3; expected an Augment"),

@@ -342,7 +342,12 @@ def test_folders_of_diffusers_that_cannot_be_read_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("azula:edm:cifar", "pickle"), ("azula:sd", "latents"), ("azula:xyz", "no plug-in 'xyz'")],
+    [
+        ("azula:edm:cifar", "pickle"),
+        ("azula:sd", "latents"),
+        ("edm", "pickle"),
+        ("azula:xyz", "no plug-in 'xyz'"),
+    ],
 )
 def test_plug_ins_of_azula_are_refused_with_the_reason(name, says):
     with pytest.raises(ValueError, match=says):

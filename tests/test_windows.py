@@ -114,12 +114,22 @@ def test_a_schedule_is_read_from_a_calibration(tmp_path):
 UNREADABLE = '{"setting": "patch_size", "sigmas": null, "chosen": 3}'
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "\xff", '{"sigmas": [1.0]}', UNREADABLE])
-def test_a_file_that_is_no_calibration_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "there is no"),
+        ("", "is no JSON"),
+        ("[]", "holds list"),
+        ("\xff", "is no JSON"),
+        ('{"sigmas": [1.0]}', "holds no patch_size"),
+        (UNREADABLE, "holds no patch_size"),
+    ],
+)
+def test_a_file_that_is_no_calibration_is_refused(tmp_path, content, says):
     path = tmp_path / "calibration.json"
     if content is not None:
         path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match="holds no patch_size; expected the"):
+    with pytest.raises(ValueError, match=f"{says}.*; expected the calibration.json"):
         PatchSchedule.of(str(path))
 
 

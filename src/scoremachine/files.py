@@ -19,7 +19,7 @@ def written(path: str | Path) -> Iterator[Path]:
     `path` are made. On any exception, Ctrl-C included, the temporary file is removed.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made(path.parent)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -30,6 +30,16 @@ def written(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def made(folder: Path) -> Path:
+    """The folder, made if it is not there; an OSError that says why it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "a file has that name" if folder.exists() else (error.strerror or "").lower()
+        raise type(error)(f"the folder {folder} cannot be made: {why}") from None
+    return folder
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from scoremachine.names import check_name
+from scoremachine.files import read_json
+from scoremachine.names import unknown
 
 
 def check_integer(what: str, value: object) -> int:
@@ -131,7 +131,12 @@ class LevelSchedule(ByLevel):
     @classmethod
     def named(cls, name: str) -> Self:
         """A published schedule: one of `names()`."""
-        check_name(f"published schedule of {cls.setting}", name, cls.names())
+        if name not in cls.published:
+            met = f"no published schedule of {cls.setting} is called {name!r}"
+            raise ValueError(
+                f"{unknown(met, name, cls.names())}; or give a number, auto, or the "
+                "calibration.json that scoremachine calibrate --out writes"
+            )
         return cls(*cls.published[name], name=name)
 
     @classmethod
@@ -158,16 +163,14 @@ class LevelSchedule(ByLevel):
             ValueError: For anything else, or what was chosen for another setting.
         """
         name = path.resolve().parent.name
+        expected = "expected the calibration.json that scoremachine calibrate --out writes"
+        record = read_json(path, expected)
         try:
-            record = json.loads(path.read_text())
             setting = "weights" if "weights" in record else record["setting"]
             if setting == cls.setting:
                 return cls(record["sigmas"], record["chosen"], name=name)
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError):
-            raise ValueError(
-                f"{path} holds no {cls.setting}; expected the calibration.json that scoremachine "
-                "calibrate --out writes"
-            ) from None
+        except (LookupError, TypeError):
+            raise ValueError(f"{path} holds no {cls.setting}; {expected}") from None
         raise ValueError(
             f"{path} is a calibration of {setting or 'a machine that has no locality'}; expected "
             f"one of {cls.setting}: calibrate the same kind of machine"

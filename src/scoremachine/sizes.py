@@ -107,6 +107,8 @@ def sizes(
     if small:
         say(f"leaving out {', '.join(map(str, small))}: one cluster takes {least:,} bytes")
     asked = [s for s in asked if s not in small]
+    if not asked:
+        raise ValueError(f"no size is left to measure: one cluster takes {least:,} bytes")
     pictures, _ = held_out_pictures((corpus, source.indices(), reporting, reporting[:0]), seed)
     every = ["exact", *map(str, asked)]
 

@@ -73,6 +73,11 @@ def find(source: Any) -> Source:
     """
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
+        if not text.strip():
+            raise ValueError(
+                "the name of the images is empty; expected a built-in set, a folder, a .zip, an "
+                ".npy or .npz file, or hf:NAME (. is the folder that you are in)"
+            )
         if text.startswith("hf:"):
             return hugging_face(text)
         path = Path(text)
@@ -422,6 +427,8 @@ def hugging_face(text: str) -> Source:
             f"{text} needs the datasets library: pip install 'scoremachine[hf]'"
         ) from None
     name, _, split = text.removeprefix("hf:").partition(":")
+    if not name:
+        raise ValueError(f"{text} names no data set; expected hf:NAME or hf:NAME:SPLIT")
     try:
         if (Path(name) / "dataset_info.json").exists() or (
             Path(name) / "dataset_dict.json"

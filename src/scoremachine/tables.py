@@ -104,9 +104,10 @@ def print_exchange(e: Exchange) -> None:
 
 
 def _mean_with_error(values: list[float]) -> str:
-    """Mean and its standard error."""
-    spread = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{np.mean(values):.5f} ± {spread:.5f}"
+    """Mean and, of more than one, its standard error."""
+    if len(values) == 1:
+        return f"{values[0]:.5f}"
+    return f"{np.mean(values):.5f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.5f}"
 
 
 def ablation_markdown(trials: Sequence[Trial]) -> str:

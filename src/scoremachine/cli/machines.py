@@ -45,7 +45,7 @@ from scoremachine.names import any_number, number
 
 def generate(
     data: Data,
-    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")],
     machine: MachineName = "els",
     count: Annotated[int, typer.Option(help="How many pictures.")] = 16,
     steps: Annotated[int, typer.Option(help="How many noise levels to visit.")] = 20,
@@ -104,14 +104,16 @@ def generate(
             )
         ):
             seconds = run.go(resume)
-    print(f"{count} pictures in {seconds:.1f} s: {out / 'samples.png'}")
+    print(f"{count} picture{'s' * (count > 1)} in {seconds:.1f} s: {out / 'samples.png'}")
 
 
 def denoise(
     file: Annotated[Path, typer.Argument(help="A picture, or a float .npy in [-1, 1].")],
     sigma: Annotated[float, typer.Option(help="The noise level, in units of [-1, 1].")],
     data: Data,
-    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("runs/denoise"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")] = Path(
+        "runs/denoise"
+    ),
     machine: MachineName = "ls",
     noisy: Annotated[
         bool, typer.Option("--noisy", help="The picture is noisy already: add no noise.")
@@ -192,7 +194,10 @@ def calibrate(
 def index(
     data: Data,
     patch_size: Annotated[
-        str, typer.Option("--patch-size", help="Sizes, as 3,7,11, or a published schedule's name.")
+        str,
+        typer.Option(
+            "--patch-size", help="Sizes, as 3,7,11, a published schedule's name, or auto."
+        ),
     ],
     boundary: BoundaryName = None,
     label: ClassName = None,
@@ -209,9 +214,11 @@ def index(
         corpus = corpus_of(data, size, grayscale, limit, strict)
         images = corpus.indices(label)
         settings = {"search": "bounded"} | ({} if boundary is None else {"boundary": boundary})
-        for part in patch_size.split(","):
-            P = number(part.strip(), int, part.strip())
-            machine = machine_of("els", corpus, "vp", {"patch_size": P} | settings)
+        machines = []
+        for part in parts_of(patch_size):
+            P = number(part, int, part)
+            machines.append(machine_of("els", corpus, "vp", {"patch_size": P} | settings))
+        for machine in machines:
             machine.local_at(1.0)
             for each in sorted({int(value) for value in machine.patch_size.values}):
                 folders = machine.index(each, images)
@@ -221,7 +228,7 @@ def index(
 
 def zoo(
     data: Data,
-    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")],
     machines: MachineNames = None,
     count: Annotated[int, typer.Option(help="How many pictures each.")] = 8,
     steps: Annotated[int, typer.Option(help="How many noise levels to visit.")] = 18,
@@ -257,7 +264,7 @@ def zoo(
 
 def denoising_error(
     data: Data,
-    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path(
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")] = Path(
         "runs/denoising-error"
     ),
     machines: MachineNames = None,
@@ -291,7 +298,9 @@ def denoising_error(
 
 def compress(
     data: Data,
-    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("runs/compress"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")] = Path(
+        "runs/compress"
+    ),
     machine: Annotated[str, typer.Option(help="ideal, ls or els.")] = "ls",
     sizes: Annotated[
         str | None,
@@ -334,7 +343,9 @@ def ablation(
         list[str],
         typer.Option(help="Images, as for generate; can be given again. Of one picture, crops."),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("runs/ablation"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")] = Path(
+        "runs/ablation"
+    ),
     sides: Annotated[
         str | None, typer.Option(help="Sides to resize to, by commas, as 28,32,64.")
     ] = None,

@@ -32,7 +32,7 @@ from scoremachine.cli.words import (
 
 def train(
     data: Data,
-    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")],
     network: Annotated[
         str, typer.Option(help="resnet, unet, unet-attention, dit, mlp or vae.")
     ] = "resnet",
@@ -86,7 +86,7 @@ def train(
 def compare(
     network: NetworkName,
     data: Data,
-    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")],
     machine: Machines = "gaussian,ls,els,pspc,pca",
     pictures: Annotated[int, typer.Option(help="How many held-out images are denoised.")] = 32,
     count: Annotated[int, typer.Option(help="How many samples are drawn.")] = 16,
@@ -124,7 +124,7 @@ def compare(
 
 def sensitivity(
     data: Data,
-    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")],
     network: Annotated[str | None, typer.Option(help="A network, as for compare.")] = None,
     machine: Annotated[
         str | None, typer.Option(help="Machines by commas, as for compare; none unless given.")
@@ -157,10 +157,15 @@ def sensitivity(
 
 def bias(
     networks: Annotated[
-        str, typer.Option(help="Networks by commas, trained on the same images: see compare.")
+        str,
+        typer.Option(
+            "--networks",
+            "--network",
+            help="Networks by commas, trained on the same images: see compare.",
+        ),
     ],
     data: Data,
-    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")],
     machine: Machines = "gaussian,ls,els,pspc,pca",
     sigmas: Annotated[str, typer.Option(help="Noise levels, by commas.")] = "20,5,2,1,0.5,0.2",
     pictures: Annotated[int, typer.Option(help="How many held-out images are denoised.")] = 16,
@@ -188,9 +193,12 @@ def bias(
 
 def quality(
     data: Data,
-    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")],
     networks: Annotated[
-        str | None, typer.Option(help="Networks by commas, VAEs too: see compare and train.")
+        str | None,
+        typer.Option(
+            "--networks", "--network", help="Networks by commas, VAEs too: see compare and train."
+        ),
     ] = None,
     machine: Machines = "ls,els,pspc,smoothed",
     count: Annotated[int, typer.Option(help="How many pictures of each.")] = 64,
@@ -211,13 +219,17 @@ def quality(
         where = data, size, grayscale, limit, strict
         every, corpus = networks_and_corpus(parts_of(networks), *where)
         names = parts_of(machine)
+        if not names and not every:
+            raise ValueError("there is nobody to judge: name a machine or a network")
         settings = {"count": count, "steps": steps, "seed": seed, "everywhere": everywhere}
         judge_samples(every, names, corpus, out, **settings)
 
 
 def study(
     data: Data,
-    out: Annotated[Path, typer.Option(help="The folder to write to; the same one goes on.")],
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="The folder to write to; the same one goes on.")
+    ],
     machine: Machines = "els,ls",
     steps: Annotated[int, typer.Option(help="How long a network is trained.")] = 2000,
     count: Annotated[int, typer.Option(help="How many samples are drawn of each.")] = 16,

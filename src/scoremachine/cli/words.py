@@ -53,7 +53,8 @@ MachineName = Annotated[
     ),
 ]
 MachineNames = Annotated[
-    str | None, typer.Option("--machines", help="Names, by commas; all of them unless given.")
+    str | None,
+    typer.Option("--machines", "--machine", help="Names, by commas; all of them unless given."),
 ]
 PatchSize = Annotated[
     str | None,

@@ -77,6 +77,11 @@ def spelled(text: str) -> tuple[str, dict[str, Any]]:
     if colon:
         if kind.locality is None:
             raise ValueError(f"{kind.name} has no locality: use {kind.name!r} without a colon")
+        if not value:
+            raise ValueError(
+                f"{text!r} says nothing after its colon; expected a number, auto, network, or a "
+                "schedule"
+            )
         settings[kind.locality] = any_number(value)
     return kind.name, settings
 
@@ -100,9 +105,10 @@ def build(name: str, corpus: Corpus, **settings: Any) -> Machine:
         del settings["patch_size"]
     for setting in settings:
         if setting not in known:
-            raise ValueError(
-                unknown(f"machine {name!r} has no setting {setting!r}", setting, known)
-            )
+            met = f"machine {name!r} has no setting {setting!r}"
+            if setting == "label":
+                met += " (give it to denoise, score, log_density or generate)"
+            raise ValueError(unknown(met, setting, known))
     return kind(corpus, **settings)
 
 

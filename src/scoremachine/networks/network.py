@@ -23,7 +23,13 @@ from scoremachine.kernels.device import where
 from scoremachine.machines.machine import checked
 from scoremachine.names import check_name
 from scoremachine.networks.architectures import architecture
-from scoremachine.networks.foreign import is_diffusers, read_diffusers, refuse_plugin
+from scoremachine.networks.foreign import (
+    LATENT,
+    PICKLES,
+    is_diffusers,
+    read_diffusers,
+    refuse_plugin,
+)
 from scoremachine.networks.vae import VAE, Autoencoder
 from scoremachine.sample import SCHEDULES, generate, time_of
 
@@ -285,9 +291,11 @@ class Network(Denoiser):
         Raises:
             ValueError: Where there is no such network, or a damaged one, or a pickle.
         """
+        folder = Path(name)
         if str(name).startswith("azula:"):
             refuse_plugin(str(name))
-        folder = Path(name)
+        if name in (*PICKLES, *LATENT) and not folder.exists():
+            refuse_plugin(f"azula:{name}")
         if not folder.is_dir() and name in built_in():
             folder = BUILT_IN / name
         if not (folder / CARD).exists() and is_diffusers(folder):
