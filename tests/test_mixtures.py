@@ -70,25 +70,26 @@ def test_the_mean_is_that_of_gaussians(rank, diagonal, room, monkeypatch):
         np.testing.assert_allclose(D.numpy(), expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("rank", [0, 2, 5, 20])  # a box has 18 numbers
+@pytest.mark.parametrize("rank", [0, 2, 5, 8, 20])  # a box has 18 numbers
 @pytest.mark.parametrize("room", [2**26, 500])
 def test_ls_answers_by_the_marginals_of_boxes(rank, room, monkeypatch):
     monkeypatch.setattr(mixtures, "ROOM", room)
     c = some_clusters(4, (2, 4, 5), rank)
     m = Mixture(some_clusters(4, (1, 4, 5), rank))
     m.whole = c  # two channels, which no corpus has
-    y = torch.randn(1, 2, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = torch.randn(5, 2, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     row = Collection((4, 5), Box((3, 3)), "pixels", "pixel")
+    at = np.arange(40).reshape(2, 4, 5)
     for sigma in SIGMAS:
-        D = m.posterior(y, torch.tensor([sigma]), row)[0].numpy()
-        at = np.arange(40).reshape(2, 4, 5)
-        for i in range(4):
-            for j in range(5):
-                rows, columns = window(i, j, 3, 4, 5)
-                d = at[:, rows][:, :, columns].ravel()
-                found = definition(c, y.numpy().ravel()[d], sigma, d)
-                places = [int(np.flatnonzero(d == k)[0]) for k in at[:, i, j]]
-                np.testing.assert_allclose(D[:, i, j], found[places], atol=1e-6)
+        answers = m.posterior(y, torch.full((5,), sigma, dtype=torch.float64), row).numpy()
+        for picture, D in zip(y.numpy(), answers, strict=True):
+            for i in range(4):
+                for j in range(5):
+                    rows, columns = window(i, j, 3, 4, 5)
+                    d = at[:, rows][:, :, columns].ravel()
+                    found = definition(c, picture.ravel()[d], sigma, d)
+                    places = [int(np.flatnonzero(d == k)[0]) for k in at[:, i, j]]
+                    np.testing.assert_allclose(D[:, i, j], found[places], atol=1e-6)
 
 
 @pytest.mark.parametrize("boundary", ["broken", "circular"])
@@ -123,7 +124,7 @@ def test_els_answers_by_the_marginals_of_patches(boundary):
     ],
     ids=["ideal", "ls", "els", "els-circular"],
 )
-@pytest.mark.parametrize("rank", [2, 12])  # a box has 9 numbers
+@pytest.mark.parametrize("rank", [2, 8, 12])  # a box has 9 numbers
 def test_a_picture_is_the_same_among_others_of_its_noise_level_and_of_others(row, rank):
     m = Mixture(some_clusters(4, (1, 4, 5), rank), {3: some_clusters(6, (1, 3, 3), 2, seed=1)})
     y = torch.randn(6, 1, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -134,9 +135,10 @@ def test_a_picture_is_the_same_among_others_of_its_noise_level_and_of_others(row
         torch.testing.assert_close(together[b], alone, rtol=0, atol=1e-12)
 
 
-def test_derivatives_are_those_of_autograd():
-    m = Mixture(some_clusters(3, (1, 3, 4), 2), {3: some_clusters(3, (1, 3, 3), 2)})
-    y = torch.randn(1, 1, 3, 4, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("rank", [2, 8, 12])
+def test_derivatives_are_those_of_autograd(rank):
+    m = Mixture(some_clusters(3, (1, 3, 4), rank), {3: some_clusters(3, (1, 3, 3), 2)})
+    y = torch.randn(2, 1, 3, 4, dtype=torch.float64, requires_grad=True)
     for name, settings in (("ideal", {}), ("ls", {"patch_size": 3}), ("els", {"patch_size": 3})):
         machine = sm.build(name, m, **settings)
         assert torch.autograd.gradcheck(lambda y, f=machine: f.denoise(y, 0.7), y)
@@ -176,6 +178,19 @@ def test_one_cluster_is_the_gaussian_machine(N):
     assert (D - sm.build("gaussian", corpus).denoise(y, sigma)).abs().max() < 1e-4
 
 
+def test_a_budget_for_all_covariance_may_be_spent_on_it(monkeypatch):
+    """Where there are no other ways, that is the only one."""
+    monkeypatch.setattr(mixtures, "RANKS", ())
+    corpus = smooth_corpus(N=200, C=1, H=6, W=6)
+    takes = 4 * 36 * 37
+    m = compress(corpus, f"{takes}B")
+    y, sigma = noised(corpus, SIGMAS)
+    D = sm.build("ideal", m).denoise(y, sigma)
+    assert (D - sm.build("gaussian", corpus).denoise(y, sigma)).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="a cluster of 36 numbers takes"):
+        compress(corpus, f"{takes - 1}B")
+
+
 # ---------------------------------------------------------------- sizes
 
 
@@ -189,6 +204,12 @@ def test_more_clusters_denoise_better():
         for K in (2, 30)
     ]
     assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("most", [1000, 1700, 2400])
+def test_what_clusters_leave_of_a_budget_is_spent_on_rank(most):
+    m = compress(sm.Corpus.open("digits", limit=400), f"{most}B")
+    assert most - 2 * 64 * len(m) < m.nbytes <= most  # one more rank takes two bytes a number
 
 
 @pytest.mark.parametrize("size", ["10%", "5%", "4kB"])

@@ -188,7 +188,8 @@ def test_a_mixture_beats_its_machines_on_pictures_that_did_not_choose():
     np.testing.assert_allclose(((D - x) ** 2).mean((1, 2, 3)), found.errors[1], rtol=1e-4)
 
 
-def test_beyond_the_levels_that_are_asked_the_picture_brings_no_noise():
+@pytest.mark.parametrize(("sigma", "times"), [(100.0, 1.1), (400.0, 2.0), (1000.0, 2.0)])
+def test_beyond_the_levels_that_are_asked_the_picture_brings_no_noise(sigma, times):
     """The weight that y has at sigma 1 is, at 1000, noise many times as large as the pictures."""
     corpus = stripes(120, 9)
     parts = split(corpus, 16, seed=0)
@@ -201,13 +202,19 @@ def test_beyond_the_levels_that_are_asked_the_picture_brings_no_noise():
         machines = [m, *m.members.values()]
         return w, [float(((a.denoise(x + sigma * eps, sigma) - x) ** 2).mean()) for a in machines]
 
-    plain, (noisy, *_) = found(1000.0)
-    w, (error, *members) = found(1000.0, beyond=1000.0)
-    assert error <= 1.01 * max(members) < 0.5 * noisy
+    plain, (noisy, *_) = found(sigma)
+    w, (error, *members) = found(sigma, beyond=[60.0, 200.0, 1000.0])
+    assert error <= 1.01 * max(members) < noisy / times
     np.testing.assert_allclose(w(1.0), plain(1.0))
-    shares = w(1000.0) - w(1.0)  # y's share goes to all machines alike
+    shares = w(sigma) - w(1.0)  # y's share goes to all machines alike
     np.testing.assert_allclose(shares, shares.mean(), atol=1e-12)
-    assert abs(1 - w(1000.0).sum()) < 1e-4
+
+
+@pytest.mark.parametrize("beyond", [[1.0], [0.5, 60.0]])
+def test_levels_beyond_are_above_the_others(beyond):
+    corpus = stripes(60, 7)
+    with pytest.raises(ValueError, match=r"beyond is .*; expected noise levels above all others"):
+        stack(composite(corpus, weights="auto"), [1.0, 0.3], split(corpus, 8, 0), beyond=beyond)
 
 
 def test_an_interrupted_weighing_goes_on_at_the_level_it_was_at(monkeypatch):

@@ -37,7 +37,7 @@ def made(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        why = "a file has that name" if folder.exists() else (error.strerror or "").lower()
+        why = "a file has that name" if os.path.lexists(folder) else (error.strerror or "").lower()
         raise type(error)(f"the folder {folder} cannot be made: {why}") from None
     return folder
 
@@ -52,8 +52,10 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
     """An object from a JSON file; a ValueError that says what was expected where there is none."""
     try:
         found = json.loads(path.read_text())
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"there is no {path}; {expected}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {expected}") from None
     except ValueError:
         raise ValueError(f"{path} is no JSON; {expected}") from None
     if not isinstance(found, dict):

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from scoremachine.corpus import Corpus
 from scoremachine.files import written
-from scoremachine.moments import moments_of
+from scoremachine.moments import moments_of, within_reach
 from scoremachine.posterior import wrap
 from scoremachine.progress import bar
 from scoremachine.schedules import check_integer, check_seed
@@ -42,7 +42,8 @@ PATCHES = 200_000  # patches, at most, that clusters are made of
 ROOM = 2**26  # numbers in memory at once
 PRIOR = 1.0  # images that a cluster's diagonal counts the average one for
 JUDGED = (0.2, 0.5, 1.0, 2.0, 5.0)  # noise levels at which ways to spend a budget are compared
-BOXES = (3, 7, 15)  # sides that they are compared on too, as ls sees pictures
+BOXES = (3, 7, 15)  # sides of boxes that those of images are compared on too, as ls sees them
+SEEN = 1e-6  # squared errors below this, a tenth of a gray level's, count as this
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +112,8 @@ class Clusters:
         """The same with V of at most D columns: a square root of V V^T."""
         if self.rank <= self.V.shape[1]:
             return self
-        values, vectors = torch.linalg.eigh((self.V @ self.V.transpose(1, 2)).double())
+        V = self.V.double()
+        values, vectors = torch.linalg.eigh(V @ V.transpose(1, 2))
         V = vectors * torch.sqrt(values.clamp(min=0))[:, None]
         return replace(self, V=V.float())
 
@@ -278,7 +280,8 @@ class Mixture(Corpus):
         """Every pixel's box against the same box of every cluster."""
         C, H, W = y.shape[1:]
         r = self.whole.rank
-        if r > C * math.prod(c.window.shape):  # more than a box's own covariance has rows
+        # more than a box's own covariance has rows, or than fits for every pixel at once
+        if r > C * math.prod(c.window.shape) or H * W * r * r > ROOM:
             return self._dense(y, sigma, c)
         shared = C * (r + 3) + r * r  # numbers of a cluster and pixel; a picture's are C + r
         pieces = y.split(max(1, shared // (3 * (C + r))))
@@ -295,6 +298,7 @@ class Mixture(Corpus):
                 M = torch.cat([c.look(maps) for maps in M.split(max(1, ROOM // (4 * H * W)))])
                 M = M.reshape(K, r, r, H, W).permute(0, 3, 4, 1, 2)
                 L = torch.linalg.cholesky(M + torch.eye(r, dtype=torch.float64))
+                del M
                 logdet = logdet + 2 * torch.log(torch.diagonal(L, dim1=3, dim2=4)).sum(3)
             for piece, fold in zip(pieces, folds, strict=True):
                 B = len(piece)
@@ -313,7 +317,7 @@ class Mixture(Corpus):
         return y - sigma**2 * torch.cat([fold.mean() for fold in folds]).permute(0, 3, 1, 2)
 
     def _dense(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
-        """The same, box by box: for covariances of higher rank than boxes have numbers."""
+        """The same, box by box."""
         H, W = y.shape[2:]
         P, Q = c.window.shape
         pixels = []
@@ -378,8 +382,8 @@ def compress(
     """A corpus as a few Gaussians, on which `ideal`, `ls` and `els` run.
 
     Clusters are k-means' (scikit-learn's, in the 64 leading components), with the covariance of
-    what is left, low-rank plus diagonal; one cluster keeps all of it, and as many clusters as
-    images have none.
+    what is left, low-rank plus diagonal; one cluster keeps all of it (where `gaussian` can), and as
+    many clusters as images have none.
 
     Arguments:
         corpus: The images.
@@ -414,11 +418,11 @@ def compress(
             'more: for a budget say "1%" or "10MB"'
         )
     with bar("Compressing", total=1 + len(sides)) as progress:
-        whole = _clustered(corpus.images, K, budget, rank, seed)
+        whole = _clustered(corpus.images, K, budget, rank, seed, BOXES)
         progress.advance()
         patches = {}
         for P in sides:
-            patches[P] = _clustered(_patches(corpus, P, seed), K, budget, rank, seed)
+            patches[P] = _clustered(_patches(corpus, P, seed), K, budget, rank, seed, ())
             progress.advance()
     return Mixture(whole, patches, f"{corpus.name}, compressed to {size}")
 
@@ -452,20 +456,27 @@ def _patches(corpus: Corpus, P: int, seed: int) -> np.ndarray:
 
 
 def _clustered(
-    images: np.ndarray, K: int | None, budget: float | None, rank: int | None, seed: int
+    images: np.ndarray,
+    K: int | None,
+    budget: float | None,
+    rank: int | None,
+    seed: int,
+    boxes: Sequence[int],
 ) -> Clusters:
     """Clusters of images uint8 (N, C, h, w): K of them, or as many as a budget buys."""
     N, D = len(images), math.prod(images.shape[1:])
     if K is not None:
-        return _of_rank(images, K, rank if rank is not None else _fitting(N, K), seed)
+        return _of_rank(images, K, rank if rank is not None else _fitting(N, D, K), seed)
     assert budget is not None
     if budget >= N * D:
         return _of_rank(images, N, 0, seed)
-    ranks = [r for r in RANKS if r < D] if rank is None else [rank]
-    ways = [(r, int(budget // _bytes(1, D, r))) for r in ranks]
-    ways = [(r, min(k, N // 2)) for r, k in ways if k >= 1]
+    ways = []
+    for r in [r for r in RANKS if r < D] if rank is None else [rank]:
+        k = min(int(budget // _bytes(1, D, r)), N // 2)
+        if k >= 1:
+            ways.append((r if rank is not None else _filling(budget, N, D, k, r), k))
     full = min(D, N - 1)
-    if rank is None and 4 * D * (full + 1) <= budget:  # in single precision
+    if rank is None and within_reach(N, D) and 4 * D * (full + 1) <= budget:  # single precision
         ways.append((full, 1))
     if not ways:
         raise ValueError(
@@ -474,7 +485,7 @@ def _clustered(
         )
     if len(ways) == 1:
         return _of_rank(images, ways[0][1], ways[0][0], seed)
-    return _best(images, ways, seed)
+    return _best(images, ways, seed, boxes)
 
 
 def least_bytes(corpus: Corpus, patch_size: Sequence[int] | None = None) -> int:
@@ -484,11 +495,19 @@ def least_bytes(corpus: Corpus, patch_size: Sequence[int] | None = None) -> int:
     return _bytes(1, largest, 0) * (1 + len(patch_size or ()))
 
 
-def _fitting(N: int, K: int) -> int:
+def _fitting(N: int, D: int, K: int) -> int:
     """The rank of so many clusters: about the square root of a cluster's images; all for one."""
-    if K in (1, N):
-        return N - K
+    if K == N:
+        return 0
+    if K == 1 and within_reach(N, D):
+        return min(D, N - 1)
     return min(64, max(1, round(math.sqrt(N / K))) - 1)
+
+
+def _filling(budget: float, N: int, D: int, K: int, rank: int) -> int:
+    """The rank that K clusters can have of a budget that buys them this one at least."""
+    bought = int((budget / K - D - 4) // (2 * D)) - 1
+    return max(rank, min(bought, N // K - 1, max(RANKS), D - 1))
 
 
 def _bytes(K: int, D: int, rank: int) -> int:
@@ -496,10 +515,12 @@ def _bytes(K: int, D: int, rank: int) -> int:
     return K * (D + 2 * D * (rank + 1) + 4)
 
 
-def _best(images: np.ndarray, ways: list[tuple[int, int]], seed: int) -> Clusters:
+def _best(
+    images: np.ndarray, ways: list[tuple[int, int]], seed: int, sides: Sequence[int]
+) -> Clusters:
     """The way to spend a budget that denoises images best that are held out of it.
 
-    Whole ones, as `ideal` does, and boxes in their middle, as `ls` does.
+    Whole ones, as `ideal` does, and boxes of these sides in their middle, as `ls` does.
     """
     N, (_, h, w) = len(images), images.shape[1:]
     order = np.random.default_rng(seed).permutation(N)
@@ -507,7 +528,7 @@ def _best(images: np.ndarray, ways: list[tuple[int, int]], seed: int) -> Cluster
     x = torch.from_numpy(images[held]).double() / 127.5 - 1
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     boxes = [(slice(0, h), slice(0, w))]
-    for P in BOXES:
+    for P in sides:
         if min(h, w) > P:
             boxes.append((slice((h - P) // 2, (h + P) // 2), slice((w - P) // 2, (w + P) // 2)))
     losses = []
@@ -517,7 +538,8 @@ def _best(images: np.ndarray, ways: list[tuple[int, int]], seed: int) -> Cluster
         for rows, columns in boxes:
             part = c.part(rows, columns).reduced()
             z, e = (each[:, :, rows, columns].flatten(1) for each in (x, eps))
-            errors += [((part.mean(z + s * e, s) - z) ** 2).mean().log() for s in JUDGED]
+            found = [((part.mean(z + s * e, s) - z) ** 2).mean() for s in JUDGED]
+            errors += [error.clamp(min=SEEN).log() for error in found]
         losses.append(float(torch.stack(errors).mean()))
     r, k = ways[int(np.argmin(losses))]
     return _of_rank(images, k, r, seed)

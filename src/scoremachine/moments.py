@@ -87,6 +87,12 @@ class Moments:
 _known = Kept[Moments](REMEMBERED)
 
 
+def within_reach(N: int, D: int) -> bool:
+    """Whether the whole covariance of N images of D values can be had."""
+    side = min(N, D)
+    return side <= LARGEST and side * D <= ROOM
+
+
 def moments(corpus: Corpus, index: np.ndarray, low_rank: bool = False) -> Moments:
     """The moments of the images at `index`, from memory, from disk, or computed.
 

@@ -17,7 +17,7 @@ from scoremachine.mixtures import budget_of, compress, least_bytes
 from scoremachine.progress import bar, say
 from scoremachine.schedules import PatchSchedule, check_integer, edm_sigmas
 
-LAYOUT = 2  # of the files beside the corpus
+LAYOUT = 3  # of the files beside the corpus
 SIZES = ("30%", "10%", "3%", "1%", "0.3%", "0.1%", "0.03%", "0.01%")
 WITHIN = 1.05  # times the error of the exact machine, that counts as good
 

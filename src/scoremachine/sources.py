@@ -420,15 +420,15 @@ def picture(image: Any) -> Any:
 
 def hugging_face(text: str) -> Source:
     """hf:NAME[:SPLIT], through the datasets library; NAME may be a folder of one."""
+    name, _, split = text.removeprefix("hf:").partition(":")
+    if not name:
+        raise ValueError(f"{text} names no data set; expected hf:NAME or hf:NAME:SPLIT")
     try:
         import datasets
     except ImportError:
         raise ValueError(
             f"{text} needs the datasets library: pip install 'scoremachine[hf]'"
         ) from None
-    name, _, split = text.removeprefix("hf:").partition(":")
-    if not name:
-        raise ValueError(f"{text} names no data set; expected hf:NAME or hf:NAME:SPLIT")
     try:
         if (Path(name) / "dataset_info.json").exists() or (
             Path(name) / "dataset_dict.json"

@@ -42,7 +42,7 @@ from scoremachine.schedules import WeightSchedule
 LAYOUT = 2  # of the files beside the corpus
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # penalties, in units of each difference's own square
 HELD_OUT = 16  # pictures that "auto" weights are chosen on
-BEYOND = 1000.0  # a noise level at which machines are all alike, and only y is weighed
+BEYOND = (60.0, 200.0, 1000.0)  # noise levels at which only y is weighed
 
 
 class Mixed(Calibrated, Protocol):
@@ -92,7 +92,7 @@ def stack(
     parts: Parts,
     seed: int = 0,
     network: Teacher | None = None,
-    beyond: float | None = None,
+    beyond: Sequence[float] = (),
 ) -> Stacking:
     """Finds the weights of a composite.
 
@@ -103,15 +103,27 @@ def stack(
             and of those that report (which may be none).
         seed: Of the noise.
         network: Its D is what is regressed on, where given, not the clean picture.
-        beyond: One more noise level, above the others, where nothing tells the machines apart. They
-            keep their weights, and what is found is the noisy picture's: next to nothing of it,
-            right at a lower level, is much noise there.
+        beyond: Noise levels above the others, where little tells the machines apart. They keep the
+            weights of the highest other one, and what is found is the noisy picture's: next to
+            nothing of it, right at a lower level, is much noise there. No errors are reported.
+
+    Raises:
+        ValueError: Where a level `beyond` is not above all others.
     """
+    if len(beyond) and (len(sigmas) == 0 or min(beyond) <= max(sigmas)):
+        raise ValueError(f"beyond is {list(beyond)}; expected noise levels above all others")
     corpus, source, choosing, _ = parts
     machine = machine.remade(corpus)  # type: ignore[assignment]
-    levels = np.sort(np.asarray([*sigmas, *([] if beyond is None else [beyond])], float))[::-1]
+    levels = np.sort(np.asarray([*sigmas, *beyond], dtype=float))[::-1]
     of = {label: member.settings() for label, member in machine.members.items()}
-    asked = [LAYOUT, of, levels.tolist(), seed, None if network is None else network.key, beyond]
+    asked = [
+        LAYOUT,
+        of,
+        levels.tolist(),
+        seed,
+        None if network is None else network.key,
+        list(beyond),
+    ]
     asked += [corpus.key, *(hashlib.sha256(p.tobytes()).hexdigest() for p in parts[1:])]
     path = corpus.record_path("stacking", asked)
     if path.exists():
@@ -132,14 +144,14 @@ def stack(
 
     def measured(sigma: float) -> dict[str, Any]:
         Z, x = both(chooser, sigma)
-        if sigma == beyond:  # every machine is their mean
+        if sigma in beyond:  # every machine is their mean
             (rest, w_0), ridge = weights_of(np.stack([Z[:-1].mean(0), Z[-1]]), x)
             w = np.append(np.full(len(of), rest / len(of)), w_0)
         else:
             w, ridge = weights_of(Z, x)
         found: dict[str, Any] = {"weights": w[:-1].tolist(), "ridges": ridge}
         found |= {"errors": [], "member_errors": [[] for _ in of]}
-        if len(reporter[0]):
+        if len(reporter[0]) and sigma not in beyond:
             Z, x = both(reporter, sigma)
             found["errors"] = _squared(np.tensordot(w, Z, 1) - x).tolist()
             found["member_errors"] = _squared(Z[:-1] - x).tolist()
@@ -148,9 +160,9 @@ def stack(
     with bar("Weighing machines", total=len(levels)) as progress:
         unfinished = path.with_name(f"{path.stem}-unfinished.json")
         rows = kept_by_level(unfinished, levels, measured, "member_errors", progress, 1)
-    if beyond is not None:
-        highest, below = (np.array(row["weights"]) for row in rows[:2])
-        rows[0]["weights"] = (below + (highest.sum() - below.sum()) / len(of)).tolist()
+    w = np.array(rows[len(beyond)]["weights"])
+    for row in rows[: len(beyond)]:
+        row["weights"] = (w + (sum(row["weights"]) - w.sum()) / len(of)).tolist()
     columns = ("weights", "ridges", "errors", "member_errors")
     found = Stacking(
         machines=list(of),
@@ -244,7 +256,7 @@ def weights_towards(network: Teacher, machine: Mixed, corpus: Corpus) -> WeightS
     )
     parts = unseen_parts(network, subset, corpus, HELD_OUT) or split(subset, HELD_OUT, seed=0)
     nobody = np.zeros(0, dtype=np.int64)
-    beyond = min(BEYOND, high) if high > sigmas[0] else None
+    beyond = sorted({min(sigma, high) for sigma in BEYOND if high > max(TOWARDS_SIGMAS)})
     return stack(machine, sigmas, (*parts[:3], nobody), 0, network, beyond).schedule
 
 

@@ -215,8 +215,8 @@ def index(
         images = corpus.indices(label)
         settings = {"search": "bounded"} | ({} if boundary is None else {"boundary": boundary})
         machines = []
-        for part in parts_of(patch_size):
-            P = number(part, int, part)
+        for part in parts_of(patch_size) or [""]:
+            P = any_number(part)
             machines.append(machine_of("els", corpus, "vp", {"patch_size": P} | settings))
         for machine in machines:
             machine.local_at(1.0)

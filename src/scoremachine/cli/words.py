@@ -247,7 +247,7 @@ def settings_of(
     """What was said of a machine, by the names of its arguments."""
     said = {"boundary": boundary, "window": window, "augment": augment}
     if patch_size is not None:
-        said["patch_size"] = number(patch_size, int, patch_size)
+        said["patch_size"] = any_number(patch_size)
     if bandwidth is not None:
         said["bandwidth"] = number(bandwidth, float, bandwidth)
     for name, value in pairs(others):

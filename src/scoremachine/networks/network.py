@@ -294,7 +294,7 @@ class Network(Denoiser):
         folder = Path(name)
         if str(name).startswith("azula:"):
             refuse_plugin(str(name))
-        if name in (*PICKLES, *LATENT) and not folder.exists():
+        if str(name).split(":")[0] in (*PICKLES, *LATENT) and not folder.exists():
             refuse_plugin(f"azula:{name}")
         if not folder.is_dir() and name in built_in():
             folder = BUILT_IN / name
