@@ -18,7 +18,7 @@ from scoremachine.calibration import held_out_pictures, split
 from scoremachine.errors import denoising_errors
 from scoremachine.networks import Network
 from scoremachine.schedules import WeightSchedule
-from scoremachine.stacking import stack, weights_of
+from scoremachine.stacking import stack, weights_of, weights_towards
 from test_calibration import stripes
 
 OF = "gaussian,ls:3,pspc:5"
@@ -131,6 +131,20 @@ def test_senseless_weight_schedules_are_refused(sigmas, values, says):
 
 
 # ---------------------------------------------------------------- its weights
+
+
+def test_where_walks_begin_the_picture_counts_for_nothing():
+    """The weight of y at sigma = 20, were it that at 1000 too, is noise of size 0.5 there."""
+    corpus, schedule = random_corpus(N=60), sm.EDMSchedule(0.002, 1000.0)
+
+    def shrunk(x_t, t):
+        return 0.2 * x_t / (1 + schedule(t)[1] ** 2).reshape(-1, 1, 1, 1)
+
+    network = Network.of(shrunk, corpus.shape, schedule=schedule)
+    m = composite(corpus, "ideal", "auto")
+    m = m.remade(corpus, weights=weights_towards(network, m, corpus))
+    y = 1000 * torch.randn(8, *corpus.shape, generator=torch.Generator().manual_seed(3))
+    assert m.denoise(y, 1000.0).abs().max() < 0.2
 
 
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6))

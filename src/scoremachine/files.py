@@ -19,7 +19,7 @@ def written(path: str | Path) -> Iterator[Path]:
     `path` are made. On any exception, Ctrl-C included, the temporary file is removed.
     """
     path = Path(path)
-    made(path.parent)
+    make_folder(path.parent)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -32,14 +32,13 @@ def written(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def made(folder: Path) -> Path:
-    """The folder, made if it is not there; an OSError that says why it cannot be."""
+def make_folder(folder: Path) -> None:
+    """Makes a folder that is not there; an OSError that says why it cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         why = "a file has that name" if os.path.lexists(folder) else (error.strerror or "").lower()
         raise type(error)(f"the folder {folder} cannot be made: {why}") from None
-    return folder
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -461,9 +461,12 @@ def _clustered(
     budget: float | None,
     rank: int | None,
     seed: int,
-    boxes: Sequence[int],
+    sides: Sequence[int],
 ) -> Clusters:
-    """Clusters of images uint8 (N, C, h, w): K of them, or as many as a budget buys."""
+    """Clusters of images uint8 (N, C, h, w): K of them, or as many as a budget buys.
+
+    Ways to spend it are compared on whole images and on boxes of these sides.
+    """
     N, D = len(images), math.prod(images.shape[1:])
     if K is not None:
         return _of_rank(images, K, rank if rank is not None else _fitting(N, D, K), seed)
@@ -485,7 +488,7 @@ def _clustered(
         )
     if len(ways) == 1:
         return _of_rank(images, ways[0][1], ways[0][0], seed)
-    return _best(images, ways, seed, boxes)
+    return _best(images, ways, seed, sides)
 
 
 def least_bytes(corpus: Corpus, patch_size: Sequence[int] | None = None) -> int:
@@ -531,24 +534,38 @@ def _best(
     for P in sides:
         if min(h, w) > P:
             boxes.append((slice((h - P) // 2, (h + P) // 2), slice((w - P) // 2, (w + P) // 2)))
-    losses = []
+    losses, others = [], images[rest]
+    z = _leading(others, seed)  # in which all ways find their clusters
     for r, k in ways:
-        c = _of_rank(images[rest], min(k, len(rest)), r, seed)
+        c = _of_rank(others, min(k, len(others)), r, seed, z)
         errors = []
         for rows, columns in boxes:
             part = c.part(rows, columns).reduced()
-            z, e = (each[:, :, rows, columns].flatten(1) for each in (x, eps))
-            found = [((part.mean(z + s * e, s) - z) ** 2).mean() for s in JUDGED]
+            seen, e = (each[:, :, rows, columns].flatten(1) for each in (x, eps))
+            found = [((part.mean(seen + s * e, s) - seen) ** 2).mean() for s in JUDGED]
             errors += [error.clamp(min=SEEN).log() for error in found]
         losses.append(float(torch.stack(errors).mean()))
     r, k = ways[int(np.argmin(losses))]
     return _of_rank(images, k, r, seed)
 
 
-def _of_rank(images: np.ndarray, K: int, rank: int, seed: int) -> Clusters:
-    """K clusters with covariances of a rank and a diagonal."""
-    from sklearn.cluster import MiniBatchKMeans
+def _leading(images: np.ndarray, seed: int) -> np.ndarray:
+    """Images in the components that their clusters are found in, float32 (N, at most 64)."""
     from sklearn.decomposition import PCA
+
+    N, D = len(images), math.prod(images.shape[1:])
+    x = torch.from_numpy(images.reshape(N, D)).float() / 127.5 - 1
+    some = np.random.default_rng(seed).permutation(N)[:20_000]
+    leading = PCA(min(LEADING, D, len(some)), svd_solver="randomized", random_state=seed)
+    leading.fit(x[some].numpy())
+    return np.concatenate([leading.transform(part.numpy()) for part in x.split(4096)])
+
+
+def _of_rank(
+    images: np.ndarray, K: int, rank: int, seed: int, z: np.ndarray | None = None
+) -> Clusters:
+    """K clusters with covariances of a rank and a diagonal; z is `_leading` of the images."""
+    from sklearn.cluster import MiniBatchKMeans
     from sklearn.utils.extmath import randomized_svd
 
     N, shape = len(images), images.shape[1:]
@@ -564,10 +581,7 @@ def _of_rank(images: np.ndarray, K: int, rank: int, seed: int) -> Clusters:
         return Clusters(_even(1), g.mean[None].float(), V, none, shape)
     found = np.zeros(N, dtype=np.int64)
     if K > 1:
-        some = np.random.default_rng(seed).permutation(N)[:20_000]
-        leading = PCA(min(LEADING, D, len(some)), svd_solver="randomized", random_state=seed)
-        leading.fit(x[some].numpy())
-        z = np.concatenate([leading.transform(part.numpy()) for part in x.split(4096)])
+        z = _leading(images, seed) if z is None else z
         k_means = MiniBatchKMeans(
             K, n_init=1, random_state=seed, batch_size=max(4096, 2 * K),
             max_iter=int(np.clip(DISTANCES // (N * K), 3, 100)),

@@ -15,10 +15,14 @@ def unknown(met: str, name: object, known: Iterable[str], near: Iterable[str] = 
     return f"{met}{hint}; there are {', '.join(known) or 'none'}"
 
 
-def check_name(what: str, name: object, known: Iterable[str]) -> None:
-    """Raises a ValueError unless `name` is known; `what` is what it names, as "machine"."""
+def check_name(what: str, name: object, known: Iterable[str], otherwise: str = "") -> None:
+    """Raises a ValueError unless `name` is known; `what` is what it names, as "machine".
+
+    The error ends with what else would do, `otherwise`.
+    """
     if name not in (known := list(known)):
-        raise ValueError(unknown(f"no {what} is called {name!r}", name, known))
+        met = unknown(f"no {what} is called {name!r}", name, known)
+        raise ValueError(f"{met}; {otherwise}" if otherwise else met)
 
 
 def number(text: str, kind: type, otherwise: Any) -> Any:

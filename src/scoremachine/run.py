@@ -33,7 +33,7 @@ from scoremachine.comparison import (
 from scoremachine.comparison.parts import apart, entered
 from scoremachine.corpus import Corpus
 from scoremachine.errors import Errors, denoising_errors, fewer
-from scoremachine.files import made, write_text, written
+from scoremachine.files import make_folder, write_text, written
 from scoremachine.machines import BoxMachine, Composite, IdealScore, Machine, build
 from scoremachine.machines.machine import Label
 from scoremachine.mixtures import compress
@@ -145,7 +145,7 @@ class Run:
 
     def _begin(self, resume: bool) -> bool:
         """Makes the folder ready; True if `resume` finds the run complete."""
-        made(self.out)
+        make_folder(self.out)
         asked = self.asked
         record = self.out / "run.json"
         notes = self.unfinished / "settings.json"

@@ -10,7 +10,9 @@ from typing import Any, Self
 import numpy as np
 
 from scoremachine.files import read_json
-from scoremachine.names import unknown
+from scoremachine.names import check_name
+
+CALIBRATION = "the calibration.json that scoremachine calibrate --out writes"
 
 
 def check_integer(what: str, value: object) -> int:
@@ -131,12 +133,8 @@ class LevelSchedule(ByLevel):
     @classmethod
     def named(cls, name: str) -> Self:
         """A published schedule: one of `names()`."""
-        if name not in cls.published:
-            met = f"no published schedule of {cls.setting} is called {name!r}"
-            raise ValueError(
-                f"{unknown(met, name, cls.names())}; or give a number, auto, or the "
-                "calibration.json that scoremachine calibrate --out writes"
-            )
+        otherwise = f"or give a number, auto, or {CALIBRATION}"
+        check_name(f"published schedule of {cls.setting}", name, cls.names(), otherwise)
         return cls(*cls.published[name], name=name)
 
     @classmethod
@@ -163,7 +161,7 @@ class LevelSchedule(ByLevel):
             ValueError: For anything else, or what was chosen for another setting.
         """
         name = path.resolve().parent.name
-        expected = "expected the calibration.json that scoremachine calibrate --out writes"
+        expected = f"expected {CALIBRATION}"
         record = read_json(path, expected)
         try:
             setting = "weights" if "weights" in record else record["setting"]

@@ -246,7 +246,7 @@ def automatic_weights(machine: Mixed) -> WeightSchedule:
 def weights_towards(network: Teacher, machine: Mixed, corpus: Corpus) -> WeightSchedule:
     """The weights with which a composite agrees best with a network, as `calibration.towards`."""
     low, high = network.levels()
-    sigmas = sorted((s for s in TOWARDS_SIGMAS if low <= s <= high), reverse=True)
+    sigmas = [s for s in TOWARDS_SIGMAS if low <= s <= high]
     _decide(machine)
     subset = affordable(machine, len(sigmas) * HELD_OUT, TOWARDS)
     say(

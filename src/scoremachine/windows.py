@@ -394,8 +394,8 @@ class Collection:
                 total = torch.cumsum(v, axis)
                 total = torch.cat([torch.zeros_like(total.narrow(axis, 0, 1)), total], dim=axis)
                 first = torch.arange(n + 2 * before - p + 1, device=v.device) - before
-                ends = (first + p).clamp(max=n), first.clamp(min=0)
-                v = total.index_select(axis, ends[0]) - total.index_select(axis, ends[1])
+                last = (first + p).clamp(max=n)
+                v = total.index_select(axis, last) - total.index_select(axis, first.clamp(min=0))
             return v
         if self.cut:
             v = pad(v, (Q // 2, Q // 2, P // 2, P // 2))

@@ -19,6 +19,7 @@ from scoremachine.cli.words import (
     Limit,
     MachineName,
     MachineNames,
+    Out,
     PatchSize,
     Quiet,
     ScheduleName,
@@ -45,7 +46,7 @@ from scoremachine.names import any_number, number
 
 def generate(
     data: Data,
-    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")],
+    out: Out,
     machine: MachineName = "els",
     count: Annotated[int, typer.Option(help="How many pictures.")] = 16,
     steps: Annotated[int, typer.Option(help="How many noise levels to visit.")] = 20,
@@ -111,9 +112,7 @@ def denoise(
     file: Annotated[Path, typer.Argument(help="A picture, or a float .npy in [-1, 1].")],
     sigma: Annotated[float, typer.Option(help="The noise level, in units of [-1, 1].")],
     data: Data,
-    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")] = Path(
-        "runs/denoise"
-    ),
+    out: Out = Path("runs/denoise"),
     machine: MachineName = "ls",
     noisy: Annotated[
         bool, typer.Option("--noisy", help="The picture is noisy already: add no noise.")
@@ -214,11 +213,10 @@ def index(
         corpus = corpus_of(data, size, grayscale, limit, strict)
         images = corpus.indices(label)
         settings = {"search": "bounded"} | ({} if boundary is None else {"boundary": boundary})
-        machines = []
-        for part in parts_of(patch_size) or [""]:
-            P = any_number(part)
-            machines.append(machine_of("els", corpus, "vp", {"patch_size": P} | settings))
-        for machine in machines:
+        sizes = [any_number(part) for part in parts_of(patch_size) or [""]]
+        for machine in [
+            machine_of("els", corpus, "vp", {"patch_size": P} | settings) for P in sizes
+        ]:
             machine.local_at(1.0)
             for each in sorted({int(value) for value in machine.patch_size.values}):
                 folders = machine.index(each, images)
@@ -228,7 +226,7 @@ def index(
 
 def zoo(
     data: Data,
-    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")],
+    out: Out,
     machines: MachineNames = None,
     count: Annotated[int, typer.Option(help="How many pictures each.")] = 8,
     steps: Annotated[int, typer.Option(help="How many noise levels to visit.")] = 18,
@@ -264,9 +262,7 @@ def zoo(
 
 def denoising_error(
     data: Data,
-    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")] = Path(
-        "runs/denoising-error"
-    ),
+    out: Out = Path("runs/denoising-error"),
     machines: MachineNames = None,
     steps: Annotated[int, typer.Option(help="How many EDM noise levels.")] = 18,
     choosing: Annotated[int, typer.Option(help="Held-out images that calibrate.")] = 16,
@@ -298,9 +294,7 @@ def denoising_error(
 
 def compress(
     data: Data,
-    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")] = Path(
-        "runs/compress"
-    ),
+    out: Out = Path("runs/compress"),
     machine: Annotated[str, typer.Option(help="ideal, ls or els.")] = "ls",
     sizes: Annotated[
         str | None,
@@ -343,9 +337,7 @@ def ablation(
         list[str],
         typer.Option(help="Images, as for generate; can be given again. Of one picture, crops."),
     ],
-    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")] = Path(
-        "runs/ablation"
-    ),
+    out: Out = Path("runs/ablation"),
     sides: Annotated[
         str | None, typer.Option(help="Sides to resize to, by commas, as 28,32,64.")
     ] = None,

@@ -15,6 +15,7 @@ from scoremachine.cli.words import (
     Limit,
     Machines,
     NetworkName,
+    Out,
     Quiet,
     Seed,
     Size,
@@ -32,7 +33,7 @@ from scoremachine.cli.words import (
 
 def train(
     data: Data,
-    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")],
+    out: Out,
     network: Annotated[
         str, typer.Option(help="resnet, unet, unet-attention, dit, mlp or vae.")
     ] = "resnet",
@@ -86,7 +87,7 @@ def train(
 def compare(
     network: NetworkName,
     data: Data,
-    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")],
+    out: Out,
     machine: Machines = "gaussian,ls,els,pspc,pca",
     pictures: Annotated[int, typer.Option(help="How many held-out images are denoised.")] = 32,
     count: Annotated[int, typer.Option(help="How many samples are drawn.")] = 16,
@@ -124,7 +125,7 @@ def compare(
 
 def sensitivity(
     data: Data,
-    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")],
+    out: Out,
     network: Annotated[str | None, typer.Option(help="A network, as for compare.")] = None,
     machine: Annotated[
         str | None, typer.Option(help="Machines by commas, as for compare; none unless given.")
@@ -165,7 +166,7 @@ def bias(
         ),
     ],
     data: Data,
-    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")],
+    out: Out,
     machine: Machines = "gaussian,ls,els,pspc,pca",
     sigmas: Annotated[str, typer.Option(help="Noise levels, by commas.")] = "20,5,2,1,0.5,0.2",
     pictures: Annotated[int, typer.Option(help="How many held-out images are denoised.")] = 16,
@@ -193,7 +194,7 @@ def bias(
 
 def quality(
     data: Data,
-    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")],
+    out: Out,
     networks: Annotated[
         str | None,
         typer.Option(

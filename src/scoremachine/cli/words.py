@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -45,6 +46,7 @@ Strict = Annotated[
     bool,
     typer.Option("--strict", help="Refuse unreadable files.", rich_help_panel="Images"),
 ]
+Out = Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")]
 MachineName = Annotated[
     str,
     typer.Option(

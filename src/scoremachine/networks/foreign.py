@@ -63,8 +63,8 @@ class Sample(nn.Module):
 
 
 def refuse_plugin(name: str) -> None:
-    """Raises the ValueError that says why azula:PLUGIN[:CARD] is no network here."""
-    plugin = name.split(":")[1]
+    """Raises the ValueError that says why azula's PLUGIN[:CARD] is no network here."""
+    plugin = name.split(":")[0]
     if plugin in PICKLES:
         why = "its weights are a pickle, which can run any code when it is read"
     elif plugin in LATENT:

@@ -292,10 +292,10 @@ class Network(Denoiser):
             ValueError: Where there is no such network, or a damaged one, or a pickle.
         """
         folder = Path(name)
-        if str(name).startswith("azula:"):
-            refuse_plugin(str(name))
-        if str(name).split(":")[0] in (*PICKLES, *LATENT) and not folder.exists():
-            refuse_plugin(f"azula:{name}")
+        plugin = str(name).removeprefix("azula:")
+        known = plugin.split(":")[0] in (*PICKLES, *LATENT) and not folder.exists()
+        if plugin != str(name) or known:
+            refuse_plugin(plugin)
         if not folder.is_dir() and name in built_in():
             folder = BUILT_IN / name
         if not (folder / CARD).exists() and is_diffusers(folder):
