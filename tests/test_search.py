@@ -390,6 +390,39 @@ def test_a_pixel_that_is_too_dear_is_left_to_others(monkeypatch, share):
     assert (D - truth).abs()[done].max() < 1e-3 if done.any() else share == 0
 
 
+PRODUCTS = """
+import numpy as np
+from numba import njit
+from scoremachine.search.floats import *
+
+@njit
+def sums(codes, w, halves, out):
+    for j in range(0, len(w), LANES):
+        store_halves(halves, j, len(w) + j, nearest(load(w, j)))
+    for i in range(0, len(codes), len(w) * LANES):
+        high, low = none(), none()
+        for j in range(0, len(w), 4):
+            high = add_products(high, codes, i + j * LANES, halves, j)
+            low = add_products(low, codes, i + j * LANES, halves, len(w) + j)
+        store(out, i // len(w), joined(high, low))
+
+rng = np.random.default_rng(0)
+for w in (rng.uniform(-32512, 32512, 64), np.full(64, -32512), np.full(64, 32512), np.zeros(64)):
+    codes = rng.integers(0, 256, (20, 16, LANES, 4)).astype(np.uint8)
+    codes[0], codes[1] = 255, 0
+    out = np.zeros(20 * LANES, np.float32)
+    sums(codes.reshape(-1), w.astype(np.float32), np.zeros(128, np.int8), out)
+    exact = np.einsum("ijlk,jk->il", codes.astype(int), np.rint(w).astype(int).reshape(16, 4))
+    assert (out == exact.reshape(-1).astype(np.float32)).all()
+"""
+
+
+@pytest.mark.parametrize("cpu", [None, "generic"])
+def test_products_of_bytes_are_exact_on_every_processor(cpu):
+    named = {} if cpu is None else {"NUMBA_CPU_NAME": cpu}
+    subprocess.run([sys.executable, "-c", PRODUCTS], env=os.environ | named, check=True)
+
+
 def test_sums_of_four_vectors_at_once():
     rows = np.random.default_rng(0).normal(size=(9, LANES)).astype(np.float32)
     sums = np.arange(10.0)

@@ -26,7 +26,7 @@ FLAGS = ("contract", "reassoc", "nsz", "arcp")
 
 
 class Vector(types.Type):
-    """The numba type of `lanes` numbers of type `scalar`, float32 or float64."""
+    """The numba type of `lanes` numbers of type `scalar`: float32, float64 or int32."""
 
     def __init__(self, scalar: Any, lanes: int) -> None:
         self.scalar, self.lanes = scalar, lanes
@@ -35,7 +35,11 @@ class Vector(types.Type):
     @property
     def llvm(self) -> ir.VectorType:
         """The type in LLVM."""
-        number = ir.DoubleType() if self.scalar == types.float64 else ir.FloatType()
+        number = {
+            types.float64: ir.DoubleType(),
+            types.float32: ir.FloatType(),
+            types.int32: ir.IntType(32),
+        }[self.scalar]
         return ir.VectorType(number, self.lanes)
 
 

@@ -70,7 +70,7 @@ class EquivariantLocalScore(BoxMachine):
             `error` of the exact one; "auto" (default): bounded where that is faster.
         error: The largest error of a pixel that a bounded search may make, in (0, 1].
         bound: What kind of bound that is (see `Searched`): "deterministic", "statistical", or
-            "auto" (default): deterministic where few patches matter to a pixel and have up to 300
+            "auto" (default): deterministic where few patches matter to a pixel and have up to 100
             numbers, statistical elsewhere, which is faster.
         corpus, patch_size, bandwidth, kernel, schedule, window, augment: See `BoxMachine`;
             shifts add nothing to a source of all positions.

@@ -23,7 +23,6 @@ from scoremachine.progress import Bar, say
 from scoremachine.search.ahead import Ahead
 from scoremachine.search.drawn import Answers, Asked, drawn
 from scoremachine.search.index import (
-    DETERMINISTIC,
     Index,
     Source,
     build_all,
@@ -38,6 +37,7 @@ from scoremachine.windows import Box, Class, Collection, Patches, Variant, class
 ERROR = 1e-3  # the largest error of a pixel, unless another is asked for
 LEVEL = 0.01  # how often, at most, an error is larger than a statistical bound tells
 KINDS = ("auto", "deterministic", "statistical")
+DETERMINISTIC = 100  # numbers of a patch up to which a deterministic bound costs little more
 DEAR = {"deterministic": 0.25, "statistical": 0.5}  # of the exact scan of a pixel: for its search
 FIRST = 0.5  # of what is left, that the first of two kinds of bound may cost
 CHEAP = 2e-3  # seconds of one core that the search for a pixel may take in any case

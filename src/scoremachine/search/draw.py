@@ -36,11 +36,13 @@ from scoremachine.search.floats import (
     LANES,
     add_totals,
     broadcast,
+    hmax,
     hsum,
     larger,
     load,
     load_bytes,
     load_counts,
+    load_every,
     prefetch,
     root,
     smaller,
@@ -48,7 +50,18 @@ from scoremachine.search.floats import (
     store,
     weights,
 )
-from scoremachine.search.seek import FAR, LOG2E, origin
+from scoremachine.search.seek import (
+    FAR,
+    LOG2E,
+    frame_of,
+    from_node,
+    in_bytes,
+    norms_of,
+    origin,
+    others_at,
+    products,
+    stride,
+)
 from scoremachine.search.tree import BORROWED, LEAF, NODE
 
 TURNS = 32  # parts of what is drawn that are compared with each other
@@ -81,8 +94,10 @@ class Pixels(NamedTuple):
     """What lots are drawn for.
 
     Attributes:
-        E: Components of the windows, leading ones first, float32 (Q, K) flat.
+        E: Components of the windows in whole vectors, as in `seek.Queries`, and zeros where norms
+            are, float32 (Q, `seek.stride`) flat.
         leading: How many lead.
+        second: Whether others follow.
         others: The |.|^2 of the components that follow, float64 (Q).
         rest: The |.|^2 of everything beyond the leading components, float64 (Q).
         y: The windows, float32 (Q, h, row) flat, rows filled up to whole vectors.
@@ -99,6 +114,7 @@ class Pixels(NamedTuple):
 
     E: np.ndarray
     leading: int
+    second: bool
     others: np.ndarray
     rest: np.ndarray
     y: np.ndarray
@@ -121,7 +137,15 @@ class Room(NamedTuple):
     values: np.ndarray  # middles (leaves, C, 16)
     seen: np.ndarray  # sums over leaves: level 1 of all, 1 and 2 of those drawn for sure, 1 and 2
     # of one that is left to chance (5, 1 + C, 16)
-    scaled: np.ndarray  # a query in the units of codes (K)
+    low: np.ndarray  # where the components of a node begin, and zeros where norms are (stride)
+    step: np.ndarray  # and what a step of its codes is, likewise (stride)
+    row: np.ndarray  # a query from there (stride)
+    bytes: np.ndarray  # that times the steps: high and low bytes (2, stride)
+    logs: np.ndarray  # log2 of what the patches of a node weigh on level 1 (leaves, 16)
+    known: np.ndarray  # and what that is (leaves, 16)
+    away: np.ndarray  # their (v - D)^2 (leaves, 16)
+    parts: np.ndarray  # the squares of what each may make wrong (leaves, 16)
+    totals: np.ndarray  # sums over leaves: of what is known, of these squares (2, leaves)
     lots: np.ndarray  # how far it is to the next lot: of nodes, leaves, patches (3, Q)
     turn: np.ndarray  # whose turn it is (Q)
     who: np.ndarray  # the queries that drew each node of sixteen (16, Q)
@@ -216,20 +240,18 @@ def _away(values, k, answer, query, least):
     return total
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=True)
-def weigh(part, parts, g, E, leading, top, total, answer, scale):
-    """What all nodes weigh on level 0: see `Pixels`."""
+@njit(fastmath=FLAGS, **BORROWED)
+def _weigh(part, parts, g, E, leading, logs, top, total, answer, scale):
+    """What `weigh` does once there is room."""
     Q, C = len(top), total.shape[1] - 1
     K, supers = len(E) // Q, len(g.less) // LANES
-    logs, lanes = np.empty(supers * LANES, np.float32), np.empty(LANES, np.float32)
     for query in range(part * Q // parts, (part + 1) * Q // parts):
         most = splat(float32(-FAR))
         for s in range(supers):
             x = _logs(g, E, query * K, s, leading)
             most = larger(most, x)
             store(logs, s * LANES, x)
-        store(lanes, 0, most)
-        top[query] = lanes.max()
+        top[query] = hmax(most)
         sum_ = splat(float32(0))
         for s in range(supers):
             x = weights(load(logs, s * LANES) - splat(top[query]), int64(0))
@@ -246,6 +268,13 @@ def weigh(part, parts, g, E, leading, top, total, answer, scale):
         for s in range(supers):
             sum_ = sum_ + load(logs, s * LANES) * root(_away(g.middles, s, answer, query, AWAY))
         scale[query] = hsum(sum_)
+
+
+@njit(fastmath=FLAGS, nogil=True, cache=True)
+def weigh(part, parts, g, E, leading, top, total, answer, scale):
+    """What all nodes weigh on level 0: see `Pixels`."""
+    logs = np.empty(len(g.less), np.float32)
+    _weigh(part, parts, g, E, leading, logs, top, total, answer, scale)
 
 
 @njit(fastmath=FLAGS, **BORROWED)
@@ -279,11 +308,13 @@ def _nodes(g, p, s, room):
 
 
 @njit(fastmath=FLAGS, inline="always")
-def _square(t, node, o, lo, hi):
-    """The sum of the squares of the numbers lo to hi of the patches whose codes begin at o."""
+def _square(t, node, leaf, lo, hi):
+    """The sum of the squares of the numbers lo to hi of the patches of a leaf."""
     total = splat(float32(0))
+    o = (node * LEAF + leaf) * t.m * LANES
     for j in range(lo, hi):
-        x = load_bytes(t.codes, o + j * LANES) * broadcast(t.frames, (node * 2 + 1) * t.m + j)
+        x = load_every(t.codes, o + j // 4 * 4 * LANES, j % 4)
+        x = x * broadcast(t.frames, (node * 2 + 1) * t.m + j)
         x = x + broadcast(t.frames, node * 2 * t.m + j)
         total = total + x * x
     return total
@@ -295,29 +326,22 @@ def _doubt(x):
     return smaller(x + x * x * float32(0.5), splat(DOUBTFUL)) + splat(DOUBT)
 
 
-@njit(fastmath=FLAGS, inline="always")
-def _norm(t, node, o, lo, hi):
-    """The |.|^2 of the numbers lo to hi of the patches whose codes begin at o, from code 0."""
-    total = splat(float32(0))
-    for j in range(lo, hi):
-        x = load_bytes(t.codes, o + j * LANES) * broadcast(t.frames, (node * 2 + 1) * t.m + j)
-        total = total + x * x
-    return total
-
-
 @njit(fastmath=FLAGS, **BORROWED)
 def _open(t, values, node, C, half, leading, room):
     """Works out what the queries that drew a node share."""
     scale = float32(half * LOG2E)
+    frame_of(t, node, room.low, room.step)
+    for j in range(leading, t.first):  # norms are no components
+        room.low[j], room.step[j] = 0, 0
     for leaf in range(LEAF):
-        o = (node * LEAF + leaf) * t.m * LANES
-        store(room.norms, leaf * LANES, _norm(t, node, o, 0, leading) * scale)
+        norm = norms_of(t, room.step, node, leaf, 0, _quads(leading), 0)
+        store(room.norms, leaf * LANES, norm * scale)
         store(room.held, leaf * LANES, load_counts(t.times, node * NODE + leaf * LANES))
         groups, more = t.first, splat(float32(0))
         if t.m > t.first:  # the norm of the other kept components comes last
             groups -= 1
-            more = _square(t, node, o, groups, t.first)
-        rest = _square(t, node, o, leading, groups)
+            more = _square(t, node, leaf, groups, t.first)
+        rest = _square(t, node, leaf, leading, groups)
         store(room.doubt, leaf * LANES, _doubt(more * float32(2 * half)))
         store(room.doubt, NODE + leaf * LANES, _doubt(rest * float32(2 * half)))
         for c in range(C):
@@ -326,35 +350,10 @@ def _open(t, values, node, C, half, leading, room):
             store(room.values, (leaf * C + c) * LANES, v)
 
 
-@njit(fastmath=FLAGS, inline="always")
-def _scaled(p, t, node, e, lo, hi, shift, room):
-    """Components lo to hi of a query in the units of a node's codes; its |.|^2 from code 0."""
-    total = float32(0)
-    for j in range(lo, hi):
-        x = p.E[e + j] - t.frames[node * 2 * t.m + j + shift]
-        total += x * x
-        room.scaled[j] = (
-            x * t.frames[(node * 2 + 1) * t.m + j + shift] * float32(2 * p.half * LOG2E)
-        )
-    return total
-
-
-@njit(fastmath=FLAGS, inline="always")
-def _products(room, lo, hi, codes, o):
-    """sum_j scaled[j] codes[o + j - lo] over lo <= j < hi, of sixteen patches."""
-    a, b, c, d = splat(float32(0)), splat(float32(0)), splat(float32(0)), splat(float32(0))
-    j = lo
-    while j + 3 < hi:
-        k = o + (j - lo) * LANES
-        a = a + broadcast(room.scaled, j) * load_bytes(codes, k)
-        b = b + broadcast(room.scaled, j + 1) * load_bytes(codes, k + LANES)
-        c = c + broadcast(room.scaled, j + 2) * load_bytes(codes, k + 2 * LANES)
-        d = d + broadcast(room.scaled, j + 3) * load_bytes(codes, k + 3 * LANES)
-        j += 4
-    while j < hi:
-        a = a + broadcast(room.scaled, j) * load_bytes(codes, o + (j - lo) * LANES)
-        j += 1
-    return (a + b) + (c + d)
+@njit(inline="always")
+def _quads(leading):
+    """How many numbers the leading components fill by fours."""
+    return (leading + 3) // 4 * 4
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -404,36 +403,58 @@ def _total(sums, o, room, sum_, K, times):
         add_totals(sums, o + k, room.seen, (sum_ * K + k) * LANES, times)
 
 
+@njit(fastmath=FLAGS, inline="always")
+def _all_leaves(room, C):
+    """The totals of the leaves, and the first sum: what is known of all leaves together."""
+    room.totals[:] = 0
+    for leaf in range(0, LEAF, QUAD):
+        add_totals(room.totals, leaf, room.known, leaf * LANES, 1.0)
+        add_totals(room.totals, LEAF + leaf, room.parts, leaf * LANES, 1.0)
+    for c in range(-1, C):
+        even, odd = splat(float32(0)), splat(float32(0))
+        for leaf in range(0, LEAF, 2):
+            u, v = load(room.known, leaf * LANES), load(room.known, (leaf + 1) * LANES)
+            if c >= 0:
+                u = u * load(room.values, (leaf * C + c) * LANES)
+                v = v * load(room.values, ((leaf + 1) * C + c) * LANES)
+            even, odd = even + u, odd + v
+        store(room.seen, (c + 1) * LANES, even + odd)
+
+
 @njit(fastmath=FLAGS, **BORROWED)
 def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, sums, spread, spent):
     """A query looks at a node that it has drawn; returns of which leaves all norms are known."""
     Q, C = len(p.top), w.shape[2]
-    K = len(p.E) // Q
+    others_from, end = others_at(t.first), stride(t.first, t.m)
+    leading = _quads(p.leading)
     W = _padded(C)
     of_turn = Q * LEVELS * W
     mine = query * LEVELS * W
-    e, scale = query * K, float32(p.half * LOG2E)
+    e, scale = query * end, float32(p.half * LOG2E)
     room.turn[query] += 1
     group = room.turn[query] % TURNS
-    far = _scaled(p, t, node, e, 0, p.leading, 0, room) * scale + p.top[query]
-    others = float32(-1)
+    far = from_node(p.E, e, room.low, room.row, 0, others_from) * scale + p.top[query]
+    unit, _ = in_bytes(room.row, room.step, 0, others_from, scale + scale, room.bytes)
+    others, unit_again = float32(-1), float32(0)
     of_leaves = float32(p.amounts[query, 1] / p.scale[query])
     of_patches = float32(p.amounts[query, 2] / p.scale[query])
     lots_leaves, lots_patches = room.lots[1, query], room.lots[2, query]
     n_leaves = 0
-    for k in range(3 * W):
+    for k in range(W, 3 * W):
         store(room.seen, k * LANES, splat(float32(0)))
     for leaf in range(LEAF):
-        codes = (node * LEAF + leaf) * t.m * LANES
-        log = _products(room, 0, p.leading, t.codes, codes)
-        log = log - load(room.norms, leaf * LANES) - far
-        held = load(room.held, leaf * LANES)
-        u = weights(log, int64(0)) * held
-        _add(room, 0, W, C, leaf, u)
-        total = hsum(u)
+        o = leaf * LANES
+        log = products(t, node, leaf, 0, leading, room.bytes, 0) * unit - load(room.norms, o) - far
+        u = weights(log, int64(0)) * load(room.held, o)
         away = _away(room.values, leaf, p.answer, query, AWAY)
-        part = math.sqrt(hsum(u * u * away * load(room.doubt, leaf * LANES)))
-        share = min(part * of_leaves * times, float32(1))
+        store(room.logs, o, log)
+        store(room.known, o, u)
+        store(room.away, o, away)
+        store(room.parts, o, u * u * away * load(room.doubt, o))
+    _all_leaves(room, C)
+    for leaf in range(LEAF):
+        total = room.totals[leaf]
+        share = min(float32(math.sqrt(room.totals[LEAF + leaf])) * of_leaves * times, float32(1))
         lots_leaves += share
         if share < 1 and lots_leaves < 1:
             continue
@@ -443,15 +464,20 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, s
         if times == 1:
             room.turn[query] += 1
             leaf_group = room.turn[query] % TURNS
+        held, away = load(room.held, leaf * LANES), load(room.away, leaf * LANES)
+        u, log = load(room.known, leaf * LANES), load(room.logs, leaf * LANES)
         v, again = u, total
-        if p.leading < K:
+        if p.second:
             if others < 0:
-                others = _scaled(p, t, node, e, p.leading, K, t.first - p.leading, room)
+                others = from_node(p.E, e, room.low, room.row, others_from, end)
+                unit_again, _ = in_bytes(
+                    room.row, room.step, others_from, end, scale + scale, room.bytes
+                )
             if not known >> leaf & 1:
-                norm = _norm(t, node, codes, t.first, t.m)
+                norm = norms_of(t, room.step, node, leaf, t.first, t.m, others_from)
                 store(room.norms, NODE + leaf * LANES, norm * scale)
                 known |= int64(1) << leaf
-            log = log + _products(room, p.leading, K, t.codes, codes + t.first * LANES)
+            log = log + products(t, node, leaf, t.first, t.m, room.bytes, others_from) * unit_again
             log = log - load(room.norms, NODE + leaf * LANES)
             log = log - splat((others - float32(p.others[query])) * scale)
             v = weights(log, int64(0)) * held
@@ -499,7 +525,7 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, s
     for c in range(C):
         sums[o + STAND_IN * W + c + 1] += times * stand_in * middle[c]
     _total(sums, o + NODES * W, room, 0, W, times)
-    if p.leading < K:
+    if p.second:
         _total(sums, o + LEAVES * W, room, 1, W, times)
         _total(sums, o + AGAIN * W, room, 2, W, times)
     total = hsum(load(room.seen, 0))
@@ -538,40 +564,11 @@ def _compare(t, w, p, room, sums, spread, spent):
     room.waiting[0] = 0
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=True)
-def draw(part, parts, t, w, g, p, values, sums, spread, spent):
-    """What the queries draw of a part of the nodes.
-
-    Fills `sums`, (TURNS + 1, Q, LEVELS, `_padded(C)`) flat: of weights and of weights times values,
-    the last of what was not left to chance. `spread`, (Q, 3), has the sums of v^2 / u, where u is
-    what nodes, leaves and patches weigh by one level and v what they weigh by the next. `spent`
-    counts them, (Q, 3).
-    """
-    Q, K, C = len(p.top), len(p.E) // len(p.top), w.shape[2]
+@njit(fastmath=FLAGS, **BORROWED)
+def _draw(part, parts, t, w, g, p, values, middle, room, sums, spread, spent):
+    """What `draw` does once there is room."""
+    Q, C = len(p.top), w.shape[2]
     supers, nodes = len(t.widest), len(t.radii)
-    room = Room(
-        np.empty(2 * NODE, np.float32),
-        np.empty(NODE, np.float32),
-        np.empty(2 * NODE, np.float32),
-        np.empty(LEAF * C * LANES, np.float32),
-        np.zeros(5 * _padded(C) * LANES, np.float32),
-        np.empty(K, np.float32),
-        np.empty((3, Q)),
-        np.empty(Q, np.int64),
-        np.empty((LANES, Q), np.int64),
-        np.empty((LANES, Q), np.float32),
-        np.empty((LANES, Q), np.float32),
-        np.empty(LANES, np.int64),
-        np.zeros(1, np.int64),
-        np.empty(WAITING + NODE, np.int64),
-        np.empty(WAITING + NODE, np.int64),
-        np.empty(WAITING + NODE, np.int64),
-        np.empty(WAITING + NODE, np.int64),
-        np.empty((2, WAITING + NODE)),
-        np.empty(LANES, np.float32),
-        np.empty(LANES, np.float32),
-    )
-    middle = np.empty(C, np.float32)
     for query in range(Q):
         room.turn[query] = part
         for k in range(3):
@@ -594,3 +591,46 @@ def draw(part, parts, t, w, g, p, values, sums, spread, spent):
                 if room.waiting[0] >= WAITING:
                     _compare(t, w, p, room, sums, spread, spent)
     _compare(t, w, p, room, sums, spread, spent)
+
+
+@njit(fastmath=FLAGS, nogil=True, cache=True)
+def draw(part, parts, t, w, g, p, values, sums, spread, spent):
+    """What the queries draw of a part of the nodes.
+
+    Fills `sums`, (TURNS + 1, Q, LEVELS, `_padded(C)`) flat: of weights and of weights times values,
+    the last of what was not left to chance. `spread`, (Q, 3), has the sums of v^2 / u, where u is
+    what nodes, leaves and patches weigh by one level and v what they weigh by the next. `spent`
+    counts them, (Q, 3).
+    """
+    Q, C, end = len(p.top), w.shape[2], stride(t.first, t.m)
+    room = Room(
+        np.empty(2 * NODE, np.float32),
+        np.empty(NODE, np.float32),
+        np.empty(2 * NODE, np.float32),
+        np.empty(LEAF * C * LANES, np.float32),
+        np.zeros(5 * _padded(C) * LANES, np.float32),
+        np.zeros(end, np.float32),
+        np.zeros(end, np.float32),
+        np.empty(end, np.float32),
+        np.empty(2 * end, np.int8),
+        np.empty(NODE, np.float32),
+        np.empty(NODE, np.float32),
+        np.empty(NODE, np.float32),
+        np.empty(NODE, np.float32),
+        np.empty(2 * LEAF),
+        np.empty((3, Q)),
+        np.empty(Q, np.int64),
+        np.empty((LANES, Q), np.int64),
+        np.empty((LANES, Q), np.float32),
+        np.empty((LANES, Q), np.float32),
+        np.empty(LANES, np.int64),
+        np.zeros(1, np.int64),
+        np.empty(WAITING + NODE, np.int64),
+        np.empty(WAITING + NODE, np.int64),
+        np.empty(WAITING + NODE, np.int64),
+        np.empty(WAITING + NODE, np.int64),
+        np.empty((2, WAITING + NODE)),
+        np.empty(LANES, np.float32),
+        np.empty(LANES, np.float32),
+    )
+    _draw(part, parts, t, w, g, p, values, np.empty(C, np.float32), room, sums, spread, spent)

@@ -34,7 +34,7 @@ from scoremachine.search.draw import (
 from scoremachine.search.floats import LANES
 from scoremachine.search.index import Index, Source
 from scoremachine.search.rounds import Purse
-from scoremachine.search.seek import FAR, LOG2E
+from scoremachine.search.seek import FAR, LOG2E, in_vectors
 from scoremachine.windows import Class
 
 FIRST = np.array([600.0, 1_200.0, 600.0])  # nodes, leaves and patches of the first round
@@ -239,11 +239,12 @@ def _together(rounds: list[Round]) -> tuple[Drawn, np.ndarray]:
 def _pixels(asked: Asked, g: Gaussians) -> Pixels:
     """What lots are drawn for, at first."""
     e, (Q, D) = asked.opened.embedding, asked.windows.shape
-    E, squares = e(asked.windows)
-    E = np.concatenate([E[:, : e.leading], E[:, e.first :]], 1)
-    lead, others = ((E[:, some].astype(np.float64) ** 2).sum(1) for some in (
-        slice(e.leading), slice(e.leading, None)
+    numbers, squares = e(asked.windows)
+    numbers[:, e.leading : e.first] = 0
+    lead, others = ((numbers[:, some].astype(np.float64) ** 2).sum(1) for some in (
+        slice(e.first), slice(e.first, None)
     ))  # fmt: skip
+    E = in_vectors(numbers, e.first)
     h = asked.of.patches.size[0]
     filled = -(-(D // h) // LANES) * LANES
     y = np.zeros((Q, h, filled), np.float32)
@@ -256,8 +257,8 @@ def _pixels(asked: Asked, g: Gaussians) -> Pixels:
     amounts = np.tile(FIRST, (Q, 1))
     rest = squares - lead
     return Pixels(
-        E.reshape(-1), e.leading, others, rest, y.reshape(-1), mask, asked.half, top, total,
-        answer, scale, amounts, start,
+        E.reshape(-1), e.leading, e.m > e.first, others, rest, y.reshape(-1), mask, asked.half, top,
+        total, answer, scale, amounts, start,
     )  # fmt: skip
 
 
@@ -305,7 +306,7 @@ def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
         # each level in the units of the last
         b2 = everything[:, TRULY, :1] / everything[:, PATCHES, :1]
         b1 = b2
-        if len(p.E) > Q * p.leading:  # there is a second look
+        if p.second:
             b1 = b2 * everything[:, AGAIN, :1] / everything[:, LEAVES, :1]
         b0 = b1 * everything[:, NODES, :1] / everything[:, STAND_IN, :1]
 

@@ -21,11 +21,16 @@ import torch
 from scoremachine.kernels.parts import fill
 from scoremachine.search import tree
 
-SAMPLE = 30_000  # patches that the components are computed from
+SAMPLE, LEAST, ONE_OF = 30_000, 5_000, 60  # patches that the components are computed from
 LEADING = 16  # components that with all the norms bound a distance by themselves
 WIDE = 60  # kept components from which on fewer others have norms of their own
-FEW = 2_000  # patches for which PyTorch is too much: its threads look for work long after
+FEW = 2_000  # patches for which a library's threads are too much: they look for work long after
 ROUNDING = 1e-6  # what rounding may do to e(s), relative to |s - mean|
+
+
+def sampled(n: int) -> int:
+    """From how many of n patches components are computed."""
+    return min(n, SAMPLE, max(LEAST, n // ONE_OF))
 
 
 def computed(D: int, kept: int) -> int:
@@ -39,7 +44,8 @@ class Embedding:
 
     The `first` numbers bound a distance by themselves: leading components, norms of the groups of
     trailing ones, and, last, the norm of the remaining kept components. These follow, and stand in
-    the place of their norm where the bound is to be better.
+    the place of their norm where the bound is to be better. Both are filled up with zeros to
+    multiples of four, before the last of the first ones, and at the end.
 
     Attributes:
         mean: Of the patches, float64 (D).
@@ -76,20 +82,26 @@ class Embedding:
     @property
     def first(self) -> int:
         """How many numbers bound a distance by themselves."""
-        return self.leading + len(self.edges) - 1 + (self.kept > self.leading)
+        return _by_fours(self.leading + len(self.edges) - 1 + (self.kept > self.leading))
 
     @property
     def m(self) -> int:
         """How many numbers e has."""
-        return self.first + self.kept - self.leading
+        return self.first + _by_fours(self.kept - self.leading)
 
     def __call__(self, centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """e of patches less the mean, float64 (n, D), as float32 (n, m); and their |s|^2, (n,)."""
         if len(centred) > FEW:
-            z = (torch.from_numpy(centred) @ torch.from_numpy(self.V)).numpy()
+            z = centred @ self.V
         else:
             z = np.zeros((len(centred), self.V.shape[1]))
             fill(tree.products, (centred, self.V, z))
-        E, squares = np.empty((len(centred), self.m), np.float32), np.empty(len(centred))
-        fill(tree.numbers, (centred, z, self.kept, self.leading, self.edges, E, squares))
+        E, squares = np.zeros((len(centred), self.m), np.float32), np.empty(len(centred))
+        sizes = self.kept, self.leading, self.first
+        fill(tree.numbers, (centred, z, sizes, self.edges, E, squares))
         return E, squares
+
+
+def _by_fours(n: int) -> int:
+    """n, or the next multiple of four."""
+    return -(-n // 4) * 4

@@ -1,20 +1,32 @@
-"""Sixteen floats at once: the few operations that a scan of an index needs.
+"""Sixteen floats at once, and products of bytes: the few operations that a scan of an index needs.
 
 The searching twin of `kernels.simd`, in float32 and over bytes:
 
     load(a, i)             a[i : i + LANES], from a flat contiguous float32 array
     load_bytes(a, i)       the same of a uint8 array, as floats
+    load_every(a, i, k)    a[i + k : i + k + 4 LANES : 4] of a uint8 array, as floats, 0 <= k < 4
     load_counts(a, i)      the same of a uint32 array
     store(a, i, v)
     splat(x), broadcast(a, i)
     u + v, u - v, u * v    with vectors or floats
     larger(u, v), smaller(u, v)    lane by lane
     root(v)                its square root
-    hsum(v)                the sum of the lanes
+    nearest(v)             whole numbers
+    hsum(v), hmax(v)       the sum of the lanes, and the largest
     add_totals(sums, k, a, i, x)    sums[k : k + 4] += x times the sums of 4 vectors from a[i] on
     prefetch(a, i)         has a[i] brought near
     reaching(u, v)         a bit for every lane of u that is at most v's, as an integer
     weights(x, bits)       2^x or a little more in the lanes whose bit is 0, and 0 in the others
+
+Products are of numbers from -32,512 to 32,512, a high and a low byte each, with bytes:
+
+    store_halves(a, i, j, v)       writes whole v: high bytes from a[i] on, low ones from a[j] on
+    none()                         sixteen sums, all 0
+    add_products(sums, a, i, b, j) adds the sum of a[i + 4 l + k] b[j + k] over k < 4 in lane l
+    add_each(sums, a, i, b, j)     the same of 64 bytes from b[j] on, four in a lane
+    add_squares(sums, a, i, b, j)  adds the sums of x (x - 128), x being a[i + k] & b[j + k]
+    joined(high, low)              256 high + low, as floats
+    whole(sums)                    the sum of the lanes, an integer
 """
 
 from __future__ import annotations
@@ -29,9 +41,11 @@ from numba.extending import intrinsic
 from scoremachine.kernels.vectors import (
     Vector,
     broadcasts,
+    llvm,
     loads,
     pointer,
     splats,
+    splatted,
     stores,
     totals,
 )
@@ -55,6 +69,7 @@ store = stores(floats, 4)
 splat = splats(floats)
 broadcast = broadcasts(floats)
 hsum = totals(floats)
+integers = Vector(types.int32, LANES)
 
 
 @intrinsic
@@ -77,17 +92,170 @@ def smaller(typing: Any, u: Any, v: Any) -> Any:
     return floats(floats, floats), generate
 
 
+def _one_by_one(name: str, summary: str) -> Any:
+    """Makes a function of a vector that is the LLVM intrinsic llvm.NAME, lane by lane."""
+    call = llvm(floats, name, VECTOR, VECTOR)
+
+    @intrinsic
+    def function(typing: Any, v: Any) -> Any:
+        return floats(floats), lambda context, builder, _, args: call(builder, args, ())
+
+    function.__doc__ = summary
+    return function
+
+
+root = _one_by_one("sqrt", "The square root, lane by lane.")
+nearest = _one_by_one("rint", "The nearest whole numbers.")
+
+
 @intrinsic
-def root(typing: Any, v: Any) -> Any:
-    """The square root, lane by lane."""
+def hmax(typing: Any, v: Any) -> Any:
+    """The largest of the lanes."""
+    most = llvm(floats, "vector.reduce.fmax", ir.FloatType(), VECTOR)
+    return types.float32(floats), lambda context, builder, _, args: most(builder, args, ())
+
+
+@intrinsic
+def load_every(typing: Any, array: Any, i: Any, k: Any) -> Any:
+    """Every fourth of 64 bytes from array[i] on, the k-th and so on, as floats."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        words = builder.load(
+            pointer(context, builder, signature.args[0], args[0], args[1], INTEGERS), align=1
+        )
+        bits = builder.trunc(builder.shl(args[2], ir.Constant(ir.IntType(64), 3)), ir.IntType(32))
+        byte = builder.and_(
+            builder.lshr(words, splatted(builder, integers, bits)),
+            ir.Constant(INTEGERS, [255] * LANES),
+        )
+        return builder.sitofp(byte, VECTOR)
+
+    return floats(array, types.intp, types.intp), generate
+
+
+@intrinsic
+def none(typing: Any) -> Any:
+    """Sixteen sums of products that are 0."""
+    return integers(), lambda *_: ir.Constant(INTEGERS, [0] * LANES)
+
+
+@intrinsic
+def store_halves(typing: Any, array: Any, i: Any, j: Any, v: Any) -> Any:
+    """Writes whole numbers of at most 32,512: v = 256 array[i :] + array[j :], of int8."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def constant(n: int) -> Any:
+            return ir.Constant(INTEGERS, [n] * LANES)
+
+        v = builder.fptosi(args[3], INTEGERS)
+        high = builder.ashr(builder.add(v, constant(128)), constant(8))
+        low = builder.sub(v, builder.shl(high, constant(8)))
+        bytes_ = ir.VectorType(ir.IntType(8), LANES)
+        for half, at in ((high, args[1]), (low, args[2])):
+            place = pointer(context, builder, signature.args[0], args[0], at, bytes_)
+            builder.store(builder.trunc(half, bytes_), place).align = 1
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, types.intp, floats), generate
+
+
+def _words(context: Any, builder: Any, array_type: Any, array: Any, i: Any, kind: Any) -> Any:
+    """Bytes of an array from array[i] on, four to a word."""
+    return builder.load(pointer(context, builder, array_type, array, i, kind), align=1)
+
+
+def _multiplied(context: Any, builder: Any, sums: Any, a: Any, b: Any) -> Any:
+    """Adds the products of 64 bytes, a's without and b's with a sign, four to a lane."""
+    if "+avx512vnni" not in context.codegen().magic_tuple()[2].split(","):
+        return _added(builder, sums, a, b)
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(INTEGERS, [INTEGERS] * 3),
+        "llvm.x86.avx512.vpdpbusd.512",
+    )
+    return builder.call(function, [sums, a, b])
+
+
+def _added(builder: Any, sums: Any, a: Any, b: Any) -> Any:
+    """`_multiplied` for any machine: in pairs of 16 bits, which most multiply and add at once."""
+    halves = ir.VectorType(ir.IntType(16), 2 * LANES)
+    wide = ir.VectorType(ir.IntType(32), 2 * LANES)
+    low = ir.Constant(INTEGERS, [0x00FF00FF] * LANES)
+    for first in range(2):
+        shifted = builder.lshr(a, ir.Constant(INTEGERS, [8 * first] * LANES))
+        x = builder.zext(builder.bitcast(builder.and_(shifted, low), halves), wide)
+        # two of every four bytes of b, each with its sign
+        up = builder.bitcast(builder.shl(b, ir.Constant(INTEGERS, [8 - 8 * first] * LANES)), halves)
+        y = builder.sext(builder.ashr(up, ir.Constant(halves, [8] * 2 * LANES)), wide)
+        product = builder.mul(x, y)
+        for pick in range(2):
+            mask = ir.Constant(INTEGERS, list(range(pick, 2 * LANES, 2)))
+            sums = builder.add(sums, builder.shuffle_vector(product, product, mask))
+    return sums
+
+
+@intrinsic
+def add_products(typing: Any, sums: Any, a: Any, i: Any, b: Any, j: Any) -> Any:
+    """Adds the products of sixteen times four bytes of a, uint8, with four of b, int8."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        words = _words(context, builder, signature.args[1], *args[1:3], INTEGERS)
+        four = _words(context, builder, signature.args[3], *args[3:], ir.IntType(32))
+        return _multiplied(context, builder, args[0], words, splatted(builder, integers, four))
+
+    return integers(integers, a, types.intp, b, types.intp), generate
+
+
+@intrinsic
+def add_each(typing: Any, sums: Any, a: Any, i: Any, b: Any, j: Any) -> Any:
+    """Adds the products of 64 bytes of a, uint8, with 64 of b, int8."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        u = _words(context, builder, signature.args[1], *args[1:3], INTEGERS)
+        v = _words(context, builder, signature.args[3], *args[3:], INTEGERS)
+        return _multiplied(context, builder, args[0], u, v)
+
+    return integers(integers, a, types.intp, b, types.intp), generate
+
+
+@intrinsic
+def add_squares(typing: Any, sums: Any, a: Any, i: Any, b: Any, j: Any) -> Any:
+    """Adds the sums of x (x - 128) for 64 bytes x of a & b, uint8."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        u = _words(context, builder, signature.args[1], *args[1:3], INTEGERS)
+        v = _words(context, builder, signature.args[3], *args[3:], INTEGERS)
+        x = builder.and_(u, v)
+        less = builder.xor(x, ir.Constant(INTEGERS, [0x80808080] * LANES))
+        return _multiplied(context, builder, args[0], x, less)
+
+    return integers(integers, a, types.intp, b, types.intp), generate
+
+
+@intrinsic
+def whole(typing: Any, sums: Any) -> Any:
+    """The sum of the lanes."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(VECTOR, [VECTOR]), "llvm.sqrt.v16f32"
+            builder.module,
+            ir.FunctionType(ir.IntType(32), [INTEGERS]),
+            "llvm.vector.reduce.add.v16i32",
         )
-        return builder.call(function, args)
+        return builder.sext(builder.call(function, args), ir.IntType(64))
 
-    return floats(floats), generate
+    return types.int64(integers), generate
+
+
+@intrinsic
+def joined(typing: Any, high: Any, low: Any) -> Any:
+    """256 high + low, as floats."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        scaled = builder.shl(args[0], ir.Constant(INTEGERS, [8] * LANES))
+        return builder.sitofp(builder.add(scaled, args[1]), VECTOR)
+
+    return floats(integers, integers), generate
 
 
 @intrinsic

@@ -29,17 +29,18 @@ from scoremachine.files import write_text, written
 from scoremachine.kernels.parts import fill
 from scoremachine.progress import Bar, bar, say
 from scoremachine.search import tree
-from scoremachine.search.embedding import ROUNDING, SAMPLE, Embedding, computed
+from scoremachine.search.embedding import ROUNDING, Embedding, computed, sampled
 from scoremachine.search.floats import LANES
 from scoremachine.search.seek import FAR, Tree, Windows
 from scoremachine.search.tree import LEAF, NODE
 from scoremachine.windows import Class, Collection, Patches, classes
 
-VERSION = 1  # of the format; another number is another index
+VERSION = 2  # of the format; another number is another index
 BUCKET = 12_000  # patches that are arranged together
 ROOM = 2**28  # bytes of patches in memory at once
-DETERMINISTIC = 300  # numbers of a patch up to which a deterministic bound is affordable
-SPARE = 16  # bytes behind the images, since rows are read sixteen numbers at a time
+SHORT = 300  # numbers of a patch up to which the components that are kept say most
+LONG = 1_200  # numbers from which on more are worth their room, for such patches are fewer
+SPARE = 64  # bytes behind the images, since rows are read up to 64 bytes at a time
 LARGEST = 2**32 - 1  # patches that an index can number
 ARRAYS: dict[str, Any] = {
     "codes": np.uint8,
@@ -64,10 +65,10 @@ def check_number(patches: Patches, N: int) -> None:
 def components(patches: Patches, channels: int) -> int:
     """How many components an index of them keeps: more make it larger and a search shorter."""
     D = patches.numbers(channels)
-    if min(patches.tops[1], patches.lefts[1]) == 1:
-        return min(D, 32)
-    if D > DETERMINISTIC:
-        return 60
+    if min(patches.tops[1], patches.lefts[1]) == 1:  # along a side
+        return min(D, 32 if D < LONG / 2 else 60)
+    if D > SHORT:
+        return 60 if D < LONG else 92
     return min(D, max(27, 8 * math.ceil(0.72 * math.sqrt(D / 3))))
 
 
@@ -179,7 +180,7 @@ def _shapes(nodes: int, embedding: Embedding) -> dict[str, tuple[int, ...]]:
     """The shapes of the arrays of so many nodes."""
     m, first = embedding.m, embedding.first
     return {
-        "codes": (nodes, NODE // LEAF, m, LEAF),
+        "codes": (nodes, NODE // LEAF, m // 4, LEAF, 4),
         "boxes": (nodes, 2, first, NODE // LEAF),
         "ids": (nodes, NODE),
         "times": (nodes, NODE),
@@ -230,7 +231,7 @@ def estimate(patches: Patches, N: int, channels: int) -> tuple[int, float]:
     D = patches.numbers(channels)
     kept = components(patches, channels)
     K = computed(D, kept)
-    return round(n * (kept + 17)), n * (1.3e-6 + 4e-9 * D + 3e-11 * D * K)
+    return round(n * (kept + 20)), n * (1.3e-6 + 4e-9 * D + 3e-11 * D * K)
 
 
 def build(source: Source, patches: Patches, folder: Path, progress: Bar | None = None) -> None:
@@ -287,9 +288,9 @@ def _plan(source: Source, patches: Patches, part: Path) -> None:
     n, D = N * patches.per_image, patches.numbers(C)
     depth = max(0, math.ceil(math.log2(n / BUCKET)))
     rng = np.random.default_rng(0)
-    count = min(n, max(SAMPLE, 64 * 2**depth))
+    count = min(n, max(sampled(n), 64 * 2**depth))
     sample = np.unique(rng.integers(0, n, count)) if count < n else np.arange(n)
-    some = np.empty((min(len(sample), SAMPLE), D))
+    some = np.empty((min(len(sample), sampled(n)), D))
     chosen = np.sort(rng.permutation(sample)[: len(some)])
     fill(tree.cut_out, (images, chosen, tops, lefts, size, np.zeros(D), some))
     embedding = Embedding.of(some, components(patches, C))

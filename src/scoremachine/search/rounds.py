@@ -16,7 +16,7 @@ from scoremachine.posterior import Fold, Question
 from scoremachine.search.embedding import ROUNDING
 from scoremachine.search.floats import LANES
 from scoremachine.search.index import Index
-from scoremachine.search.seek import COSTS, Queries, Windows, seek
+from scoremachine.search.seek import COSTS, WHOLE, Queries, Windows, in_vectors, seek
 from scoremachine.windows import Class
 
 BOXES, PATCHES = 22.0, 18.0  # nats below the nearest known patch at which the first round skips
@@ -24,6 +24,8 @@ DEVIATIONS = 0.5  # of the noise, that a statistical bound allows for in a group
 FOR_A_PART = 0.125  # of what a query may cost, while nobody knows what all will
 SURVEYED = 2  # parts of a search that are done first, to see what all will cost
 DIFFERENCE = 0.35  # ns of one core for a number of a patch that is compared
+WORTHWHILE = 200  # numbers of a patch from which on bytes are compared before
+MOST = 60_000  # and up to which their products can be added up
 
 
 Reach = tuple[np.ndarray, np.ndarray]
@@ -169,15 +171,37 @@ def queries(question: Question, opened: Index, of: Class, kind: str) -> tuple[Qu
         # What a patch may have in common with the query in a group of components that are not
         # looked at: not all of |q_g|, but the content that q_g seems to have besides noise, and
         # c standard deviations of the noise.
-        sizes = [*np.diff(e.edges), *[e.kept - e.leading] * (e.kept > e.leading)]
+        sizes = np.zeros(e.first - e.leading)  # of what is filled up: nothing
+        sizes[: len(e.edges) - 1] = np.diff(e.edges)
+        if e.kept > e.leading:
+            sizes[-1] = e.kept - e.leading
         own = E[:, e.leading : e.first].astype(np.float64)
         sigma = float(question.sigma[0])
-        content = np.sqrt(np.maximum(own**2 - sigma**2 * np.array(sizes), 0))
+        content = np.sqrt(np.maximum(own**2 - sigma**2 * sizes, 0))
         common = np.minimum(own, content + DEVIATIONS * sigma)
         E[:, e.leading : e.first] = common
         rest = (own**2 - common**2) * (1 - ROUNDING)
         tails[:, 0], tails[:, 1] = rest.sum(1), rest[:, : len(e.edges) - 1].sum(1)
-    return Queries(E.reshape(-1), filled.reshape(-1), mask, half, fuzz, tails), centred
+    E = in_vectors(E, e.first).reshape(-1)
+    return Queries(E, filled.reshape(-1), mask, half, fuzz, tails, *_in_bytes(windows)), centred
+
+
+def _in_bytes(windows: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Windows (Q, h, row) as whole multiples of a unit: see `Queries`."""
+    Q, h, row = windows.shape
+    wide = -(-row // 64) * 64
+    inside = (np.arange(wide) < row).astype(np.uint8)
+    unit = np.abs(windows).max((1, 2)) / WHOLE + 1e-30
+    if not WORTHWHILE <= h * row < MOST:
+        return np.zeros(0, np.int8), 255 * inside, inside.astype(np.int8), unit, unit
+    n = np.rint(windows / unit[:, None, None])
+    off = np.maximum(windows - n * unit[:, None, None], 0).sum((1, 2))
+    high = np.floor((n + 128) / 256)
+    halves = np.zeros((Q, h, 2, wide), np.int8)
+    halves[:, :, 0, :row], halves[:, :, 1, :row] = high, n - 256 * high
+    known = (windows**2 + 2 * windows).sum((1, 2)) + h * row - 2 / 127.5 * 255 * off
+    known -= 1e-12 * (np.abs(known) + h * row)
+    return halves.reshape(-1), 255 * inside, inside.astype(np.int8), unit, known
 
 
 def _parts(count: int, best: np.ndarray, Q: int, C: int, leaders: int) -> tuple[np.ndarray, ...]:

@@ -99,9 +99,13 @@ def products(part, parts, s, V, z):
 
 
 @njit(fastmath=FLAGS, cache=True, **BORROWED)
-def numbers(part, parts, s, z, kept, leading, edges, E, squares):
-    """The numbers of e from the components z of patches s, and their |s|^2."""
+def numbers(part, parts, s, z, sizes, edges, E, squares):
+    """The numbers of e from the components z of patches s, and their |s|^2.
+
+    `sizes` are how many are kept, how many of them lead, and how many numbers come first.
+    """
     n, D = s.shape
+    kept, leading, first = sizes
     K = z.shape[1]
     for k in range(part * n // parts, (part + 1) * n // parts):
         at = leading
@@ -126,8 +130,8 @@ def numbers(part, parts, s, z, kept, leading, edges, E, squares):
             total = 0.0
             for j in range(leading, kept):
                 total += z[k, j] ** 2
-                E[k, at + 1 + j - leading] = z[k, j]
-            E[k, at] = np.sqrt(total)
+                E[k, first + j - leading] = z[k, j]
+            E[k, first - 1] = np.sqrt(total)
 
 
 @njit(**BORROWED)
@@ -310,7 +314,7 @@ def _encode_node(
             least, most = np.uint8(255), np.uint8(0)
             for lane in range(LEAF):
                 code = lines[leaf * LEAF + lane, j]
-                codes[node, leaf, j, lane] = code
+                codes[node, leaf, j // 4, lane, j % 4] = code
                 least, most = min(least, code), max(most, code)
             if j < first:
                 boxes[node, 0, j, leaf], boxes[node, 1, j, leaf] = least, most
