@@ -105,6 +105,15 @@ def test_a_search_is_within_its_bound(kind, seed, shape, sigma, P, error, bounda
     assert_within(images, P, y.double(), level, error, boundary)
 
 
+@given(st.sampled_from(KINDS), seeds, shapes, sigmas, st.sampled_from([1, 3, 5]), errors)
+def test_comparing_bytes_first_leaves_out_nothing_that_matters(kind, seed, shape, sigma, P, error):
+    images = adversarial(kind, seed, *shape)
+    y, level = noised(sm.Corpus(images), sigma, seed)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(rounds_module, "WORTHWHILE", 1)  # for patches of any size
+        assert_within(images, P, y.double(), level, error)
+
+
 @given(st.sampled_from(KINDS), seeds, shapes, sigmas, boundaries)
 def test_training_images_are_within_the_bound(kind, seed, shape, sigma, boundary):
     images = adversarial(kind, seed, *shape)
@@ -121,14 +130,15 @@ def test_pictures_far_from_every_image_are_within_the_bound(seed, scale, sigma):
     assert_within(images, 3, y, sigma, rounding=1e-14 * (scale / sigma) ** 2)
 
 
+@pytest.mark.parametrize("P", [7, 9])
 @pytest.mark.parametrize("sigma", [1e-3, 0.03, 0.2, 1.0, 30.0])
-def test_a_search_over_many_nodes_is_within_its_bound(sigma):
+def test_a_search_over_many_nodes_is_within_its_bound(sigma, P):
     """Smooth pictures, as many patches as make a tree of several levels."""
     images = smooth_images(0, 400, 16, coarse=4)
     y = torch.from_numpy(images[:1] / 127.5 - 1) + sigma * torch.randn(
         1, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    assert_within(images[1:], 7, y, sigma)
+    assert_within(images[1:], P, y, sigma)
 
 
 def test_most_patches_are_left_out():

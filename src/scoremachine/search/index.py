@@ -69,7 +69,7 @@ def components(patches: Patches, channels: int) -> int:
         return min(D, 32 if D < LONG / 2 else 60)
     if D > SHORT:
         return 60 if D < LONG else 92
-    return min(D, max(27, 8 * math.ceil(0.72 * math.sqrt(D / 3))))
+    return min(D, 52, max(27, 8 * math.ceil(0.72 * math.sqrt(D / 3))))
 
 
 def indexed(collection: Collection) -> list[Class]:
