@@ -20,7 +20,7 @@ from scoremachine.search.seek import COSTS, WHOLE, Queries, Windows, in_vectors,
 from scoremachine.windows import Class
 
 BOXES, PATCHES = 22.0, 18.0  # nats below the nearest known patch at which the first round skips
-DEVIATIONS = 0.5  # of the noise, that a statistical bound allows for in a group of components
+DEVIATIONS = 0.75  # of the noise, that a statistical bound allows for in a group of components
 FOR_A_PART = 0.125  # of what a query may cost, while nobody knows what all will
 SURVEYED = 2  # parts of a search that are done first, to see what all will cost
 DIFFERENCE = 0.35  # ns of one core for a number of a patch that is compared
