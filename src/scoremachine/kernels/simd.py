@@ -28,8 +28,10 @@ from numba.extending import intrinsic
 from scoremachine.kernels.vectors import (
     Vector,
     broadcasts,
+    each,
     llvm,
     loads,
+    maxima,
     pointer,
     splats,
     splatted,
@@ -53,6 +55,8 @@ store = stores(lanes, 8)
 splat = splats(lanes)
 broadcast = broadcasts(lanes)
 hsum = totals(lanes)
+hmax = maxima(lanes, ("nnan",))
+floor = each(lanes, "floor")
 
 
 @intrinsic
@@ -69,15 +73,7 @@ def load_at(typing: Any, array: Any, places: Any, i: Any) -> Any:
     return lanes(array, places, types.intp), generate
 
 
-_MAX = llvm(lanes, "vector.reduce.fmax", DOUBLE, VECTOR)
 _LARGER = llvm(lanes, "maxnum", VECTOR, VECTOR, VECTOR)
-_FLOOR = llvm(lanes, "floor", VECTOR, VECTOR)
-
-
-@intrinsic
-def hmax(typing: Any, v: Any) -> Any:
-    """The largest lane."""
-    return types.float64(lanes), lambda context, builder, _, args: _MAX(builder, args, ("nnan",))
 
 
 @intrinsic
@@ -138,12 +134,6 @@ def above(typing: Any, v: Any, x: Any) -> Any:
 def larger(typing: Any, u: Any, v: Any) -> Any:
     """The larger of two vectors, lane by lane."""
     return lanes(lanes, lanes), lambda context, builder, _, args: _LARGER(builder, args, ("nnan",))
-
-
-@intrinsic
-def floor(typing: Any, v: Any) -> Any:
-    """Each lane rounded down."""
-    return lanes(lanes), lambda context, builder, _, args: _FLOOR(builder, args, ())
 
 
 @intrinsic

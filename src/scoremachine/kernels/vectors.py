@@ -8,7 +8,9 @@ this, `search.floats` sixteen floats:
     stores(...)            makes store(a, i, v)
     splats(...)            makes splat(x): the vector whose lanes all hold x
     broadcasts(...)        makes broadcast(a, i): the vector of a[i]
+    each(...)              makes a function of one vector, lane by lane, as LLVM has it
     totals(...)            makes hsum(v): the sum of the lanes
+    maxima(...)            makes hmax(v): the largest
 """
 
 from __future__ import annotations
@@ -23,6 +25,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
 FLAGS = ("contract", "reassoc", "nsz", "arcp")
+NUMBERS: dict[Any, tuple[ir.Type, str]] = {  # of lanes: the type in LLVM, and its name there
+    types.float64: (ir.DoubleType(), "f64"),
+    types.float32: (ir.FloatType(), "f32"),
+    types.int32: (ir.IntType(32), "i32"),
+}
 
 
 class Vector(types.Type):
@@ -35,12 +42,7 @@ class Vector(types.Type):
     @property
     def llvm(self) -> ir.VectorType:
         """The type in LLVM."""
-        number = {
-            types.float64: ir.DoubleType(),
-            types.float32: ir.FloatType(),
-            types.int32: ir.IntType(32),
-        }[self.scalar]
-        return ir.VectorType(number, self.lanes)
+        return ir.VectorType(NUMBERS[self.scalar][0], self.lanes)
 
 
 @register_model(Vector)
@@ -164,7 +166,7 @@ def llvm(
     vector: Vector, name: str, result: Any, *arguments: Any, start: tuple[Any, ...] = ()
 ) -> Any:
     """The LLVM intrinsic llvm.NAME on vectors, as (builder, args, fastmath) -> value."""
-    number = "f64" if vector.scalar == types.float64 else "f32"
+    number = NUMBERS[vector.scalar][1]
 
     def call(builder: Any, args: Any, fastmath: tuple[str, ...]) -> Any:
         function = cgutils.get_or_insert_function(
@@ -175,6 +177,30 @@ def llvm(
         return builder.call(function, [*start, *args], fastmath=fastmath)
 
     return call
+
+
+def each(vector: Vector, name: str) -> Any:
+    """Makes a function that is the LLVM intrinsic llvm.NAME, lane by lane."""
+    call = llvm(vector, name, vector.llvm, vector.llvm)
+
+    @intrinsic
+    def function(typing: Any, v: Any) -> Any:
+        return vector(vector), lambda context, builder, _, args: call(builder, args, ())
+
+    return function
+
+
+def maxima(vector: Vector, fastmath: tuple[str, ...] = ()) -> Any:
+    """Makes a function that finds the largest lane."""
+    most = llvm(vector, "vector.reduce.fmax", vector.llvm.element, vector.llvm)
+
+    @intrinsic
+    def hmax(typing: Any, v: Any) -> Any:
+        return vector.scalar(vector), lambda context, builder, _, args: most(
+            builder, args, fastmath
+        )
+
+    return hmax
 
 
 def totals(vector: Vector) -> Any:

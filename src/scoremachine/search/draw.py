@@ -53,22 +53,24 @@ from scoremachine.search.floats import (
 from scoremachine.search.seek import (
     FAR,
     LOG2E,
+    WAITING,
+    fetch,
+    filled_up,
     frame_of,
     from_node,
     in_bytes,
+    middle_of,
     norms_of,
     origin,
     others_at,
     products,
-    stride,
 )
-from scoremachine.search.tree import BORROWED, LEAF, NODE
+from scoremachine.search.tree import BORROWED, LEAF, NODE, by_fours
 
 TURNS = 32  # parts of what is drawn that are compared with each other
 LEVELS = 7  # sums: 0 and 1 of nodes, 1 and 2 of leaves, 2 and 3 of patches, and w_3^2
 STAND_IN, NODES, LEAVES, AGAIN, PATCHES, TRULY, SQUARED = range(LEVELS)
 QUAD = 4  # numbers that are summed up side by side
-WAITING = 64  # patches that are compared together, at least
 AWAY = 0.01  # the least (v - D)^2 of a channel
 DOUBT, DOUBTFUL = np.float32(0.02), np.float32(10)  # the least, the largest relative variance
 SPREAD = 3.5  # the range of sixteen patches of a normal distribution, in standard deviations
@@ -95,9 +97,8 @@ class Pixels(NamedTuple):
 
     Attributes:
         E: Components of the windows in whole vectors, as in `seek.Queries`, and zeros where norms
-            are, float32 (Q, `seek.stride`) flat.
+            are, float32 (Q, `seek.filled_up`) flat.
         leading: How many lead.
-        second: Whether others follow.
         others: The |.|^2 of the components that follow, float64 (Q).
         rest: The |.|^2 of everything beyond the leading components, float64 (Q).
         y: The windows, float32 (Q, h, row) flat, rows filled up to whole vectors.
@@ -114,7 +115,6 @@ class Pixels(NamedTuple):
 
     E: np.ndarray
     leading: int
-    second: bool
     others: np.ndarray
     rest: np.ndarray
     y: np.ndarray
@@ -137,10 +137,10 @@ class Room(NamedTuple):
     values: np.ndarray  # middles (leaves, C, 16)
     seen: np.ndarray  # sums over leaves: level 1 of all, 1 and 2 of those drawn for sure, 1 and 2
     # of one that is left to chance (5, 1 + C, 16)
-    low: np.ndarray  # where the components of a node begin, and zeros where norms are (stride)
-    step: np.ndarray  # and what a step of its codes is, likewise (stride)
-    row: np.ndarray  # a query from there (stride)
-    bytes: np.ndarray  # that times the steps: high and low bytes (2, stride)
+    low: np.ndarray  # where the components of a node begin, and zeros where norms are (`filled_up`)
+    step: np.ndarray  # and what a step of its codes is, likewise (`filled_up`)
+    row: np.ndarray  # a query from there (`filled_up`)
+    bytes: np.ndarray  # that times the steps: high and low bytes (2, `filled_up`)
     logs: np.ndarray  # log2 of what the patches of a node weigh on level 1 (leaves, 16)
     known: np.ndarray  # and what that is (leaves, 16)
     away: np.ndarray  # their (v - D)^2 (leaves, 16)
@@ -169,8 +169,7 @@ def middles(part, parts, t, w, values, means):
     starts = np.empty(NODE, np.int64)
     for node in range(part * nodes // parts, (part + 1) * nodes // parts):
         for k in range(NODE):
-            start, _ = origin(w, np.int64(t.ids[node * NODE + k]))
-            starts[k] = start + (w.middle[0] * w.shape[1] + w.middle[1]) * C
+            starts[k] = middle_of(w, origin(w, np.int64(t.ids[node * NODE + k]))) * C
             prefetch(w.flat, starts[k])
         n = 0.0
         means[node] = 0
@@ -334,7 +333,7 @@ def _open(t, values, node, C, half, leading, room):
     for j in range(leading, t.first):  # norms are no components
         room.low[j], room.step[j] = 0, 0
     for leaf in range(LEAF):
-        norm = norms_of(t, room.step, node, leaf, 0, _quads(leading), 0)
+        norm = norms_of(t, room.step, node, leaf, 0, by_fours(leading), 0)
         store(room.norms, leaf * LANES, norm * scale)
         store(room.held, leaf * LANES, load_counts(t.times, node * NODE + leaf * LANES))
         groups, more = t.first, splat(float32(0))
@@ -350,12 +349,6 @@ def _open(t, values, node, C, half, leading, room):
             store(room.values, (leaf * C + c) * LANES, v)
 
 
-@njit(inline="always")
-def _quads(leading):
-    """How many numbers the leading components fill by fours."""
-    return (leading + 3) // 4 * 4
-
-
 @njit(fastmath=FLAGS, inline="always")
 def _distance(w, p, query, start):
     """|q - s|^2 in float32."""
@@ -368,12 +361,6 @@ def _distance(w, p, query, start):
             d = (s - load(p.y, o + a * row + b)) * load(p.mask, b)
             total = total + d * d
     return hsum(total)
-
-
-@njit(inline="always")
-def _padded(C):
-    """1 + C, for a weight and weighted values, filled up."""
-    return (C + QUAD) // QUAD * QUAD
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -425,9 +412,9 @@ def _all_leaves(room, C):
 def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, sums, spread, spent):
     """A query looks at a node that it has drawn; returns of which leaves all norms are known."""
     Q, C = len(p.top), w.shape[2]
-    others_from, end = others_at(t.first), stride(t.first, t.m)
-    leading = _quads(p.leading)
-    W = _padded(C)
+    others_from, end = others_at(t.first), filled_up(t.first, t.m)
+    leading = by_fours(p.leading)
+    W = by_fours(1 + C)
     of_turn = Q * LEVELS * W
     mine = query * LEVELS * W
     e, scale = query * end, float32(p.half * LOG2E)
@@ -467,7 +454,7 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, s
         held, away = load(room.held, leaf * LANES), load(room.away, leaf * LANES)
         u, log = load(room.known, leaf * LANES), load(room.logs, leaf * LANES)
         v, again = u, total
-        if p.second:
+        if t.m > t.first:
             if others < 0:
                 others = from_node(p.E, e, room.low, room.row, others_from, end)
                 unit_again, _ = in_bytes(
@@ -525,7 +512,7 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, s
     for c in range(C):
         sums[o + STAND_IN * W + c + 1] += times * stand_in * middle[c]
     _total(sums, o + NODES * W, room, 0, W, times)
-    if p.second:
+    if t.m > t.first:
         _total(sums, o + LEAVES * W, room, 1, W, times)
         _total(sums, o + AGAIN * W, room, 2, W, times)
     total = hsum(load(room.seen, 0))
@@ -539,13 +526,8 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, s
 def _compare(t, w, p, room, sums, spread, spent):
     """Compares the patches that wait: several at once, for most of the time goes into memory."""
     C = w.shape[2]
-    W, stride = _padded(C), w.shape[1] * C
-    for k in range(room.waiting[0]):
-        start, _ = origin(w, np.int64(t.ids[room.places[k]]))
-        room.starts[k] = start
-        for a in range(w.size[0]):
-            prefetch(w.flat, start + a * stride)
-            prefetch(w.flat, start + a * stride + w.size[1] * C - 1)
+    W = by_fours(1 + C)
+    fetch(t, w, room)
     for k in range(room.waiting[0]):
         place, start, query = room.places[k], room.starts[k], room.owners[k]
         log = (p.rest[query] - _distance(w, p, query, start)) * p.half - p.top[query] / LOG2E
@@ -555,7 +537,7 @@ def _compare(t, w, p, room, sums, spread, spent):
         sums[o + TRULY * W] += x
         sums[o + SQUARED * W] += x * math.exp(log)
         spread[query, 2] += x * x / room.shares[1, k]
-        middle = start + (w.middle[0] * w.shape[1] + w.middle[1]) * C
+        middle = middle_of(w, start) * C
         for c in range(C):
             value = w.flat[middle + c] * (1 / 127.5) - 1
             sums[o + PATCHES * W + c + 1] += room.shares[1, k] * value
@@ -597,18 +579,18 @@ def _draw(part, parts, t, w, g, p, values, middle, room, sums, spread, spent):
 def draw(part, parts, t, w, g, p, values, sums, spread, spent):
     """What the queries draw of a part of the nodes.
 
-    Fills `sums`, (TURNS + 1, Q, LEVELS, `_padded(C)`) flat: of weights and of weights times values,
-    the last of what was not left to chance. `spread`, (Q, 3), has the sums of v^2 / u, where u is
-    what nodes, leaves and patches weigh by one level and v what they weigh by the next. `spent`
-    counts them, (Q, 3).
+    Fills `sums`, (TURNS + 1, Q, LEVELS, `by_fours(1 + C)`) flat: of weights and of weights times
+    values, the last of what was not left to chance. `spread`, (Q, 3), has the sums of v^2 / u,
+    where u is what nodes, leaves and patches weigh by one level and v what they weigh by the next.
+    `spent` counts them, (Q, 3).
     """
-    Q, C, end = len(p.top), w.shape[2], stride(t.first, t.m)
+    Q, C, end = len(p.top), w.shape[2], filled_up(t.first, t.m)
     room = Room(
         np.empty(2 * NODE, np.float32),
         np.empty(NODE, np.float32),
         np.empty(2 * NODE, np.float32),
         np.empty(LEAF * C * LANES, np.float32),
-        np.zeros(5 * _padded(C) * LANES, np.float32),
+        np.zeros(5 * by_fours(1 + C) * LANES, np.float32),
         np.zeros(end, np.float32),
         np.zeros(end, np.float32),
         np.empty(end, np.float32),

@@ -19,7 +19,6 @@ from scoremachine.search.draw import (
     LEVELS,
     NODES,
     PATCHES,
-    QUAD,
     SQUARED,
     STAND_IN,
     TRULY,
@@ -35,6 +34,7 @@ from scoremachine.search.floats import LANES
 from scoremachine.search.index import Index, Source
 from scoremachine.search.rounds import Purse
 from scoremachine.search.seek import FAR, LOG2E, in_vectors
+from scoremachine.search.tree import by_fours
 from scoremachine.windows import Class
 
 FIRST = np.array([600.0, 1_200.0, 600.0])  # nodes, leaves and patches of the first round
@@ -257,8 +257,8 @@ def _pixels(asked: Asked, g: Gaussians) -> Pixels:
     amounts = np.tile(FIRST, (Q, 1))
     rest = squares - lead
     return Pixels(
-        E.reshape(-1), e.leading, e.m > e.first, others, rest, y.reshape(-1), mask, asked.half, top,
-        total, answer, scale, amounts, start,
+        E.reshape(-1), e.leading, others, rest, y.reshape(-1), mask, asked.half, top, total,
+        answer, scale, amounts, start,
     )  # fmt: skip
 
 
@@ -296,7 +296,7 @@ def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
     t, w = asked.opened.tree, asked.source.windows(asked.of)
     Q, K = p.total.shape
     parts = min(PARTS // 2, len(t.widest))
-    padded = -(-K // QUAD) * QUAD
+    padded = by_fours(K)
     sums = np.zeros((parts, (TURNS + 1) * Q * LEVELS * padded))
     spread, spent = np.zeros((parts, Q, 3)), np.zeros((parts, Q, 3))
     fill(draw, (t, w, g, p, asked.answers.values), (sums, spread, spent))
@@ -306,7 +306,7 @@ def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
         # each level in the units of the last
         b2 = everything[:, TRULY, :1] / everything[:, PATCHES, :1]
         b1 = b2
-        if p.second:
+        if t.m > t.first:
             b1 = b2 * everything[:, AGAIN, :1] / everything[:, LEAVES, :1]
         b0 = b1 * everything[:, NODES, :1] / everything[:, STAND_IN, :1]
 

@@ -82,12 +82,12 @@ class Embedding:
     @property
     def first(self) -> int:
         """How many numbers bound a distance by themselves."""
-        return _by_fours(self.leading + len(self.edges) - 1 + (self.kept > self.leading))
+        return tree.by_fours(self.leading + len(self.edges) - 1 + (self.kept > self.leading))
 
     @property
     def m(self) -> int:
         """How many numbers e has."""
-        return self.first + _by_fours(self.kept - self.leading)
+        return self.first + tree.by_fours(self.kept - self.leading)
 
     def __call__(self, centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """e of patches less the mean, float64 (n, D), as float32 (n, m); and their |s|^2, (n,)."""
@@ -100,8 +100,3 @@ class Embedding:
         sizes = self.kept, self.leading, self.first
         fill(tree.numbers, (centred, z, sizes, self.edges, E, squares))
         return E, squares
-
-
-def _by_fours(n: int) -> int:
-    """n, or the next multiple of four."""
-    return -(-n // 4) * 4

@@ -26,11 +26,12 @@ Products are of numbers from -32,512 to 32,512, a high and a low byte each, with
     add_each(sums, a, i, b, j)     the same of 64 bytes from b[j] on, four in a lane
     add_squares(sums, a, i, b, j)  adds the sums of x (x - 128), x being a[i + k] & b[j + k]
     joined(high, low)              256 high + low, as floats
-    whole(sums)                    the sum of the lanes, an integer
+    isum(sums)                     the sum of the lanes, an integer
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -41,8 +42,10 @@ from numba.extending import intrinsic
 from scoremachine.kernels.vectors import (
     Vector,
     broadcasts,
+    each,
     llvm,
     loads,
+    maxima,
     pointer,
     splats,
     splatted,
@@ -69,6 +72,9 @@ store = stores(floats, 4)
 splat = splats(floats)
 broadcast = broadcasts(floats)
 hsum = totals(floats)
+hmax = maxima(floats)
+root = each(floats, "sqrt")
+nearest = each(floats, "rint")
 integers = Vector(types.int32, LANES)
 
 
@@ -92,27 +98,9 @@ def smaller(typing: Any, u: Any, v: Any) -> Any:
     return floats(floats, floats), generate
 
 
-def _one_by_one(name: str, summary: str) -> Any:
-    """Makes a function of a vector that is the LLVM intrinsic llvm.NAME, lane by lane."""
-    call = llvm(floats, name, VECTOR, VECTOR)
-
-    @intrinsic
-    def function(typing: Any, v: Any) -> Any:
-        return floats(floats), lambda context, builder, _, args: call(builder, args, ())
-
-    function.__doc__ = summary
-    return function
-
-
-root = _one_by_one("sqrt", "The square root, lane by lane.")
-nearest = _one_by_one("rint", "The nearest whole numbers.")
-
-
-@intrinsic
-def hmax(typing: Any, v: Any) -> Any:
-    """The largest of the lanes."""
-    most = llvm(floats, "vector.reduce.fmax", ir.FloatType(), VECTOR)
-    return types.float32(floats), lambda context, builder, _, args: most(builder, args, ())
+def _words(context: Any, builder: Any, array_type: Any, array: Any, i: Any, kind: Any) -> Any:
+    """Bytes of an array from array[i] on, four to a word."""
+    return builder.load(pointer(context, builder, array_type, array, i, kind), align=1)
 
 
 @intrinsic
@@ -120,9 +108,7 @@ def load_every(typing: Any, array: Any, i: Any, k: Any) -> Any:
     """Every fourth of 64 bytes from array[i] on, the k-th and so on, as floats."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        words = builder.load(
-            pointer(context, builder, signature.args[0], args[0], args[1], INTEGERS), align=1
-        )
+        words = _words(context, builder, signature.args[0], *args[:2], INTEGERS)
         bits = builder.trunc(builder.shl(args[2], ir.Constant(ir.IntType(64), 3)), ir.IntType(32))
         byte = builder.and_(
             builder.lshr(words, splatted(builder, integers, bits)),
@@ -159,11 +145,6 @@ def store_halves(typing: Any, array: Any, i: Any, j: Any, v: Any) -> Any:
     return types.none(array, types.intp, types.intp, floats), generate
 
 
-def _words(context: Any, builder: Any, array_type: Any, array: Any, i: Any, kind: Any) -> Any:
-    """Bytes of an array from array[i] on, four to a word."""
-    return builder.load(pointer(context, builder, array_type, array, i, kind), align=1)
-
-
 def _multiplied(context: Any, builder: Any, sums: Any, a: Any, b: Any) -> Any:
     """Adds the products of 64 bytes, a's without and b's with a sign, four to a lane."""
     if "+avx512vnni" not in context.codegen().magic_tuple()[2].split(","):
@@ -194,55 +175,42 @@ def _added(builder: Any, sums: Any, a: Any, b: Any) -> Any:
     return sums
 
 
-@intrinsic
-def add_products(typing: Any, sums: Any, a: Any, i: Any, b: Any, j: Any) -> Any:
-    """Adds the products of sixteen times four bytes of a, uint8, with four of b, int8."""
+def _adds(second: Any, change: Callable[[Any, Any, Any], Any]) -> Any:
+    """Makes a function add(sums, a, i, b, j): products of bytes from a[i] on, and from b[j] on.
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        words = _words(context, builder, signature.args[1], *args[1:3], INTEGERS)
-        four = _words(context, builder, signature.args[3], *args[3:], ir.IntType(32))
-        return _multiplied(context, builder, args[0], words, splatted(builder, integers, four))
+    The latter are of the LLVM type `second`; what is multiplied is change(builder, these, those).
+    """
 
-    return integers(integers, a, types.intp, b, types.intp), generate
+    @intrinsic
+    def add(typing: Any, sums: Any, a: Any, i: Any, b: Any, j: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            u = _words(context, builder, signature.args[1], *args[1:3], INTEGERS)
+            v = _words(context, builder, signature.args[3], *args[3:], second)
+            return _multiplied(context, builder, args[0], *change(builder, u, v))
 
+        return integers(integers, a, types.intp, b, types.intp), generate
 
-@intrinsic
-def add_each(typing: Any, sums: Any, a: Any, i: Any, b: Any, j: Any) -> Any:
-    """Adds the products of 64 bytes of a, uint8, with 64 of b, int8."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        u = _words(context, builder, signature.args[1], *args[1:3], INTEGERS)
-        v = _words(context, builder, signature.args[3], *args[3:], INTEGERS)
-        return _multiplied(context, builder, args[0], u, v)
-
-    return integers(integers, a, types.intp, b, types.intp), generate
+    return add
 
 
-@intrinsic
-def add_squares(typing: Any, sums: Any, a: Any, i: Any, b: Any, j: Any) -> Any:
-    """Adds the sums of x (x - 128) for 64 bytes x of a & b, uint8."""
+def _within(builder: Any, u: Any, v: Any) -> tuple[Any, Any]:
+    """x and x - 128, for the bytes x of u & v."""
+    x = builder.and_(u, v)
+    return x, builder.xor(x, ir.Constant(INTEGERS, [0x80808080] * LANES))
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        u = _words(context, builder, signature.args[1], *args[1:3], INTEGERS)
-        v = _words(context, builder, signature.args[3], *args[3:], INTEGERS)
-        x = builder.and_(u, v)
-        less = builder.xor(x, ir.Constant(INTEGERS, [0x80808080] * LANES))
-        return _multiplied(context, builder, args[0], x, less)
 
-    return integers(integers, a, types.intp, b, types.intp), generate
+add_products = _adds(ir.IntType(32), lambda builder, u, v: (u, splatted(builder, integers, v)))
+add_each = _adds(INTEGERS, lambda builder, u, v: (u, v))
+add_squares = _adds(INTEGERS, _within)
+_SUM = llvm(integers, "vector.reduce.add", ir.IntType(32), INTEGERS)
 
 
 @intrinsic
-def whole(typing: Any, sums: Any) -> Any:
-    """The sum of the lanes."""
+def isum(typing: Any, sums: Any) -> Any:
+    """The sum of the lanes, an integer."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.IntType(32), [INTEGERS]),
-            "llvm.vector.reduce.add.v16i32",
-        )
-        return builder.sext(builder.call(function, args), ir.IntType(64))
+        return builder.sext(_SUM(builder, args, ()), ir.IntType(64))
 
     return types.int64(integers), generate
 

@@ -191,9 +191,9 @@ def _in_bytes(windows: np.ndarray) -> tuple[np.ndarray, ...]:
     Q, h, row = windows.shape
     wide = -(-row // 64) * 64
     inside = (np.arange(wide) < row).astype(np.uint8)
-    unit = np.abs(windows).max((1, 2)) / WHOLE + 1e-30
     if not WORTHWHILE <= h * row < MOST:
-        return np.zeros(0, np.int8), 255 * inside, inside.astype(np.int8), unit, unit
+        return np.zeros(0, np.int8), 255 * inside, inside.astype(np.int8), np.zeros(0), np.zeros(0)
+    unit = np.abs(windows).max((1, 2)) / WHOLE + 1e-30
     n = np.rint(windows / unit[:, None, None])
     off = np.maximum(windows - n * unit[:, None, None], 0).sum((1, 2))
     high = np.floor((n + 128) / 256)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import float32, int64, njit
+from numba.extending import register_jitable
 
 from scoremachine.kernels import simd
 from scoremachine.kernels.whole import FLAGS, NOTHING, keep
@@ -23,6 +24,7 @@ from scoremachine.search.floats import (
     broadcast,
     hmax,
     hsum,
+    isum,
     joined,
     larger,
     load,
@@ -39,7 +41,6 @@ from scoremachine.search.floats import (
     store,
     store_halves,
     weights,
-    whole,
 )
 from scoremachine.search.tree import BORROWED, LEAF, NODE, window_at
 
@@ -116,7 +117,7 @@ class Queries(NamedTuple):
     """What is searched for.
 
     Attributes:
-        E: Embeddings, float32 (Q, `stride`) flat: the first numbers, and from `others_at` on
+        E: Embeddings, float32 (Q, `filled_up`) flat: the first numbers, and from `others_at` on
             the others, both filled up to whole vectors.
         y: The windows, float64 (Q, h, row) flat, rows filled up to whole vectors.
         mask: Ones, and zeros where filled up, float64 (row).
@@ -147,11 +148,11 @@ class Queries(NamedTuple):
 class Room(NamedTuple):
     """What a thread writes on."""
 
-    low: np.ndarray  # where the numbers of a node begin (stride)
-    step: np.ndarray  # and what a step of its codes is (stride)
+    low: np.ndarray  # where the numbers of a node begin (`filled_up`)
+    step: np.ndarray  # and what a step of its codes is (`filled_up`)
     boxes: np.ndarray  # of its leaves, from there (low and high, first, 16)
-    row: np.ndarray  # a query from there (stride)
-    bytes: np.ndarray  # that times the steps, of Q queries: high and low bytes (Q, 2 stride)
+    row: np.ndarray  # a query from there (`filled_up`)
+    bytes: np.ndarray  # that times the steps, of Q queries: high and low bytes (Q, 2 `filled_up`)
     again: np.ndarray  # the last four of the first ones, without the norm of the others (Q, 8)
     of: np.ndarray  # what else is known of them: see the names of columns (Q, 16)
     in_leaves: np.ndarray  # the queries that reach each leaf (leaves, Q)
@@ -164,14 +165,14 @@ class Room(NamedTuple):
     owners: np.ndarray  # the queries
 
 
-@njit
+@register_jitable
 def others_at(first):
     """Where the numbers begin that follow the first ones, in whole vectors."""
     return (first + LANES - 1) // LANES * LANES
 
 
-@njit
-def stride(first, m):
+@register_jitable
+def filled_up(first, m):
     """How many numbers whole vectors of an embedding have."""
     return others_at(first) + (m - first + LANES - 1) // LANES * LANES
 
@@ -179,14 +180,14 @@ def stride(first, m):
 def in_vectors(E: np.ndarray, first: int) -> np.ndarray:
     """Embeddings (n, m), the first numbers and the others filled up to whole vectors."""
     at = others_at(first)
-    filled = np.zeros((len(E), stride(first, E.shape[1])), np.float32)
+    filled = np.zeros((len(E), filled_up(first, E.shape[1])), np.float32)
     filled[:, :first], filled[:, at : at + E.shape[1] - first] = E[:, :first], E[:, first:]
     return filled
 
 
 @njit
 def _room(t, Q):
-    n = stride(t.first, t.m)
+    n = filled_up(t.first, t.m)
     return Room(
         np.zeros(n, np.float32),
         np.zeros(n, np.float32),
@@ -208,10 +209,28 @@ def _room(t, Q):
 
 @njit(fastmath=FLAGS, inline="always")
 def origin(w, place):
-    """Where in `flat` a patch begins, and the place (n H + row) W + column of its middle."""
+    """Where in `flat` a patch begins."""
     H, W, C = w.shape
     n, top, left = window_at(place, w.tops, w.lefts)
-    return ((n * H + top) * W + left) * C, (n * H + top + w.middle[0]) * W + left + w.middle[1]
+    return ((n * H + top) * W + left) * C
+
+
+@njit(inline="always")
+def middle_of(w, start):
+    """The place (n H + row) W + column of the middle of a patch that begins at `start`."""
+    return start // w.shape[2] + w.middle[0] * w.shape[1] + w.middle[1]
+
+
+@njit(fastmath=FLAGS, **BORROWED)
+def fetch(t, w, room):
+    """Where the patches that wait begin; has them brought near."""
+    row = w.shape[1] * w.shape[2]
+    for k in range(room.waiting[0]):
+        start = origin(w, np.int64(t.ids[room.places[k]]))
+        room.starts[k] = start
+        for a in range(w.size[0]):
+            prefetch(w.flat, start + a * row)
+            prefetch(w.flat, start + a * row + w.size[1] * w.shape[2] - 1)
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -237,21 +256,19 @@ def _at_least(w, q, query, start):
     + sum (bytes^2 - 255 bytes) / 127.5^2.
     """
     high, low, squares, sums = none(), none(), none(), none()
-    wide, stride_ = len(q.inside), w.shape[1] * w.shape[2]
+    wide, stride = len(q.inside), w.shape[1] * w.shape[2]
     o = query * w.size[0] * 2 * wide
     for a in range(w.size[0]):
         for b in range(0, wide, 4 * LANES):
-            p = start + a * stride_ + b
+            p = start + a * stride + b
             high = add_each(high, w.flat, p, q.bytes, o + b)
             low = add_each(low, w.flat, p, q.bytes, o + wide + b)
             squares = add_squares(squares, w.flat, p, q.inside, b)
             sums = add_each(sums, w.flat, p, q.ones, b)
         o += 2 * wide
-    product = q.unit[query] * (256 * whole(high) + whole(low))
+    product = q.unit[query] * (256 * isum(high) + isum(low))
     return (
-        q.known[query]
-        - product * (2 / 127.5)
-        + (whole(squares) - 127 * whole(sums)) * (1 / 127.5**2)
+        q.known[query] - product * (2 / 127.5) + (isum(squares) - 127 * isum(sums)) * (1 / 127.5**2)
     )
 
 
@@ -386,9 +403,7 @@ def _bound(x, a, b):
 
 
 @njit(fastmath=FLAGS, inline="always")
-def _absorb(
-    w, q, query, start, middle, times, best, ref, left, m, Z, Z2, S, logits, places
-):  # fmt: skip
+def _absorb(w, q, query, start, times, best, ref, left, m, Z, Z2, S, logits, places):
     """A patch enters the fold of a query, with the logit -|q - s|^2 / 2 sigma^2."""
     d2 = _distance(w, q, query, start)
     half = q.half[query]
@@ -409,8 +424,8 @@ def _absorb(
     x = math.exp(l - m[query])
     Z[query] += times * x
     Z2[query] += times * x * x
-    C = w.shape[2]
-    o = start + (w.middle[0] * w.shape[1] + w.middle[1]) * C
+    middle = middle_of(w, start)
+    o = middle * w.shape[2]
     for c in range(S.shape[1]):
         S[query, c] += times * x * (w.flat[o + c] * (1.0 / 127.5) - 1.0)
     if len(logits) > 0 and l > logits[-1, query, 0]:
@@ -436,13 +451,7 @@ def _nearest(values, count, chosen, most):
 @njit(fastmath=FLAGS, **BORROWED)
 def _compare(t, w, q, room, patch_reach, best, ref, left, m, Z, Z2, S, logits, places):
     """Compares the patches that wait, by bytes first: what is too far away is skipped."""
-    flat_stride = w.shape[1] * w.shape[2]
-    for k in range(room.waiting[0]):
-        start, _ = origin(w, np.int64(t.ids[room.places[k]]))
-        room.starts[k] = start
-        for a in range(w.size[0]):
-            prefetch(w.flat, start + a * flat_stride)
-            prefetch(w.flat, start + a * flat_stride + w.size[1] * w.shape[2] - 1)
+    fetch(t, w, room)
     for k in range(room.waiting[0]):
         o, query, start = room.places[k], room.owners[k], room.starts[k]
         if len(q.bytes) > 0:
@@ -451,11 +460,8 @@ def _compare(t, w, q, room, patch_reach, best, ref, left, m, Z, Z2, S, logits, p
                 weight = math.exp((ref[query] - d2) * q.half[query])
                 left[query * LANES] += float32(t.times[o] * weight)
                 continue
-        _, middle = origin(w, np.int64(t.ids[o]))
-        _absorb(
-            w, q, query, start, middle, t.times[o],
-            best, ref, left, m, Z, Z2, S, logits, places,
-        )  # fmt: skip
+        times = t.times[o]
+        _absorb(w, q, query, start, times, best, ref, left, m, Z, Z2, S, logits, places)
     room.waiting[0] = 0
 
 
@@ -478,7 +484,7 @@ def guess(part, parts, t, w, q, best, known):
 def _guess(t, w, q, query, room, values, near, found):
     supers, nodes = len(t.widest), len(t.radii)
     others = others_at(t.first)
-    e = query * stride(t.first, t.m)
+    e = query * filled_up(t.first, t.m)
     box = 2 * t.first * LANES
     for g in range((supers + LANES - 1) // LANES):
         store(values, g * LANES, _to_boxes(q.E, e, t.super_boxes, g * box, t.first))
@@ -501,7 +507,7 @@ def _guess(t, w, q, query, room, values, near, found):
         if node >= nodes or compared > COMPARED or known > ENOUGH:
             continue
         frame_of(t, node, room.low, room.step)
-        from_node(q.E, e, room.low, room.row, 0, stride(t.first, t.m))
+        from_node(q.E, e, room.low, room.row, 0, filled_up(t.first, t.m))
         if t.m > t.first:  # the others stand in the place of their norm
             room.row[t.first - 1], room.step[t.first - 1] = 0, 0
         for leaf in range(LEAF):
@@ -515,8 +521,7 @@ def _guess(t, w, q, query, room, values, near, found):
                 bits &= bits - 1
                 o = node * NODE + leaf * LEAF + lane
                 if t.times[o] > 0 and values[lane] <= bound:
-                    start, _ = origin(w, np.int64(t.ids[o]))
-                    d2 = _distance(w, q, query, start)
+                    d2 = _distance(w, q, query, origin(w, np.int64(t.ids[o])))
                     compared += 1
                     if d2 < best:
                         known *= math.exp((d2 - best) * half)
@@ -555,7 +560,7 @@ def _narrow(
         tail = q.tails[query, 0]
         a, b = _shrunk(limit - tail, radius + q.fuzz[query], t.first)
         o = g * 2 * t.first * LANES
-        e = query * stride(t.first, t.m)
+        e = query * filled_up(t.first, t.m)
         d = _bound(_to_boxes(q.E, e, boxes, o, t.first), a, b - tail)
         near = reaching(d, splat(float32(limit * (1 + SLACK)))) & real
         v = load(left, query * LANES) + _skipped(d, near, ref[query], half) * held
@@ -590,7 +595,7 @@ def _node(
     for k in range(count):
         query, of = asked[k], room.of[k]
         half = q.half[query]
-        x2 = from_node(q.E, query * stride(first, t.m), room.low, room.row, 0, others)
+        x2 = from_node(q.E, query * filled_up(first, t.m), room.low, room.row, 0, others)
         limit = best[query] + reach[query]
         tail = q.tails[query, 0]
         a, b = _shrunk(limit - tail, t.radii[node] + q.fuzz[query], t.m)
@@ -654,7 +659,7 @@ def _faint(t, node, leaf, room):
 def _leaf(t, q, node, leaf, asked, close, pace, room, ref, left, cost):
     """A second look at the patches of a leaf; has those compared that can matter."""
     first, M = t.first, t.m
-    others, end = others_at(first), stride(first, M)
+    others, end = others_at(first), filled_up(first, M)
     copies = load_counts(t.times, node * NODE + leaf * LEAF)
     ready, norms = False, splat(float32(0))
     spent = 0.0

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numba.extending import register_jitable
 
 from scoremachine.kernels.whole import FLAGS
 
@@ -16,6 +17,12 @@ BORROWED: dict[str, Any] = {
     "_nrt": False,
     "error_model": "numpy",
 }  # counts no references to arrays
+
+
+@register_jitable
+def by_fours(n):
+    """n, or the next multiple of four."""
+    return (n + 3) // 4 * 4
 
 
 @njit(inline="always", **BORROWED)
