@@ -305,6 +305,65 @@ def test_lots_for_everything_are_exact(monkeypatch):
     assert answer.error.max() < 1e-6
 
 
+def asking(machine, y, sigma, index):
+    """What is asked of those who draw for the pixels that see a whole window of y, (C, H, W)."""
+    collection, kernel = machine.windows(sigma, index), machine._bounded
+    kernel.prepare(index, collection)
+    source = kernel.source(index)
+    of = max(classes(collection), key=lambda c: c.patches.per_image)
+    opened = kernel._opened(source, of.patches)
+    (h, w), C = of.patches.size, len(y)
+    windows = torch.nn.functional.unfold(y[None].double(), (h, w))[0].T.reshape(-1, C, h, w)
+    windows = windows.permute(0, 2, 3, 1).reshape(len(windows), -1).numpy()
+    return drawn_module.Asked(
+        windows - opened.embedding.mean, 1 / (2 * sigma**2), np.zeros(len(windows)),
+        source, opened, of, drawn_module.Nodes.of(source, opened, of),
+    )  # fmt: skip
+
+
+@given(seeds, st.sampled_from([1, 3]))
+def test_gaussians_have_the_moments_of_their_nodes(seed, C):
+    """Means and variances of the leading numbers, and the |.|^2 of the rest, from every patch."""
+    images = smooth_images(seed, 60, 12)[:, :C]
+    machine, _ = searching(images, 5, 1e-3, bound="auto")
+    asked = asking(machine, torch.zeros(C, 12, 12), 1.0, np.arange(60))
+    t, nodes = asked.opened.tree, asked.nodes
+    N, leading = len(t.radii), asked.opened.embedding.leading
+    codes = t.codes.reshape(N, 16, t.m // 4, 16, 4).transpose(0, 1, 3, 2, 4).reshape(N, 256, t.m)
+    low, step = t.frames.reshape(N, 2, 1, t.m).transpose(1, 0, 2, 3).astype(np.float64)
+    s, times = low + step * codes, t.times.reshape(N, 256, 1).astype(np.float64)
+    mean = (times * s).sum(1) / times.sum(1)
+    squares = (times * s**2).sum(1) / times.sum(1)
+
+    def of_nodes(a):
+        return a.transpose(0, 2, 1).reshape(-1, a.shape[1])[:N]
+
+    np.testing.assert_allclose(of_nodes(nodes.mean), mean[:, :leading], atol=1e-4)
+    variance = (squares - mean**2)[:, :leading]
+    np.testing.assert_allclose(of_nodes(nodes.variance), variance, rtol=1e-3, atol=1e-4)
+    others = squares[:, leading : t.first].sum(1)
+    np.testing.assert_allclose(nodes.others.reshape(-1)[:N], others, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_chance_is_blamed_on_the_stage_that_leaves_it(stage):
+    """Where all but one of nodes, leaves and patches are drawn for sure, that one adds it all."""
+    images = smooth_images(5, 400, 16)
+    machine, _ = searching(images, 7, 1e-3, bound="auto")
+    y, sigma = torch.from_numpy(images[7] / 127.5 - 1), 1.0
+    y = y + sigma * torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+    asked = asking(machine, y, sigma, np.arange(400))
+    g = asked.nodes.gaussians(sigma**2)
+    p = drawn_module._pixels(asked, g)
+    amounts = np.full(3, 1e20)
+    amounts[stage] = 40.0
+    p.amounts[:] = amounts
+    *_, by_stage, _, _ = drawn_module._lots(asked, g, p)
+    assert (by_stage[:, stage] > 0).all()
+    others = np.arange(3) != stage
+    assert (by_stage[:, others] <= 1e-9 * by_stage[:, [stage]]).all()
+
+
 @given(seeds, st.sampled_from([1, 3]), st.floats(-1, 3).map(lambda e: 10.0**e))
 def test_lots_are_right_on_average(seed, C, sigma):
     """The mean over many beginnings is the exact answer, within its own standard error."""
@@ -314,8 +373,6 @@ def test_lots_are_right_on_average(seed, C, sigma):
     y, _ = noised(corpus, sigma, seed)
     index = np.arange(len(images))
     collection = machine.windows(sigma, index)
-    kernel = machine._bounded
-    kernel.prepare(index, collection)
     found = []
     lots = drawn_module._pixels
 
@@ -326,16 +383,7 @@ def test_lots_are_right_on_average(seed, C, sigma):
             amounts=np.full((len(p.start), 3), 12.0),
         )
 
-    source = kernel.source(index)
-    of = max(classes(collection), key=lambda c: c.patches.per_image)
-    opened = kernel._opened(source, of.patches)
-    inner = y[0, :, 1:-1, 1:-1].double()
-    windows = torch.nn.functional.unfold(y[:1].double(), 3)[0].T.reshape(-1, C, 3, 3)
-    windows = windows.permute(0, 2, 3, 1).reshape(len(windows), -1).numpy()
-    asked = drawn_module.Asked(
-        windows - opened.embedding.mean, 1 / (2 * sigma**2), np.zeros(len(windows)),
-        source, opened, of, drawn_module.Answers.of(source, opened, of),
-    )  # fmt: skip
+    asked = asking(machine, y[0], sigma, index)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(drawn_module, "_pixels", begun)
         patched.setattr(drawn_module, "ROUNDS", 0)
@@ -351,7 +399,7 @@ def test_lots_are_right_on_average(seed, C, sigma):
     truth = np.concatenate([Z[:, None], Z[:, None] * D], 1)
     off = (found.mean(0) - truth) / Z[:, None]
     spread = found.std(0) / Z[:, None] / np.sqrt(len(found))
-    assert inner.shape[1] * inner.shape[2] == len(windows)
+    assert len(truth) == len(asked.windows)
     assert (np.abs(off) <= 6 * spread + 1e-3).mean() > 0.97
 
 

@@ -21,7 +21,7 @@ from scoremachine.kernels.simd import LANES
 from scoremachine.posterior import Fold, Kernel, Question, folded, spread
 from scoremachine.progress import Bar, say
 from scoremachine.search.ahead import Ahead
-from scoremachine.search.drawn import Answers, Asked, drawn
+from scoremachine.search.drawn import Asked, Nodes, drawn
 from scoremachine.search.index import (
     Index,
     Source,
@@ -101,7 +101,7 @@ class Bounded:
         self.bound, self.patience = bound, patience
         self._sources: Kept[Source] = Kept(2)
         self._indexes: dict[tuple[str, str], Index] = {}
-        self._answers: Kept[Answers] = Kept(64)
+        self._nodes: Kept[Nodes] = Kept(64)
         self._told: set[float] = set()
         self._ahead = Ahead()
         self.statistical = 0  # for how many pixels the bound was statistical so far
@@ -264,8 +264,8 @@ class Bounded:
         chance = self.bound != "deterministic" and not leaders
         if chance:
             key = source.key, of.patches.name, of.middle
-            answers = self._answers.get(key, lambda: Answers.of(source, opened, of))
-            asked = Asked(centred, float(q.half[0]), best, source, opened, of, answers)
+            nodes = self._nodes.get(key, lambda: Nodes.of(source, opened, of))
+            asked = Asked(centred, float(q.half[0]), best, source, opened, of, nodes)
             at = self._draw(asked, at, found, least, purse)
 
         def missing(at: np.ndarray, apiece: float, part: float = 1.0) -> np.ndarray:

@@ -70,6 +70,8 @@ from scoremachine.search.tree import BORROWED, LEAF, NODE, by_fours
 TURNS = 32  # parts of what is drawn that are compared with each other
 LEVELS = 7  # sums: 0 and 1 of nodes, 1 and 2 of leaves, 2 and 3 of patches, and w_3^2
 STAND_IN, NODES, LEAVES, AGAIN, PATCHES, TRULY, SQUARED = range(LEVELS)
+STAGES = 5  # of chance: in levels 1 and 2 of leaves, the draws of nodes and of leaves; in levels 2
+BY_NODE, BY_LEAF, OF_NODE, OF_LEAF, OF_PATCH = range(STAGES)  # and 3 of patches, of patches, too
 QUAD = 4  # numbers that are summed up side by side
 AWAY = 0.01  # the least (v - D)^2 of a channel
 DOUBT, DOUBTFUL = np.float32(0.02), np.float32(10)  # the least, the largest relative variance
@@ -83,12 +85,15 @@ class Gaussians(NamedTuple):
         mean: Of the leading components, float32 (supers, leading, 16).
         precision: 1 / (2 (sigma^2 + variance)), float32 (supers, leading, 16).
         less: What is missing in the logarithm of a node's weight, float32 (supers, 16).
+        doubt: By how much, relatively, the weight of a patch of a node may change on the levels
+            that follow, float32 (supers, 16).
         middles: The mean of the pixels that its patches answer with, float32 (supers, C, 16).
     """
 
     mean: np.ndarray
     precision: np.ndarray
     less: np.ndarray
+    doubt: np.ndarray
     middles: np.ndarray
 
 
@@ -157,7 +162,8 @@ class Room(NamedTuple):
     starts: np.ndarray  # where they begin in the images
     owners: np.ndarray  # the queries that drew them
     offsets: np.ndarray  # where what they say is added up
-    shares: np.ndarray  # for how many they stand, and what they weigh on level 2 (2, ...)
+    shares: np.ndarray  # for how many they stand, their leaves, their nodes; and what they weigh
+    # on level 2 (4, ...)
     lanes: np.ndarray  # sixteen numbers
     portions: np.ndarray  # and sixteen
 
@@ -185,30 +191,28 @@ def middles(part, parts, t, w, values, means):
             means[node, c] = means[node, c] / (n * 127.5) - 1
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=True)
-def gaussians(part, parts, t, variance, mean, precision, less):
-    """Fills the arrays of `Gaussians` from the boxes of the leaves, for sigma^2 = `variance`."""
+@njit(fastmath=FLAGS, **BORROWED)
+def _moments(part, parts, t, mean, variance):
+    """What `moments` does."""
     nodes = len(t.radii)
     for node in range(part * nodes // parts, (part + 1) * nodes // parts):
         s, lane = node // LANES, node % LANES
-        total = -math.log(t.node_counts[node])
-        for j in range(mean.shape[1]):
-            low = (node * 2 * t.first + j) * LEAF
-            high = low + t.first * LEAF
-            step = t.frames[(node * 2 + 1) * t.m + j]
-            n, sum_, squares, ranges = 0, 0.0, 0.0, 0.0
+        n = t.node_counts[node]
+        for j in range(t.first):
+            sum_, squares = splat(float32(0)), splat(float32(0))
             for leaf in range(LEAF):
-                if t.leaf_counts[node * LEAF + leaf] > 0:
-                    a, b = np.float64(t.boxes[low + leaf]), np.float64(t.boxes[high + leaf])
-                    sum_ += (a + b) / 2
-                    squares += (a + b) ** 2 / 4
-                    ranges += ((b - a) / SPREAD) ** 2
-                    n += 1
-            v = max(0.0, squares / n - (sum_ / n) ** 2 + ranges / n) * step**2
-            mean[s, j, lane] = t.frames[node * 2 * t.m + j] + step * sum_ / n
-            precision[s, j, lane] = 1 / (2 * (variance + v))
-            total += math.log(1 + v / variance) / 2
-        less[s, lane] = total
+                x = load_every(t.codes, ((node * LEAF + leaf) * t.m + j // 4 * 4) * LANES, j % 4)
+                u = x * load_counts(t.times, node * NODE + leaf * LANES)
+                sum_, squares = sum_ + u, squares + u * x
+            m, step = hsum(sum_) / n, t.frames[(node * 2 + 1) * t.m + j]
+            mean[s, j, lane] = t.frames[node * 2 * t.m + j] + step * m
+            variance[s, j, lane] = step * step * max(float32(0), hsum(squares) / n - m * m)
+
+
+@njit(fastmath=FLAGS, nogil=True, cache=True)
+def moments(part, parts, t, mean, variance):
+    """Mean and variance of the first numbers in every node, float32 (supers, first, 16)."""
+    _moments(part, parts, t, mean, variance)
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -265,7 +269,8 @@ def _weigh(part, parts, g, E, leading, logs, top, total, answer, scale):
             answer[query, c] = total[query, c + 1] / total[query, 0]
         sum_ = splat(float32(0))
         for s in range(supers):
-            sum_ = sum_ + load(logs, s * LANES) * root(_away(g.middles, s, answer, query, AWAY))
+            away = root(_away(g.middles, s, answer, query, AWAY)) * load(g.doubt, s * LANES)
+            sum_ = sum_ + load(logs, s * LANES) * away
         scale[query] = hsum(sum_)
 
 
@@ -284,7 +289,7 @@ def _nodes(g, p, s, room):
         room.counts[lane] = 0
     for query in range(Q):
         w = weights(_logs(g, p.E, query * K, s, p.leading) - splat(p.top[query]), int64(0))
-        away = root(_away(g.middles, s, p.answer, query, AWAY))
+        away = root(_away(g.middles, s, p.answer, query, AWAY)) * load(g.doubt, s * LANES)
         portions = w * away * float32(p.amounts[query, 0] / p.scale[query])
         lots = room.lots[0, query] + hsum(portions)
         if lots < 1:
@@ -409,7 +414,9 @@ def _all_leaves(room, C):
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, sums, spread, spent):
+def _visit(
+    t, w, p, values, node, query, times, stand_in, middle, room, known, sums, spread, spent, chance
+):  # fmt: skip
     """A query looks at a node that it has drawn; returns of which leaves all norms are known."""
     Q, C = len(p.top), w.shape[2]
     others_from, end = others_at(t.first), filled_up(t.first, t.m)
@@ -453,7 +460,7 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, s
             leaf_group = room.turn[query] % TURNS
         held, away = load(room.held, leaf * LANES), load(room.away, leaf * LANES)
         u, log = load(room.known, leaf * LANES), load(room.logs, leaf * LANES)
-        v, again = u, total
+        v, again, away = u, total, root(away)
         if t.m > t.first:
             if others < 0:
                 others = from_node(p.E, e, room.low, room.row, others_from, end)
@@ -470,6 +477,9 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, s
             v = weights(log, int64(0)) * held
             again = hsum(v)
             spread[query, 1] += leaf_times * again * again / total if total > 0 else 0.0
+            x = hsum((v - u) * away)
+            chance[query, BY_NODE] += (times - 1) * leaf_times * x * x
+            chance[query, BY_LEAF] += (leaf_times - times) * leaf_times * x * x
             if share == 1:
                 _add(room, 1, W, C, leaf, u)
                 _add(room, 2, W, C, leaf, v)
@@ -480,7 +490,7 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, s
                 _total(sums, o + LEAVES * W, room, 3, W, leaf_times)
                 _total(sums, o + AGAIN * W, room, 4, W, leaf_times)
         amount = of_patches * leaf_times
-        portions = v * root(away * load(room.doubt, NODE + leaf * LANES)) * amount
+        portions = v * away * root(load(room.doubt, NODE + leaf * LANES)) * amount
         lots = lots_patches + hsum(portions)
         if lots < 1:
             lots_patches = lots
@@ -497,7 +507,8 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, s
                 n = room.waiting[0]
                 room.places[n], room.owners[n] = place, query
                 room.shares[0, n] = leaf_times / share
-                room.shares[1, n] = leaf_times / share * room.lanes[lane]
+                room.shares[1, n], room.shares[2, n] = leaf_times, times
+                room.shares[3, n] = leaf_times / share * room.lanes[lane]
                 patch_group = leaf_group
                 if room.shares[0, n] == 1:
                     patch_group = TURNS
@@ -523,7 +534,7 @@ def _visit(t, w, p, values, node, query, times, stand_in, middle, room, known, s
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _compare(t, w, p, room, sums, spread, spent):
+def _compare(t, w, p, room, sums, spread, spent, chance):
     """Compares the patches that wait: several at once, for most of the time goes into memory."""
     C = w.shape[2]
     W = by_fours(1 + C)
@@ -533,21 +544,27 @@ def _compare(t, w, p, room, sums, spread, spent):
         log = (p.rest[query] - _distance(w, p, query, start)) * p.half - p.top[query] / LOG2E
         x = room.shares[0, k] * t.times[place] * math.exp(log)
         o = room.offsets[k]
-        sums[o + PATCHES * W] += room.shares[1, k]
+        known = room.shares[3, k]
+        sums[o + PATCHES * W] += known
         sums[o + TRULY * W] += x
         sums[o + SQUARED * W] += x * math.exp(log)
-        spread[query, 2] += x * x / room.shares[1, k]
-        middle = middle_of(w, start) * C
+        spread[query, 2] += x * x / known
+        middle, away = middle_of(w, start) * C, 0.0
         for c in range(C):
             value = w.flat[middle + c] * (1 / 127.5) - 1
-            sums[o + PATCHES * W + c + 1] += room.shares[1, k] * value
+            sums[o + PATCHES * W + c + 1] += known * value
             sums[o + TRULY * W + c + 1] += x * value
+            away += (value - p.answer[query, c]) ** 2
+        away *= (x - known) ** 2 / room.shares[0, k]
+        chance[query, OF_NODE] += (room.shares[2, k] - 1) * away
+        chance[query, OF_LEAF] += (room.shares[1, k] - room.shares[2, k]) * away
+        chance[query, OF_PATCH] += (room.shares[0, k] - room.shares[1, k]) * away
         spent[query, 2] += 1
     room.waiting[0] = 0
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _draw(part, parts, t, w, g, p, values, middle, room, sums, spread, spent):
+def _draw(part, parts, t, w, g, p, values, middle, room, sums, spread, spent, chance):
     """What `draw` does once there is room."""
     Q, C = len(p.top), w.shape[2]
     supers, nodes = len(t.widest), len(t.radii)
@@ -568,21 +585,24 @@ def _draw(part, parts, t, w, g, p, values, middle, room, sums, spread, spent):
             for k in range(room.counts[lane]):
                 known = _visit(
                     t, w, p, values, node, room.who[lane, k], room.times[lane, k],
-                    room.stand_in[lane, k], middle, room, known, sums, spread, spent,
+                    room.stand_in[lane, k], middle, room, known, sums, spread, spent, chance,
                 )  # fmt: skip
                 if room.waiting[0] >= WAITING:
-                    _compare(t, w, p, room, sums, spread, spent)
-    _compare(t, w, p, room, sums, spread, spent)
+                    _compare(t, w, p, room, sums, spread, spent, chance)
+    _compare(t, w, p, room, sums, spread, spent, chance)
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def draw(part, parts, t, w, g, p, values, sums, spread, spent):
+def draw(part, parts, t, w, g, p, values, sums, spread, spent, chance):
     """What the queries draw of a part of the nodes.
 
     Fills `sums`, (TURNS + 1, Q, LEVELS, `by_fours(1 + C)`) flat: of weights and of weights times
     values, the last of what was not left to chance. `spread`, (Q, 3), has the sums of v^2 / u,
     where u is what nodes, leaves and patches weigh by one level and v what they weigh by the next.
-    `spent` counts them, (Q, 3).
+    `spent` counts them, (Q, 3). `chance`, (Q, STAGES), is in proportion to what each stage of the
+    draws adds to the variance of the sum of a level, if no patch tells anything about another: with
+    x an amount by which the level changes what stands for n such, and for n' at the stage before,
+    (n - n') n x^2 summed over what was drawn.
     """
     Q, C, end = len(p.top), w.shape[2], filled_up(t.first, t.m)
     room = Room(
@@ -611,8 +631,9 @@ def draw(part, parts, t, w, g, p, values, sums, spread, spent):
         np.empty(WAITING + NODE, np.int64),
         np.empty(WAITING + NODE, np.int64),
         np.empty(WAITING + NODE, np.int64),
-        np.empty((2, WAITING + NODE)),
+        np.empty((4, WAITING + NODE)),
         np.empty(LANES, np.float32),
         np.empty(LANES, np.float32),
     )
-    _draw(part, parts, t, w, g, p, values, np.empty(C, np.float32), room, sums, spread, spent)
+    middle = np.empty(C, np.float32)
+    _draw(part, parts, t, w, g, p, values, middle, room, sums, spread, spent, chance)

@@ -15,19 +15,25 @@ import numpy as np
 from scoremachine.kernels.parts import PARTS, fill
 from scoremachine.search.draw import (
     AGAIN,
+    BY_LEAF,
+    BY_NODE,
+    DOUBTFUL,
     LEAVES,
     LEVELS,
     NODES,
+    OF_NODE,
+    OF_PATCH,
     PATCHES,
     SQUARED,
+    STAGES,
     STAND_IN,
     TRULY,
     TURNS,
     Gaussians,
     Pixels,
     draw,
-    gaussians,
     middles,
+    moments,
     weigh,
 )
 from scoremachine.search.floats import LANES
@@ -37,6 +43,7 @@ from scoremachine.search.seek import FAR, LOG2E, in_vectors
 from scoremachine.search.tree import by_fours
 from scoremachine.windows import Class
 
+STOOD_IN = 0.1  # about the relative variance of the weight of a node, if its patches' were known
 FIRST = np.array([600.0, 1_200.0, 600.0])  # nodes, leaves and patches of the first round
 MANY = 16.0  # times as many where there is no other way
 FEWEST = 200.0  # of each in the others
@@ -44,30 +51,60 @@ ROUNDS = 6  # after the first
 GROWTH = 64.0  # at most, of a number from one round to the next
 FEWER = 4.0  # times fewer lots than asked for are drawn, at most, since heavy ones are drawn once
 CAUTION = 1.15  # how much smaller an error is aimed at than asked for
-COSTS = np.array([700.0, 110.0, 200.0])  # ns of a node, a leaf, a patch
-DIFFERENCE = 0.3  # ns for a number of a patch
+COSTS = np.array([570.0, 45.0, 60.0])  # ns of a node, a leaf, a patch
+DIFFERENCE = 0.15  # ns for a number of a patch
 DEARER = 20.0  # times as unlike, where there is no other way
 UNSURE = 1.0  # nats by which a sum may be wrong whose error is large
 UNLIKE = np.array([4.0, 30.0, 6.0])  # levels (see `Round`) at most, for lots not to miss anything
+EVEN = 1.1  # levels at most as unlike, for few lots to tell enough
 STANDARD_ERRORS = 3.3  # in the bound of an error
 FLAT = 20.0  # patches as heavy as the nearest known one, from which on a posterior may be flat
 
 
-class Answers(NamedTuple):
-    """What patches answer with, in the order of a tree: see `draw.middles`."""
+class Nodes(NamedTuple):
+    """What is known of the nodes of a tree and of their patches, before anything is asked.
+
+    Attributes:
+        values, middles: The pixels that patches answer with, and of nodes the means: see
+            `draw.middles`.
+        mean, variance: Of leading components, float32 (supers, leading, 16).
+        others: The mean |.|^2 of all other components, float32 (supers, 16).
+        counts: How many patches a node has, copies counted, float32 (supers, 16).
+    """
 
     values: np.ndarray
-    means: np.ndarray
+    middles: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+    others: np.ndarray
+    counts: np.ndarray
 
     @classmethod
-    def of(cls, source: Source, opened: Index, of: Class) -> Answers:
-        """The middle pixels of the patches of an index."""
-        t, C = opened.tree, source.pixels.shape[3]
+    def of(cls, source: Source, opened: Index, of: Class) -> Nodes:
+        """The nodes of an index whose patches answer with the middle of a class."""
+        t, C, supers = opened.tree, source.pixels.shape[3], len(opened.tree.widest)
         values = np.zeros(len(t.ids) * C, np.uint8)
-        means = np.zeros((len(t.widest) * LANES, C), np.float32)
+        means = np.zeros((supers * LANES, C), np.float32)
         fill(middles, (t, source.windows(of), values, means))
-        in_sixteens = means.reshape(-1, LANES, C).transpose(0, 2, 1)
-        return cls(values, np.ascontiguousarray(in_sixteens).reshape(-1))
+        in_sixteens = means.reshape(supers, LANES, C).transpose(0, 2, 1)
+        shape, leading = (supers, t.first, LANES), opened.embedding.leading
+        mean, variance = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        fill(moments, (t, mean, variance))
+        others = (mean[:, leading:] ** 2 + variance[:, leading:]).sum(1)  # their norms' squares
+        mean, variance = (np.ascontiguousarray(a[:, :leading]) for a in (mean, variance))
+        counts = t.node_counts.reshape(supers, LANES)
+        return cls(values, np.ascontiguousarray(in_sixteens), mean, variance, others, counts)
+
+    def gaussians(self, variance: float) -> Gaussians:
+        """What stands in for the nodes where noise has a variance."""
+        wider = variance + self.variance
+        with np.errstate(divide="ignore"):
+            less = np.log(wider / np.float32(variance)).sum(1) / 2 - np.log(self.counts)
+        less[self.counts == 0] = FAR
+        x = self.others / np.float32(variance)
+        doubt = np.sqrt(np.minimum(x + x * x / 2, DOUBTFUL) + STOOD_IN)
+        parts = self.mean, 0.5 / wider, less, doubt, self.middles
+        return Gaussians(*(a.astype(np.float32, copy=False).reshape(-1) for a in parts))
 
 
 class Asked(NamedTuple):
@@ -78,7 +115,7 @@ class Asked(NamedTuple):
         half: 1 / (2 sigma^2).
         best: |q - s|^2 of the nearest patch known, float64 (Q).
         source, opened, of: The images, their index, and the class of windows.
-        answers: What the patches answer with.
+        nodes: What is known of the nodes of the index.
     """
 
     windows: np.ndarray
@@ -87,7 +124,7 @@ class Asked(NamedTuple):
     source: Source
     opened: Index
     of: Class
-    answers: Answers
+    nodes: Nodes
 
 
 class Drawn(NamedTuple):
@@ -124,13 +161,7 @@ def drawn(asked: Asked, error: float, purse: Purse, last: bool = False) -> Drawn
             for those alone for which at least `FLAT` patches as heavy as the nearest known one
             seem to matter.
     """
-    t = asked.opened.tree
-    lead, supers = asked.opened.embedding.leading, len(t.widest)
-    shape = (supers, lead, LANES)
-    mean, precision = np.zeros(shape, np.float32), np.ones(shape, np.float32)
-    less = np.full((supers, LANES), FAR, np.float32)
-    fill(gaussians, (t, 1 / (2 * asked.half), mean, precision, less))
-    g = Gaussians(*(a.reshape(-1) for a in (mean, precision, less, asked.answers.means)))
+    g = asked.nodes.gaussians(1 / (2 * asked.half))
     pixels = _pixels(asked, g)
     prices = COSTS + np.array([0, 0, DIFFERENCE * asked.windows.shape[1]])
     # how many patches as heavy as the nearest known one make up the sum: by all stand-ins
@@ -204,7 +235,9 @@ class Round(NamedTuple):
 def _few(rounds: list[Round]) -> np.ndarray:
     """Where so few lots were drawn that nobody knows how much was left to chance."""
     spent = sum(np.nan_to_num(r.spent) * np.isfinite(r.variance)[:, None] for r in rounds)
-    return ((spent < FIRST / 2) & (rounds[-1].variances > 0)).any(1)
+    last = rounds[-1]
+    enough = FIRST / np.where(last.unlike <= EVEN, 10, 2)  # none is much heavier than the others
+    return ((spent < enough) & (last.variances > 0)).any(1)
 
 
 def _together(rounds: list[Round]) -> tuple[Drawn, np.ndarray]:
@@ -299,7 +332,8 @@ def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
     padded = by_fours(K)
     sums = np.zeros((parts, (TURNS + 1) * Q * LEVELS * padded))
     spread, spent = np.zeros((parts, Q, 3)), np.zeros((parts, Q, 3))
-    fill(draw, (t, w, g, p, asked.answers.values), (sums, spread, spent))
+    chance = np.zeros((parts, Q, STAGES))
+    fill(draw, (t, w, g, p, asked.nodes.values), (sums, spread, spent, chance))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # then nothing is told
         by_turns = sums.sum(0).reshape(TURNS + 1, Q, LEVELS, padded)[..., :K]
         everything, by_turns = by_turns.sum(0), by_turns[:TURNS]
@@ -328,6 +362,22 @@ def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
         unlike = spread.sum(0) * before / after**2
         unlike[(before == 0) & (after == 0)] = 1.0  # a level that is not there
         squares = [np.square(o - o.mean(0)).sum(0).max(1) for o in moved]
-        variance = np.stack(squares, 1) * TURNS / (TURNS - 1)
-    Z2, by_level = everything[:, SQUARED, 0], variance[:, :3]
-    return Z, Z2, S, variance[:, 3], by_level, unlike, spent.sum(0)
+        *by_level, variance = np.stack(squares) * TURNS / (TURNS - 1)
+        by_stage = _by_stage(by_level, chance.sum(0))
+    return Z, everything[:, SQUARED, 0], S, variance, by_stage, unlike, spent.sum(0)
+
+
+def _by_stage(by_level: list[np.ndarray], chance: np.ndarray) -> np.ndarray:
+    """What draws of nodes, leaves and patches add to a variance, (Q, 3), from what levels add.
+
+    A level changes what has been drawn at all stages up to it, and fewer patches to compare in a
+    leaf that was drawn by itself would have changed nothing.
+    """
+    V = np.zeros((len(chance), 3))
+    V[:, 0] = by_level[0]
+    for level, (lo, hi) in enumerate(((BY_NODE, BY_LEAF), (OF_NODE, OF_PATCH)), 1):
+        shares = chance[:, lo : hi + 1]
+        total = shares.sum(1, keepdims=True)
+        own = np.arange(hi + 1 - lo) == level
+        V[:, : hi + 1 - lo] += by_level[level][:, None] * np.where(total > 0, shares / total, own)
+    return V
