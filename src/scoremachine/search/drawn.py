@@ -1,8 +1,8 @@
 """Flat posteriors: where a multitude of patches matters, some that are drawn stand for all.
 
 `draw` says how lots are drawn, and how much each of its levels leaves to chance: parts of the lots,
-taken in turns, tell. A small first round shows how many nodes, leaves and patches a pixel
-needs, and a second one draws that many.
+taken in turns, tell; and whether that is for the draws of nodes, of leaves or of patches. A small
+first round shows how many of each a pixel needs, and a second one draws that many.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from scoremachine.search.draw import (
 from scoremachine.search.floats import LANES
 from scoremachine.search.index import Index, Source
 from scoremachine.search.rounds import Purse
-from scoremachine.search.seek import FAR, LOG2E, in_vectors
+from scoremachine.search.seek import FAR, LEAST, LOG2E, in_vectors
 from scoremachine.search.tree import by_fours
 from scoremachine.windows import Class
 
@@ -97,11 +97,12 @@ class Nodes(NamedTuple):
 
     def gaussians(self, variance: float) -> Gaussians:
         """What stands in for the nodes where noise has a variance."""
-        wider = variance + self.variance
+        noise = np.float32(max(variance, LEAST))
+        wider = noise + self.variance
         with np.errstate(divide="ignore"):
-            less = np.log(wider / np.float32(variance)).sum(1) / 2 - np.log(self.counts)
+            less = np.log(wider / noise).sum(1) / 2 - np.log(self.counts)
         less[self.counts == 0] = FAR
-        x = self.others / np.float32(variance)
+        x = np.minimum(self.others / noise, DOUBTFUL)
         doubt = np.sqrt(np.minimum(x + x * x / 2, DOUBTFUL) + STOOD_IN)
         parts = self.mean, 0.5 / wider, less, doubt, self.middles
         return Gaussians(*(a.astype(np.float32, copy=False).reshape(-1) for a in parts))
@@ -112,6 +113,8 @@ class Asked(NamedTuple):
 
     Attributes:
         windows: The queries, less the mean of the patches, float64 (Q, D).
+        sites: Where in a picture they are, numbered, so that lots are the same whatever is asked
+            besides, int64 (Q).
         half: 1 / (2 sigma^2).
         best: |q - s|^2 of the nearest patch known, float64 (Q).
         source, opened, of: The images, their index, and the class of windows.
@@ -119,6 +122,7 @@ class Asked(NamedTuple):
     """
 
     windows: np.ndarray
+    sites: np.ndarray
     half: float
     best: np.ndarray
     source: Source
@@ -286,7 +290,7 @@ def _pixels(asked: Asked, g: Gaussians) -> Pixels:
     top, total = np.zeros(Q, np.float32), np.zeros((Q, 1 + asked.source.pixels.shape[3]))
     answer, scale = np.zeros((Q, total.shape[1] - 1), np.float32), np.zeros(Q)
     fill(weigh, (g, E.reshape(-1), e.leading, top, total, answer, scale))
-    start = np.arange(1, Q + 1) * (math.sqrt(5) - 1) / 2 % 1
+    start = (asked.sites + 1) * (math.sqrt(5) - 1) / 2 % 1
     amounts = np.tile(FIRST, (Q, 1))
     rest = squares - lead
     return Pixels(
