@@ -271,21 +271,6 @@ def test_lots_stand_for_a_flat_posterior(few_lots, boundary, P, sigma, error):
     assert off.max() > 1e-4
 
 
-@pytest.mark.parametrize(("P", "level", "error"), [(5, 30.0, 0.02), (7, 0.3, 1e-3)])
-@pytest.mark.parametrize("together", [1, 500, 10_000])
-def test_pictures_do_not_hear_of_each_other(few_lots, monkeypatch, together, P, level, error):
-    """Together or alone, the same lots and answers, but for what is left out of them."""
-    monkeypatch.setattr(bounded_module, "TOGETHER", together)
-    images = smooth_images(2, 300, 18)
-    machine, _ = searching(images[4:], P, error, bound="auto")
-    y, sigma = noised(sm.Corpus(images[:4]), [level, level, 2 * level, level])
-    D = machine.denoise_bounded(y.double(), sigma)
-    for b in range(4):
-        alone = machine.denoise_bounded(y[b : b + 1].double(), sigma[b : b + 1])
-        assert (D.D[b] - alone.D[0]).abs().max() < 1e-7
-        assert (D.error[b] - alone.error[0]).abs().max() < error / 10
-
-
 @pytest.mark.parametrize("C", [1, 3])
 def test_lots_settle_patches_of_few_numbers_too(C, few_lots, monkeypatch):
     """Of 9 numbers all components lead, and there is no second look at the others."""
@@ -331,8 +316,8 @@ def asking(machine, y, sigma, index):
     windows = torch.nn.functional.unfold(y[None].double(), (h, w))[0].T.reshape(-1, C, h, w)
     windows = windows.permute(0, 2, 3, 1).reshape(len(windows), -1).numpy()
     return drawn_module.Asked(
-        windows - opened.embedding.mean, np.arange(len(windows)), 1 / (2 * sigma**2),
-        np.zeros(len(windows)), source, opened, of, drawn_module.Nodes.of(source, opened, of),
+        windows - opened.embedding.mean, 1 / (2 * sigma**2), np.zeros(len(windows)),
+        source, opened, of, drawn_module.Nodes.of(source, opened, of),
     )  # fmt: skip
 
 

@@ -41,7 +41,6 @@ DETERMINISTIC = 100  # numbers of a patch up to which a deterministic bound cost
 DEAR = {"deterministic": 0.25, "statistical": 0.5}  # of the exact scan of a pixel: for its search
 FIRST = 0.5  # of what is left, that the first of two kinds of bound may cost
 CHEAP = 2e-3  # seconds of one core that the search for a pixel may take in any case
-TOGETHER = 2_048  # sites of a class that are searched for together: what a node is costs them once
 TOLD = 10.0  # seconds of one core: that a scan which takes longer is done in place of a search
 LOGIT = 1.3  # ns of one core that the exact scan needs for a source under a pixel of an overlap
 
@@ -189,11 +188,17 @@ class Bounded:
         if question.u is not None:
             return self._all(question, leaders)
         self._ahead.reached(self.prepare(question.index, question.collection))
-        groups = (
-            replace(question, y=question.y[b], sigma=question.sigma[b], T=question.T[b])
-            for b in _together(question)
-        )
-        return Fold.batch(self._pictures(group, leaders) for group in groups)
+        B = len(question.y)
+        pictures = [  # one by one: what a search leaves out may not depend on the batch
+            replace(
+                question,
+                y=question.y[b : b + 1],
+                sigma=question.sigma[b : b + 1],
+                T=question.T[b : b + 1],
+            )
+            for b in range(B)
+        ]
+        return Fold.batch(self._picture(picture, leaders) for picture in pictures)
 
     def spread(self, question: Question, known: Fold) -> Tensor:
         """sum_is q_i a_is s, by the exact kernel; see `scoremachine.posterior.Kernel`."""
@@ -202,10 +207,10 @@ class Bounded:
     def _all(self, question: Question, leaders: int) -> Fold:
         return folded(self.exact, question, leaders, Bar("Comparing", None))
 
-    def _pictures(self, question: Question, leaders: int) -> Fold:
-        """The fold of pictures of one noise level."""
-        c, source, (B, C) = question.collection, self.source(question.index), question.y.shape[:2]
-        purse = Purse(self.patience * exact_cost(c, len(question.index)) * B)
+    def _picture(self, question: Question, leaders: int) -> Fold:
+        """The fold of one picture."""
+        c, source = question.collection, self.source(question.index)
+        purse = Purse(self.patience * exact_cost(c, len(question.index)))
         searched = indexed(c)
         found: list[tuple[Class, Fold]] = []
         for each in sorted(searched, key=lambda c: -c.patches.per_image):  # the dearest first
@@ -219,7 +224,7 @@ class Bounded:
         if len(searched) < len(classes(c)):
             fold = self._all(replace(question, collection=replace(c, source="same")), leaders)
         else:
-            fold = blank(B, C, leaders, c.grid)
+            fold = blank(1, question.y.shape[1], leaders, c.grid)
         half = float(1 / (2 * question.sigma[0] ** 2))
         energy = c.look((question.y**2).sum(1)) * half  # which the logits of a fold lack
         for each, result in found:
@@ -260,8 +265,7 @@ class Bounded:
         if chance:
             key = source.key, of.patches.name, of.middle
             nodes = self._nodes.get(key, lambda: Nodes.of(source, opened, of))
-            sites = at % math.prod(of.shape)
-            asked = Asked(centred, sites, float(q.half[0]), best, source, opened, of, nodes)
+            asked = Asked(centred, float(q.half[0]), best, source, opened, of, nodes)
             at = self._draw(asked, at, found, least, purse)
 
         def missing(at: np.ndarray, apiece: float, part: float = 1.0) -> np.ndarray:
@@ -295,7 +299,7 @@ class Bounded:
         last: bool = False,
     ) -> np.ndarray:
         """Draws lots for the queries `at`, and returns those for which they say too little."""
-        some = asked._replace(windows=asked.windows[at], best=asked.best[at], sites=asked.sites[at])
+        some = asked._replace(windows=asked.windows[at], best=asked.best[at])
         lots = drawn(some, self.error, purse, last)
         enough = lots.error <= self.error
         done = at[enough]
@@ -310,16 +314,6 @@ class Bounded:
         return at[~enough]
 
 
-def _together(question: Question) -> Iterator[slice]:
-    """Pictures of one noise level that follow each other, about `TOGETHER` sites at a time."""
-    sites = max(math.prod(c.shape) for c in indexed(question.collection))
-    sigma, most, first = question.sigma, max(1, TOGETHER // sites), 0
-    for b in range(1, len(sigma) + 1):
-        if b == len(sigma) or b - first == most or sigma[b] != sigma[first]:
-            yield slice(first, b)
-            first = b
-
-
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
@@ -327,11 +321,11 @@ def _duration(seconds: float) -> str:
 def _enter(
     fold: Fold, of: Class, found: Fold, energy: Tensor, question: Question, source: Source
 ) -> None:
-    """Writes what was found for a class where its sites are in the fold of pictures."""
+    """Writes what was found for a class where its sites are in the fold of a picture."""
     at = ..., of.rows, of.columns
     more = energy[at]
     for name, value in vars(found).items():
-        v = value.reshape(len(energy), *of.shape, -1).movedim(-1, 1)
+        v = value.reshape(*of.shape, -1).movedim(-1, 0)[None]
         if name in ("m", "Z", "Z2", "left"):
             v = v[:, 0]
         if name == "m":

@@ -113,8 +113,6 @@ class Asked(NamedTuple):
 
     Attributes:
         windows: The queries, less the mean of the patches, float64 (Q, D).
-        sites: Where in a picture they are, numbered, so that lots are the same whatever is asked
-            besides, int64 (Q).
         half: 1 / (2 sigma^2).
         best: |q - s|^2 of the nearest patch known, float64 (Q).
         source, opened, of: The images, their index, and the class of windows.
@@ -122,7 +120,6 @@ class Asked(NamedTuple):
     """
 
     windows: np.ndarray
-    sites: np.ndarray
     half: float
     best: np.ndarray
     source: Source
@@ -290,7 +287,7 @@ def _pixels(asked: Asked, g: Gaussians) -> Pixels:
     top, total = np.zeros(Q, np.float32), np.zeros((Q, 1 + asked.source.pixels.shape[3]))
     answer, scale = np.zeros((Q, total.shape[1] - 1), np.float32), np.zeros(Q)
     fill(weigh, (g, E.reshape(-1), e.leading, top, total, answer, scale))
-    start = (asked.sites + 1) * (math.sqrt(5) - 1) / 2 % 1
+    start = np.arange(1, Q + 1) * (math.sqrt(5) - 1) / 2 % 1
     amounts = np.tile(FIRST, (Q, 1))
     rest = squares - lead
     return Pixels(

@@ -33,7 +33,7 @@ Reach = tuple[np.ndarray, np.ndarray]
 
 @dataclass
 class Purse:
-    """What the search for pictures may cost.
+    """What the search for a picture may cost.
 
     Attributes:
         left: Seconds of one core that are left; below 0 where more was spent.
@@ -151,11 +151,12 @@ def blank(B: int, C: int, leaders: int, sites: tuple[int, ...]) -> Fold:
 
 
 def queries(question: Question, opened: Index, of: Class, kind: str) -> tuple[Queries, np.ndarray]:
-    """The windows of pictures at the sites of a class; and less the mean, float64 (Q, D)."""
-    (h, w), y, C = of.patches.size, question.y.numpy(), question.y.shape[1]
-    y = y[:, :, of.seen[0], of.seen[1]]
-    windows = np.lib.stride_tricks.sliding_window_view(y, (h, w), (2, 3))
-    windows = windows.transpose(0, 2, 3, 4, 5, 1).reshape(-1, h, w * C)
+    """The windows of a picture at the sites of a class; and less the mean, float64 (Q, D)."""
+    (h, w), y = of.patches.size, question.y[0].numpy()
+    C = len(y)
+    y = y[:, of.seen[0], of.seen[1]].transpose(1, 2, 0)
+    windows = np.lib.stride_tricks.sliding_window_view(y, (h, w), (0, 1)).transpose(0, 1, 3, 4, 2)
+    windows = windows.reshape(-1, h, w * C)
     row = -(-w * C // simd.LANES) * simd.LANES
     filled = np.zeros((len(windows), h, row))
     filled[..., : w * C] = windows
