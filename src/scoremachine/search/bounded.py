@@ -41,6 +41,7 @@ DETERMINISTIC = 100  # numbers of a patch up to which a deterministic bound cost
 DEAR = {"deterministic": 0.25, "statistical": 0.5}  # of the exact scan of a pixel: for its search
 FIRST = 0.5  # of what is left, that the first of two kinds of bound may cost
 CHEAP = 2e-3  # seconds of one core that the search for a pixel may take in any case
+LOTS = 7e-7  # seconds of one core, times the square of the error, that lots for a pixel may take
 TOLD = 10.0  # seconds of one core: that a scan which takes longer is done in place of a search
 LOGIT = 1.3  # ns of one core that the exact scan needs for a source under a pixel of an overlap
 
@@ -279,8 +280,9 @@ class Bounded:
                 return None
             if kind != kinds[0]:
                 q, _ = queries(question, opened, of, kind)
-            # lots are cheaper than the exact scan: then some may be left to them
-            apiece = max(DEAR[kind] * purse.left / Q, CHEAP) if chance else math.inf
+            # lots may be cheaper than the exact scan, or a search: then some are left to them
+            apiece = min(DEAR[kind] * purse.left / Q, LOTS / self.error**2)
+            apiece = max(apiece, CHEAP) if chance else math.inf
             at = missing(at, apiece, 1.0 if kind == kinds[-1] else FIRST)
             if not len(at):
                 return found

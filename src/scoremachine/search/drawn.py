@@ -58,7 +58,7 @@ UNSURE = 1.0  # nats by which a sum may be wrong whose error is large
 UNLIKE = np.array([4.0, 30.0, 6.0])  # levels (see `Round`) at most, for lots not to miss anything
 EVEN = 1.1  # levels at most as unlike, for few lots to tell enough
 STANDARD_ERRORS = 3.3  # in the bound of an error
-FLAT = 20.0  # patches as heavy as the nearest known one, from which on a posterior may be flat
+FLAT = 8.0  # patches as heavy as the nearest known one, from which on a posterior may be flat
 
 
 class Nodes(NamedTuple):
