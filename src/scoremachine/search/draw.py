@@ -70,8 +70,10 @@ from scoremachine.search.tree import BORROWED, LEAF, NODE, by_fours
 TURNS = 32  # parts of what is drawn that are compared with each other
 LEVELS = 7  # sums: 0 and 1 of nodes, 1 and 2 of leaves, 2 and 3 of patches, and w_3^2
 STAND_IN, NODES, LEAVES, AGAIN, PATCHES, TRULY, SQUARED = range(LEVELS)
-STAGES = 5  # of chance: in levels 1 and 2 of leaves, the draws of nodes and of leaves; in levels 2
-BY_NODE, BY_LEAF, OF_NODE, OF_LEAF, OF_PATCH = range(STAGES)  # and 3 of patches, of patches, too
+# What chance does where leaves go from level 1 to 2, by the draws of nodes and of leaves; and where
+# patches go from level 2 to 3, by the draws of nodes, of leaves and of patches
+STAGES = 5
+BY_NODE, BY_LEAF, OF_NODE, OF_LEAF, OF_PATCH = range(STAGES)
 QUAD = 4  # numbers that are summed up side by side
 AWAY = 0.01  # the least (v - D)^2 of a channel
 DOUBT, DOUBTFUL = np.float32(0.02), np.float32(10)  # the least, the largest relative variance
@@ -162,8 +164,7 @@ class Room(NamedTuple):
     starts: np.ndarray  # where they begin in the images
     owners: np.ndarray  # the queries that drew them
     offsets: np.ndarray  # where what they say is added up
-    shares: np.ndarray  # for how many they stand, their leaves, their nodes; and what they weigh
-    # on level 2 (4, ...)
+    shares: np.ndarray  # for how many they stand, their leaves, their nodes; their level 2 (4, ...)
     lanes: np.ndarray  # sixteen numbers
     portions: np.ndarray  # and sixteen
 

@@ -325,8 +325,8 @@ def _round(
 
 
 def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
-    """Z, Z2, S, the variance of S / Z, what the levels add to it and how unlike they are, and how
-    many lots that took."""
+    """Z, Z2, S, the variance of S / Z, what draws of nodes, leaves and patches add to it, how
+    unlike levels are, and how many lots that took."""
     t, w = asked.opened.tree, asked.source.windows(asked.of)
     Q, K = p.total.shape
     parts = min(PARTS // 2, len(t.widest))
@@ -371,8 +371,8 @@ def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
 def _by_stage(by_level: list[np.ndarray], chance: np.ndarray) -> np.ndarray:
     """What draws of nodes, leaves and patches add to a variance, (Q, 3), from what levels add.
 
-    A level changes what has been drawn at all stages up to it, and fewer patches to compare in a
-    leaf that was drawn by itself would have changed nothing.
+    Where a leaf stands for many and all its patches are compared, what they change is left to
+    chance by drawing the leaf, not by drawing them.
     """
     V = np.zeros((len(chance), 3))
     V[:, 0] = by_level[0]
