@@ -75,9 +75,8 @@ class Bench:
 
     def on_the_way(self, P: int, sigma: float) -> Tensor:
         """A picture on the reverse trajectory of ls, at the noise level sigma."""
-        machine = sm.LocalScore(
-            self.source(self.largest), patch_size=P, schedule=EDMSchedule(sigma_min=sigma)
-        )
+        schedule = EDMSchedule(sigma_min=sigma, sigma_max=max(80.0, 10 * sigma))
+        machine = sm.LocalScore(self.source(self.largest), patch_size=P, schedule=schedule)
         *_, (x, _, _) = walk(machine, range(1), self.corpus.shape, 12, 0, "ddim", None)
         return x
 
