@@ -77,7 +77,6 @@ BY_NODE, BY_LEAF, OF_NODE, OF_LEAF, OF_PATCH = range(STAGES)
 QUAD = 4  # numbers that are summed up side by side
 AWAY = 0.01  # the least (v - D)^2 of a channel
 DOUBT, DOUBTFUL = np.float32(0.02), np.float32(10)  # the least, the largest relative variance
-SPREAD = 3.5  # the range of sixteen patches of a normal distribution, in standard deviations
 
 
 class Gaussians(NamedTuple):
@@ -140,7 +139,8 @@ class Room(NamedTuple):
 
     norms: np.ndarray  # |.|^2 / (2 sigma^2) log2 e of the codes: leading, others (2, leaves, 16)
     held: np.ndarray  # copies (leaves, 16)
-    doubt: np.ndarray  # by how much a weight may change: on level 2, on level 3 (2, leaves, 16)
+    doubt: np.ndarray  # the relative variance of weights on level 2, and its root on level 3 (2,
+    # leaves, 16)
     values: np.ndarray  # middles (leaves, C, 16)
     seen: np.ndarray  # sums over leaves: level 1 of all, 1 and 2 of those drawn for sure, 1 and 2
     # of one that is left to chance (5, 1 + C, 16)
@@ -348,7 +348,7 @@ def _open(t, values, node, C, half, leading, room):
             more = _square(t, node, leaf, groups, t.first)
         rest = _square(t, node, leaf, leading, groups)
         store(room.doubt, leaf * LANES, _doubt(more * float32(2 * half)))
-        store(room.doubt, NODE + leaf * LANES, _doubt(rest * float32(2 * half)))
+        store(room.doubt, NODE + leaf * LANES, root(_doubt(rest * float32(2 * half))))
         for c in range(C):
             v = load_bytes(values, ((node * LEAF + leaf) * C + c) * LANES)
             v = v * float32(1 / 127.5) - float32(1)
@@ -491,7 +491,7 @@ def _visit(
                 _total(sums, o + LEAVES * W, room, 3, W, leaf_times)
                 _total(sums, o + AGAIN * W, room, 4, W, leaf_times)
         amount = of_patches * leaf_times
-        portions = v * away * root(load(room.doubt, NODE + leaf * LANES)) * amount
+        portions = v * away * load(room.doubt, NODE + leaf * LANES) * amount
         lots = lots_patches + hsum(portions)
         if lots < 1:
             lots_patches = lots
@@ -507,11 +507,11 @@ def _visit(
                 prefetch(t.ids, place)
                 n = room.waiting[0]
                 room.places[n], room.owners[n] = place, query
-                room.shares[0, n] = leaf_times / share
-                room.shares[1, n], room.shares[2, n] = leaf_times, times
-                room.shares[3, n] = leaf_times / share * room.lanes[lane]
+                patch_times = leaf_times / share
+                room.shares[0, n], room.shares[1, n] = patch_times, leaf_times
+                room.shares[2, n], room.shares[3, n] = times, patch_times * room.lanes[lane]
                 patch_group = leaf_group
-                if room.shares[0, n] == 1:
+                if patch_times == 1:
                     patch_group = TURNS
                 elif leaf_times == 1:
                     room.turn[query] += 1
