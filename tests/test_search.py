@@ -23,12 +23,13 @@ from scoremachine.cli import main
 from scoremachine.posterior import Question
 from scoremachine.search import ahead as ahead_module
 from scoremachine.search import bounded as bounded_module
+from scoremachine.search import draw as draw_module
 from scoremachine.search import drawn as drawn_module
 from scoremachine.search import index as index_module
 from scoremachine.search import rounds as rounds_module
 from scoremachine.search.bounded import Bounded
 from scoremachine.search.embedding import Embedding
-from scoremachine.search.floats import LANES, add_totals
+from scoremachine.search.floats import LANES, add_totals, inverse, load, logs, running, store
 from scoremachine.search.index import Index, Patches, Source, build, classes
 from scoremachine.search.rounds import Purse, blank, queries
 
@@ -345,6 +346,53 @@ def test_gaussians_have_the_moments_of_their_nodes(seed, C):
     np.testing.assert_allclose(nodes.others.reshape(-1)[:N], others, rtol=1e-3, atol=1e-4)
 
 
+@given(seeds, st.sampled_from([1, 3]))
+def test_what_stands_in_for_leaves_is_rounded_once(seed, C):
+    """Means and deviations of codes and of answers are within half a step, from every patch."""
+    images = smooth_images(seed, 60, 12)[:, :C]
+    machine, _ = searching(images, 5, 1e-3, bound="auto")
+    asked = asking(machine, torch.zeros(C, 12, 12), 1.0, np.arange(60))
+    t, known = asked.opened.tree, asked.nodes.known
+    N, first = len(t.radii), t.first
+    times = t.times.reshape(N, 16, 1, 16).astype(np.float64)
+    n = np.maximum(times.sum(3), 1)
+
+    def off(a, mean, deviation):  # a: (N, 16, k, 16)
+        m = (times * a).sum(3) / n
+        s = np.sqrt(np.maximum((times * a.astype(np.float64) ** 2).sum(3) / n - m**2, 0))
+        if deviation.shape[2] == 1:
+            s = np.sqrt((s**2).sum(2, keepdims=True))
+        return max(np.abs(m - mean).max(), np.abs(s - deviation).max())
+
+    codes = t.codes.reshape(N, 16, t.m // 4, 16, 4).transpose(0, 1, 2, 4, 3)
+    of_codes = known.moments.reshape(N, 2, first, 16).transpose(1, 0, 3, 2)
+    assert off(codes.reshape(N, 16, t.m, 16)[:, :, :first], *of_codes) < 0.501
+    means = known.means.reshape(N, C + 1, 16).transpose(0, 2, 1)
+    assert off(known.values.reshape(N, 16, C, 16), means[..., :C], means[..., C:]) < 0.501
+    assert (known.counts.reshape(N, 16) == times.sum((2, 3))).all()
+
+
+@given(seeds, st.floats(-3, 1).map(lambda e: 10.0**e))
+def test_lots_are_drawn_at_even_distances(seed, scale):
+    """As many as the shares come to, whatever part of them is looked at; all of a whole share."""
+    portions = (scale * np.random.default_rng(seed).random((200, LANES))).astype(np.float32)
+    lots, shares = np.array([0.25, 7.0]), np.zeros(LANES, np.float32)
+    bits = np.zeros(len(portions), np.int64)
+    draw_in_turn(portions.reshape(-1), shares, lots, bits)
+    drawn = bits[:, None] >> np.arange(LANES) & 1
+    at_most = np.minimum(portions, 1)
+    assert drawn[portions >= 1].all()
+    assert np.abs(0.25 + at_most.sum(1).cumsum() - drawn.sum(1).cumsum() - 0.5).max() <= 0.501
+    assert 0 <= lots[0] <= 1
+    assert lots[1] == 7
+
+
+@njit
+def draw_in_turn(portions, shares, lots, bits):
+    for k in range(len(bits)):
+        bits[k] = draw_module._drawn(load(portions, k * LANES), shares, lots, 0)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_chance_is_blamed_on_the_stage_that_leaves_it(stage):
     """Where all but one of nodes, leaves and patches are drawn for sure, that one adds it all."""
@@ -488,6 +536,24 @@ def test_sums_of_four_vectors_at_once():
     expected = np.arange(10.0)
     expected[3:7] += 0.5 * rows[2:6].sum(1)
     assert np.allclose(sums, expected, rtol=1e-6)
+
+
+def test_running_sums_and_logarithms():
+    x = np.random.default_rng(0).random(LANES).astype(np.float32) * 1e3
+    out = np.zeros(3 * LANES, np.float32)
+
+    @njit
+    def fill(x, out):
+        store(out, 0, running(load(x, 0)))
+        store(out, LANES, logs(load(x, 0)))
+        store(out, 2 * LANES, inverse(load(x, 0)))
+
+    fill(x, out)
+    sums, logarithms, inverses = out.reshape(3, LANES)
+    assert np.allclose(sums, x.cumsum(), rtol=1e-6)
+    assert (logarithms <= np.log2(x) + 1e-5).all()
+    assert (logarithms >= np.log2(x) - 0.09).all()
+    assert np.allclose(inverses, 1 / x, rtol=1e-6)
 
 
 def test_the_next_indexes_are_read_ahead(monkeypatch, tmp_path):

@@ -3,8 +3,8 @@
 The weights of patches are known at four levels, each nearer to the truth and dearer than the last:
 
     0   all patches of a node by a Gaussian in their leading components
-    1   a patch by the codes of its leading components
-    2   a patch by the codes of all its kept components
+    1   those of a leaf likewise
+    2   a patch by the codes of its kept components
     3   a patch by its bytes: the weight itself
 
 Level 0 is summed up over all nodes. Then some nodes are drawn and looked at on level 1, some of
@@ -36,15 +36,21 @@ from scoremachine.search.floats import (
     LANES,
     add_totals,
     broadcast,
+    floor,
     hmax,
     hsum,
+    inverse,
     larger,
     load,
     load_bytes,
     load_counts,
     load_every,
+    logs,
+    lowest,
     prefetch,
+    reaching,
     root,
+    running,
     smaller,
     splat,
     store,
@@ -75,7 +81,9 @@ STAND_IN, NODES, LEAVES, AGAIN, PATCHES, TRULY, SQUARED = range(LEVELS)
 STAGES = 5
 BY_NODE, BY_LEAF, OF_NODE, OF_LEAF, OF_PATCH = range(STAGES)
 QUAD = 4  # numbers that are summed up side by side
+LINE = 64  # bytes that are brought near together
 AWAY = 0.01  # the least (v - D)^2 of a channel
+ALIKE = 0.25  # of a patch's relative variance, what is left in that of a leaf's sum
 DOUBT, DOUBTFUL = np.float32(0.02), np.float32(10)  # the least, the largest relative variance
 
 
@@ -84,8 +92,8 @@ class Gaussians(NamedTuple):
 
     Attributes:
         mean: Of the leading components, float32 (supers, leading, 16).
-        precision: 1 / (2 (sigma^2 + variance)), float32 (supers, leading, 16).
-        less: What is missing in the logarithm of a node's weight, float32 (supers, 16).
+        precision: log2 e / (2 (sigma^2 + variance)), float32 (supers, leading, 16).
+        plus: What is added to log2 of a node's weight, float32 (supers, 16).
         doubt: By how much, relatively, the weight of a patch of a node may change on the levels
             that follow, float32 (supers, 16).
         middles: The mean of the pixels that its patches answer with, float32 (supers, C, 16).
@@ -93,9 +101,26 @@ class Gaussians(NamedTuple):
 
     mean: np.ndarray
     precision: np.ndarray
-    less: np.ndarray
+    plus: np.ndarray
     doubt: np.ndarray
     middles: np.ndarray
+
+
+class Known(NamedTuple):
+    """What is known of patches before anything is asked, flat.
+
+    Attributes:
+        values: The pixels that patches answer with, uint8 (nodes, leaves, C, 16).
+        means: Of every leaf their mean, and the root of their variance, uint8 (nodes, C + 1, 16).
+        moments: Mean and standard deviation of the first codes in every leaf, uint8 (nodes, 2,
+            first, 16).
+        counts: How many patches a leaf has, copies counted, float32 (nodes, 16).
+    """
+
+    values: np.ndarray
+    means: np.ndarray
+    moments: np.ndarray
+    counts: np.ndarray
 
 
 class Pixels(NamedTuple):
@@ -137,22 +162,21 @@ class Pixels(NamedTuple):
 class Room(NamedTuple):
     """What a thread writes on."""
 
-    norms: np.ndarray  # |.|^2 / (2 sigma^2) log2 e of the codes: leading, others (2, leaves, 16)
+    mean: np.ndarray  # of leading components, of the leaves of a node (leading, 16)
+    precision: np.ndarray  # log2 e / (2 (sigma^2 + variance)), likewise (leading, 16)
+    plus: np.ndarray  # what is added to log2 of what leaves weigh (16)
+    doubt: np.ndarray  # by how much, relatively, that may change on level 2 (16)
+    middles: np.ndarray  # the means of what their patches answer with (C, 16)
+    spread: np.ndarray  # the mean (v - middle)^2, summed over channels (16)
+    norms: np.ndarray  # |.|^2 / (2 sigma^2) log2 e of patches' codes (leaves, 16)
     held: np.ndarray  # copies (leaves, 16)
-    doubt: np.ndarray  # the relative variance of weights on level 2, and its root on level 3 (2,
-    # leaves, 16)
-    values: np.ndarray  # middles (leaves, C, 16)
-    seen: np.ndarray  # sums over leaves: level 1 of all, 1 and 2 of those drawn for sure, 1 and 2
-    # of one that is left to chance (5, 1 + C, 16)
+    doubts: np.ndarray  # by how much, relatively, weights may change on level 3 (leaves, 16)
+    values: np.ndarray  # what patches answer with (leaves, C, 16)
+    seen: np.ndarray  # sums over patches (1 + C, 16)
     low: np.ndarray  # where the components of a node begin, and zeros where norms are (`filled_up`)
     step: np.ndarray  # and what a step of its codes is, likewise (`filled_up`)
     row: np.ndarray  # a query from there (`filled_up`)
     bytes: np.ndarray  # that times the steps: high and low bytes (2, `filled_up`)
-    logs: np.ndarray  # log2 of what the patches of a node weigh on level 1 (leaves, 16)
-    known: np.ndarray  # and what that is (leaves, 16)
-    away: np.ndarray  # their (v - D)^2 (leaves, 16)
-    parts: np.ndarray  # the squares of what each may make wrong (leaves, 16)
-    totals: np.ndarray  # sums over leaves: of what is known, of these squares (2, leaves)
     lots: np.ndarray  # how far it is to the next lot: of nodes, leaves, patches (3, Q)
     turn: np.ndarray  # whose turn it is (Q)
     who: np.ndarray  # the queries that drew each node of sixteen (16, Q)
@@ -164,73 +188,98 @@ class Room(NamedTuple):
     starts: np.ndarray  # where they begin in the images
     owners: np.ndarray  # the queries that drew them
     offsets: np.ndarray  # where what they say is added up
-    shares: np.ndarray  # for how many they stand, their leaves, their nodes; their level 2 (4, ...)
-    lanes: np.ndarray  # sixteen numbers
-    portions: np.ndarray  # and sixteen
+    stand_for: np.ndarray  # how many they stand for, their leaves, their nodes; and times what they
+    # weigh on level 2 (4, ...)
+    shares: np.ndarray  # of a lot, of sixteen nodes, leaves or patches
+    weight: np.ndarray  # what sixteen weigh
+    away: np.ndarray  # the |v - D| of sixteen leaves
+    reach: np.ndarray  # for how many of a node's leaves each stands (16)
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def middles(part, parts, t, w, values, means):
-    """The pixels that patches answer with, uint8 (nodes, leaves, C, 16); and of nodes the means."""
+def middles(part, parts, t, w, values, of_leaves, of_nodes):
+    """The pixels that patches answer with, uint8 (nodes, leaves, C, 16); of leaves the means and
+    the root of the variance, uint8 (nodes, C + 1, 16), and of nodes the means (nodes, C)."""
     nodes, C = len(t.radii), w.shape[2]
     starts = np.empty(NODE, np.int64)
+    sums = np.empty(C)
     for node in range(part * nodes // parts, (part + 1) * nodes // parts):
         for k in range(NODE):
             starts[k] = middle_of(w, origin(w, np.int64(t.ids[node * NODE + k]))) * C
             prefetch(w.flat, starts[k])
-        n = 0.0
-        means[node] = 0
-        for k in range(NODE):
-            times = t.times[node * NODE + k]
-            o = (node * LEAF + k // LANES) * C * LANES + k % LANES
+        total = 0.0
+        of_nodes[node] = 0
+        for leaf in range(LEAF):
+            n, squares = 0.0, 0.0
+            sums[:] = 0
+            for lane in range(LANES):
+                k = leaf * LANES + lane
+                times = float(t.times[node * NODE + k])
+                for c in range(C):
+                    value = w.flat[starts[k] + c]
+                    values[((node * LEAF + leaf) * C + c) * LANES + lane] = value
+                    sums[c] += times * value
+                    squares += times * value * value
+                n += times
+            squares /= max(n, 1.0)
             for c in range(C):
-                value = w.flat[starts[k] + c]
-                values[o + c * LANES] = value
-                means[node, c] += times * np.float32(value)
-            n += times
+                of_nodes[node, c] += sums[c]
+                m = sums[c] / max(n, 1.0)
+                squares -= m * m
+                of_leaves[(node * (C + 1) + c) * LEAF + leaf] = round(m)
+            deviation = math.sqrt(max(squares, 0.0))
+            of_leaves[(node * (C + 1) + C) * LEAF + leaf] = round(min(deviation, 255.0))
+            total += n
         for c in range(C):
-            means[node, c] = means[node, c] / (n * 127.5) - 1
+            of_nodes[node, c] = of_nodes[node, c] / (total * 127.5) - 1
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _moments(part, parts, t, mean, variance):
+def _moments(part, parts, t, of_leaves, mean, variance):
     """What `moments` does."""
     nodes = len(t.radii)
     for node in range(part * nodes // parts, (part + 1) * nodes // parts):
         s, lane = node // LANES, node % LANES
         n = t.node_counts[node]
         for j in range(t.first):
-            sum_, squares = splat(float32(0)), splat(float32(0))
+            o = (node * 2 * t.first + j) * LEAF
+            total, squares = float32(0), float32(0)
             for leaf in range(LEAF):
+                held = load_counts(t.times, node * NODE + leaf * LANES)
                 x = load_every(t.codes, ((node * LEAF + leaf) * t.m + j // 4 * 4) * LANES, j % 4)
-                u = x * load_counts(t.times, node * NODE + leaf * LANES)
-                sum_, squares = sum_ + u, squares + u * x
-            m, step = hsum(sum_) / n, t.frames[(node * 2 + 1) * t.m + j]
+                u, v, part_of = hsum(x * held), hsum(x * x * held), max(hsum(held), float32(1))
+                total, squares = total + u, squares + v
+                m = u / part_of
+                deviation = math.sqrt(max(v / part_of - m * m, float32(0)))
+                of_leaves[o + leaf] = round(m)
+                of_leaves[o + t.first * LEAF + leaf] = round(deviation)
+            m, step = total / n, t.frames[(node * 2 + 1) * t.m + j]
             mean[s, j, lane] = t.frames[node * 2 * t.m + j] + step * m
-            variance[s, j, lane] = step * step * max(float32(0), hsum(squares) / n - m * m)
+            variance[s, j, lane] = step * step * max(float32(0), squares / n - m * m)
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def moments(part, parts, t, mean, variance):
-    """Mean and variance of the first numbers in every node, float32 (supers, first, 16)."""
-    _moments(part, parts, t, mean, variance)
+def moments(part, parts, t, of_leaves, mean, variance):
+    """Means and standard deviations of the first codes in every leaf, uint8 (nodes, 2, first, 16);
+    means and variances of the first numbers in every node, float32 (supers, first, 16)."""
+    _moments(part, parts, t, of_leaves, mean, variance)
 
 
 @njit(fastmath=FLAGS, inline="always")
-def _logs(g, E, e, s, leading):
-    """log2 of what sixteen nodes weigh on level 0."""
-    even, odd = load(g.less, s * LANES), splat(float32(0))
+def _stood_in(gaussians, s, E, e, leading, top):
+    """What the Gaussians of sixteen nodes or leaves weigh, in units of 2^top: log2 of that."""
+    even, odd = load(gaussians.plus, s * LANES), splat(-top)
     for j in range(0, leading - 1, 2):
         o = (s * leading + j) * LANES
-        d = broadcast(E, e + j) - load(g.mean, o)
-        u = broadcast(E, e + j + 1) - load(g.mean, o + LANES)
-        even = even + d * d * load(g.precision, o)
-        odd = odd + u * u * load(g.precision, o + LANES)
+        d = broadcast(E, e + j) - load(gaussians.mean, o)
+        u = broadcast(E, e + j + 1) - load(gaussians.mean, o + LANES)
+        even = even - d * d * load(gaussians.precision, o)
+        odd = odd - u * u * load(gaussians.precision, o + LANES)
     if leading % 2 == 1:
         o = (s * leading + leading - 1) * LANES
-        d = broadcast(E, e + leading - 1) - load(g.mean, o)
-        even = even + d * d * load(g.precision, o)
-    return (even + odd) * float32(-LOG2E)
+        d = broadcast(E, e + leading - 1) - load(gaussians.mean, o)
+        even = even - d * d * load(gaussians.precision, o)
+    return even + odd
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -245,71 +294,77 @@ def _away(values, k, answer, query, least):
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _weigh(part, parts, g, E, leading, logs, top, total, answer, scale):
+def _weigh(part, parts, g, E, leading, w, top, total, answer, scale):
     """What `weigh` does once there is room."""
     Q, C = len(top), total.shape[1] - 1
-    K, supers = len(E) // Q, len(g.less) // LANES
+    K, supers = len(E) // Q, len(g.plus) // LANES
     for query in range(part * Q // parts, (part + 1) * Q // parts):
         most = splat(float32(-FAR))
         for s in range(supers):
-            x = _logs(g, E, query * K, s, leading)
+            x = _stood_in(g, s, E, query * K, leading, float32(0))
             most = larger(most, x)
-            store(logs, s * LANES, x)
+            store(w, s * LANES, x)
         top[query] = hmax(most)
         sum_ = splat(float32(0))
         for s in range(supers):
-            x = weights(load(logs, s * LANES) - splat(top[query]), int64(0))
-            store(logs, s * LANES, x)
+            x = weights(load(w, s * LANES) - splat(top[query]), int64(0))
+            store(w, s * LANES, x)
             sum_ = sum_ + x
         total[query, 0] = hsum(sum_)
         for c in range(C):
             sum_ = splat(float32(0))
             for s in range(supers):
-                sum_ = sum_ + load(logs, s * LANES) * load(g.middles, (s * C + c) * LANES)
+                sum_ = sum_ + load(w, s * LANES) * load(g.middles, (s * C + c) * LANES)
             total[query, c + 1] = hsum(sum_)
             answer[query, c] = total[query, c + 1] / total[query, 0]
         sum_ = splat(float32(0))
         for s in range(supers):
             away = root(_away(g.middles, s, answer, query, AWAY)) * load(g.doubt, s * LANES)
-            sum_ = sum_ + load(logs, s * LANES) * away
+            sum_ = sum_ + load(w, s * LANES) * away
         scale[query] = hsum(sum_)
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
 def weigh(part, parts, g, E, leading, top, total, answer, scale):
     """What all nodes weigh on level 0: see `Pixels`."""
-    logs = np.empty(len(g.less), np.float32)
-    _weigh(part, parts, g, E, leading, logs, top, total, answer, scale)
+    w = np.empty(len(g.plus), np.float32)
+    _weigh(part, parts, g, E, leading, w, top, total, answer, scale)
+
+
+@njit(fastmath=FLAGS, **BORROWED)
+def _drawn(portions, shares, lots, query):
+    """Which of sixteen a query draws: a bit for each. `shares` are their portions, at most one."""
+    total = lots[query] + hsum(portions)
+    if total < 1:
+        lots[query] = total
+        return int64(0)
+    at_most = smaller(portions, splat(float32(1)))
+    store(shares, 0, at_most)
+    upto = running(at_most) + splat(float32(lots[query]))
+    total = hmax(upto)
+    lots[query] = total - math.floor(total)
+    return reaching(floor(upto - at_most) + splat(float32(1)), floor(upto))
 
 
 @njit(fastmath=FLAGS, **BORROWED)
 def _nodes(g, p, s, room):
     """Which nodes of a super the queries draw."""
     Q, K = len(p.top), len(p.E) // len(p.top)
-    for lane in range(LANES):
-        room.counts[lane] = 0
+    room.counts[:] = 0
     for query in range(Q):
-        w = weights(_logs(g, p.E, query * K, s, p.leading) - splat(p.top[query]), int64(0))
+        w = weights(_stood_in(g, s, p.E, query * K, p.leading, p.top[query]), int64(0))
         away = root(_away(g.middles, s, p.answer, query, AWAY)) * load(g.doubt, s * LANES)
-        portions = w * away * float32(p.amounts[query, 0] / p.scale[query])
-        lots = room.lots[0, query] + hsum(portions)
-        if lots < 1:
-            room.lots[0, query] = lots
-            continue
-        store(room.lanes, 0, w)
-        store(room.portions, 0, portions)
-        lots = room.lots[0, query]
-        for lane in range(LANES):
-            share = min(room.portions[lane], float32(1))
-            lots += share
-            if share == 1 or lots >= 1:
-                lots -= 1
-                n = room.counts[lane]
-                room.who[lane, n] = query
-                room.times[lane, n] = 1 / share
-                room.stand_in[lane, n] = room.lanes[lane]
-                room.counts[lane] = n + 1
-        room.lots[0, query] = lots
+        amount = float32(p.amounts[query, 0] / p.scale[query])
+        bits = _drawn(w * away * amount, room.shares, room.lots[0], query)
+        store(room.weight, 0, w)
+        while bits:
+            lane = lowest(bits)
+            bits &= bits - 1
+            n = room.counts[lane]
+            room.who[lane, n] = query
+            room.times[lane, n] = 1 / room.shares[lane]
+            room.stand_in[lane, n] = room.weight[lane]
+            room.counts[lane] = n + 1
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -331,28 +386,56 @@ def _doubt(x):
     return smaller(x + x * x * float32(0.5), splat(DOUBTFUL)) + splat(DOUBT)
 
 
+@njit(fastmath=FLAGS, inline="always")
+def _moment(t, known, node, j):
+    """Mean and standard deviation of the j-th number of the patches of sixteen leaves."""
+    o, k = (node * 2 * t.first + j) * LEAF, node * 2 * t.m + j
+    step = broadcast(t.frames, k + t.m)
+    mean = load_bytes(known.moments, o) * step + broadcast(t.frames, k)
+    return mean, load_bytes(known.moments, o + t.first * LEAF) * step
+
+
 @njit(fastmath=FLAGS, **BORROWED)
-def _open(t, values, node, C, half, leading, room):
-    """Works out what the queries that drew a node share."""
-    scale = float32(half * LOG2E)
+def _open(t, known, node, C, half, leading, room):
+    """Works out what the queries that drew a node share: what stands in for its leaves."""
     frame_of(t, node, room.low, room.step)
     for j in range(leading, t.first):  # norms are no components
         room.low[j], room.step[j] = 0, 0
-    for leaf in range(LEAF):
-        norm = norms_of(t, room.step, node, leaf, 0, by_fours(leading), 0)
-        store(room.norms, leaf * LANES, norm * scale)
-        store(room.held, leaf * LANES, load_counts(t.times, node * NODE + leaf * LANES))
-        groups, more = t.first, splat(float32(0))
-        if t.m > t.first:  # the norm of the other kept components comes last
-            groups -= 1
-            more = _square(t, node, leaf, groups, t.first)
-        rest = _square(t, node, leaf, leading, groups)
-        store(room.doubt, leaf * LANES, _doubt(more * float32(2 * half)))
-        store(room.doubt, NODE + leaf * LANES, root(_doubt(rest * float32(2 * half))))
-        for c in range(C):
-            v = load_bytes(values, ((node * LEAF + leaf) * C + c) * LANES)
-            v = v * float32(1 / 127.5) - float32(1)
-            store(room.values, (leaf * C + c) * LANES, v)
+    one, within, log = splat(float32(1)), splat(float32(0)), splat(float32(0))
+    narrow = one
+    for j in range(leading):
+        mean, deviation = _moment(t, known, node, j)
+        more = deviation * deviation * float32(2 * half)
+        store(room.mean, j * LANES, mean)
+        store(room.precision, j * LANES, inverse(one + more) * float32(half * LOG2E))
+        within, narrow = within + more, narrow * (one + more)
+        if j % 4 == 3 or j == leading - 1:  # no more, or else it overflows
+            log, narrow = log + logs(narrow), one
+    store(room.plus, 0, logs(load(known.counts, node * LEAF)) - log * float32(0.5))
+    if t.m > t.first:  # the norm of the other kept components comes last
+        mean, deviation = _moment(t, known, node, t.first - 1)
+        within = within + (mean * mean + deviation * deviation) * float32(2 * half)
+    store(room.doubt, 0, root(_doubt(within) * float32(ALIKE)))
+    for c in range(C):
+        v = load_bytes(known.means, (node * (C + 1) + c) * LEAF)
+        store(room.middles, c * LANES, v * float32(1 / 127.5) - float32(1))
+    s = load_bytes(known.means, (node * (C + 1) + C) * LEAF) * float32(1 / 127.5)
+    store(room.spread, 0, s * s)
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _open_leaf(t, values, node, leaf, C, half, leading, room):
+    """Works out what the queries that drew a leaf share."""
+    scale, o = float32(half * LOG2E), leaf * LANES
+    norm = norms_of(t, room.step, node, leaf, 0, by_fours(leading), 0)
+    norm = norm + norms_of(t, room.step, node, leaf, t.first, t.m, others_at(t.first))
+    store(room.norms, o, norm * scale)
+    store(room.held, o, load_counts(t.times, node * NODE + o))
+    rest = _square(t, node, leaf, leading, t.first - (1 if t.m > t.first else 0))
+    store(room.doubts, o, root(_doubt(rest * float32(2 * half))))
+    for c in range(C):
+        v = load_bytes(values, ((node * LEAF + leaf) * C + c) * LANES)
+        store(room.values, (leaf * C + c) * LANES, v * float32(1 / 127.5) - float32(1))
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -362,176 +445,29 @@ def _distance(w, p, query, start):
     total = splat(float32(0))
     o = query * h * row
     for a in range(h):
-        for b in range(0, row, LANES):
-            s = load_bytes(w.flat, start + a * stride + b) * float32(1 / 127.5) - float32(1)
-            d = (s - load(p.y, o + a * row + b)) * load(p.mask, b)
+        for b in range(0, row - LANES, LANES):
+            d = load_bytes(w.flat, start + a * stride + b) - load(p.y, o + a * row + b)
             total = total + d * d
-    return hsum(total)
-
-
-@njit(fastmath=FLAGS, inline="always")
-def _add(room, sum_, K, C, leaf, w):
-    """Adds weights, and weights times what a leaf's patches answer with, to a sum."""
-    o = sum_ * K * LANES
-    store(room.seen, o, load(room.seen, o) + w)
-    for c in range(C):
-        o += LANES
-        store(room.seen, o, load(room.seen, o) + w * load(room.values, (leaf * C + c) * LANES))
-
-
-@njit(fastmath=FLAGS, inline="always")
-def _put(room, sum_, K, C, leaf, w):
-    """Weights, and weights times what a leaf's patches answer with, instead of a sum."""
-    o = sum_ * K * LANES
-    store(room.seen, o, w)
-    for c in range(C):
-        o += LANES
-        store(room.seen, o, w * load(room.values, (leaf * C + c) * LANES))
-
-
-@njit(fastmath=FLAGS, inline="always")
-def _total(sums, o, room, sum_, K, times):
-    """Adds the K numbers of a sum, `times` times, to sums[o : o + K]."""
-    for k in range(0, K, QUAD):
-        add_totals(sums, o + k, room.seen, (sum_ * K + k) * LANES, times)
-
-
-@njit(fastmath=FLAGS, inline="always")
-def _all_leaves(room, C):
-    """The totals of the leaves, and the first sum: what is known of all leaves together."""
-    room.totals[:] = 0
-    for leaf in range(0, LEAF, QUAD):
-        add_totals(room.totals, leaf, room.known, leaf * LANES, 1.0)
-        add_totals(room.totals, LEAF + leaf, room.parts, leaf * LANES, 1.0)
-    for c in range(-1, C):
-        even, odd = splat(float32(0)), splat(float32(0))
-        for leaf in range(0, LEAF, 2):
-            u, v = load(room.known, leaf * LANES), load(room.known, (leaf + 1) * LANES)
-            if c >= 0:
-                u = u * load(room.values, (leaf * C + c) * LANES)
-                v = v * load(room.values, ((leaf + 1) * C + c) * LANES)
-            even, odd = even + u, odd + v
-        store(room.seen, (c + 1) * LANES, even + odd)
+        b = row - LANES
+        d = load_bytes(w.flat, start + a * stride + b) - load(p.y, o + a * row + b)
+        d = d * load(p.mask, b)
+        total = total + d * d
+    return hsum(total) * float32(1 / 127.5**2)
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _visit(
-    t, w, p, values, node, query, times, stand_in, middle, room, known, sums, spread, spent, chance
-):  # fmt: skip
-    """A query looks at a node that it has drawn; returns of which leaves all norms are known."""
-    Q, C = len(p.top), w.shape[2]
-    others_from, end = others_at(t.first), filled_up(t.first, t.m)
-    leading = by_fours(p.leading)
-    W = by_fours(1 + C)
-    of_turn = Q * LEVELS * W
-    mine = query * LEVELS * W
-    e, scale = query * end, float32(p.half * LOG2E)
-    room.turn[query] += 1
-    group = room.turn[query] % TURNS
-    far = from_node(p.E, e, room.low, room.row, 0, others_from) * scale + p.top[query]
-    unit, _ = in_bytes(room.row, room.step, 0, others_from, scale + scale, room.bytes)
-    others, unit_again = float32(-1), float32(0)
-    of_leaves = float32(p.amounts[query, 1] / p.scale[query])
-    of_patches = float32(p.amounts[query, 2] / p.scale[query])
-    lots_leaves, lots_patches = room.lots[1, query], room.lots[2, query]
-    n_leaves = 0
-    for k in range(W, 3 * W):
-        store(room.seen, k * LANES, splat(float32(0)))
-    for leaf in range(LEAF):
-        o = leaf * LANES
-        log = products(t, node, leaf, 0, leading, room.bytes, 0) * unit - load(room.norms, o) - far
-        u = weights(log, int64(0)) * load(room.held, o)
-        away = _away(room.values, leaf, p.answer, query, AWAY)
-        store(room.logs, o, log)
-        store(room.known, o, u)
-        store(room.away, o, away)
-        store(room.parts, o, u * u * away * load(room.doubt, o))
-    _all_leaves(room, C)
-    for leaf in range(LEAF):
-        total = room.totals[leaf]
-        share = min(float32(math.sqrt(room.totals[LEAF + leaf])) * of_leaves * times, float32(1))
-        lots_leaves += share
-        if share < 1 and lots_leaves < 1:
-            continue
-        lots_leaves -= 1
-        leaf_times, leaf_group = times / share, group
-        n_leaves += 1
-        if times == 1:
-            room.turn[query] += 1
-            leaf_group = room.turn[query] % TURNS
-        held, away = load(room.held, leaf * LANES), load(room.away, leaf * LANES)
-        u, log = load(room.known, leaf * LANES), load(room.logs, leaf * LANES)
-        v, again, away = u, total, root(away)
-        if t.m > t.first:
-            if others < 0:
-                others = from_node(p.E, e, room.low, room.row, others_from, end)
-                unit_again, _ = in_bytes(
-                    room.row, room.step, others_from, end, scale + scale, room.bytes
-                )
-            if not known >> leaf & 1:
-                norm = norms_of(t, room.step, node, leaf, t.first, t.m, others_from)
-                store(room.norms, NODE + leaf * LANES, norm * scale)
-                known |= int64(1) << leaf
-            log = log + products(t, node, leaf, t.first, t.m, room.bytes, others_from) * unit_again
-            log = log - load(room.norms, NODE + leaf * LANES)
-            log = log - splat((others - float32(p.others[query])) * scale)
-            v = weights(log, int64(0)) * held
-            again = hsum(v)
-            spread[query, 1] += leaf_times * again * again / total if total > 0 else 0.0
-            x = hsum((v - u) * away)
-            chance[query, BY_NODE] += (times - 1) * leaf_times * x * x
-            chance[query, BY_LEAF] += (leaf_times - times) * leaf_times * x * x
-            if share == 1:
-                _add(room, 1, W, C, leaf, u)
-                _add(room, 2, W, C, leaf, v)
-            else:
-                _put(room, 3, W, C, leaf, u)
-                _put(room, 4, W, C, leaf, v)
-                o = leaf_group * of_turn + mine
-                _total(sums, o + LEAVES * W, room, 3, W, leaf_times)
-                _total(sums, o + AGAIN * W, room, 4, W, leaf_times)
-        amount = of_patches * leaf_times
-        portions = v * away * load(room.doubt, NODE + leaf * LANES) * amount
-        lots = lots_patches + hsum(portions)
-        if lots < 1:
-            lots_patches = lots
-            continue
-        store(room.lanes, 0, v)
-        store(room.portions, 0, portions)
-        for lane in range(LANES):
-            share = min(room.portions[lane], float32(1))
-            lots_patches += share
-            if share > 0 and (share == 1 or lots_patches >= 1):
-                lots_patches -= 1
-                place = node * NODE + leaf * LANES + lane
-                prefetch(t.ids, place)
-                n = room.waiting[0]
-                room.places[n], room.owners[n] = place, query
-                patch_times = leaf_times / share
-                room.shares[0, n], room.shares[1, n] = patch_times, leaf_times
-                room.shares[2, n], room.shares[3, n] = times, patch_times * room.lanes[lane]
-                patch_group = leaf_group
-                if patch_times == 1:
-                    patch_group = TURNS
-                elif leaf_times == 1:
-                    room.turn[query] += 1
-                    patch_group = room.turn[query] % TURNS
-                room.offsets[n] = patch_group * of_turn + mine
-                room.waiting[0] = n + 1
-    room.lots[1, query], room.lots[2, query] = lots_leaves, lots_patches
-    o = (TURNS if times == 1 else group) * of_turn + mine
-    sums[o + STAND_IN * W] += times * stand_in
+def _total(sums, o, seen, K, times):
+    """Adds the K numbers that have been seen, `times` times, to sums[o : o + K]."""
+    for k in range(0, K, QUAD):
+        add_totals(sums, o + k, seen, k * LANES, times)
+
+
+@njit(fastmath=FLAGS, **BORROWED)
+def _stand_in(sums, o, middles, k, stride, C, x):
+    """Adds x, and x times middles[k], middles[k + stride] ..., to sums[o : o + 1 + C]."""
+    sums[o] += x
     for c in range(C):
-        sums[o + STAND_IN * W + c + 1] += times * stand_in * middle[c]
-    _total(sums, o + NODES * W, room, 0, W, times)
-    if t.m > t.first:
-        _total(sums, o + LEAVES * W, room, 1, W, times)
-        _total(sums, o + AGAIN * W, room, 2, W, times)
-    total = hsum(load(room.seen, 0))
-    spread[query, 0] += times * total * total / stand_in if stand_in > 0 else 0.0
-    spent[query, 0] += 1
-    spent[query, 1] += n_leaves
-    return known
+        sums[o + c + 1] += x * middles[k + c * stride]
 
 
 @njit(fastmath=FLAGS, **BORROWED)
@@ -543,9 +479,9 @@ def _compare(t, w, p, room, sums, spread, spent, chance):
     for k in range(room.waiting[0]):
         place, start, query = room.places[k], room.starts[k], room.owners[k]
         log = (p.rest[query] - _distance(w, p, query, start)) * p.half - p.top[query] / LOG2E
-        x = room.shares[0, k] * t.times[place] * math.exp(log)
+        x = room.stand_for[0, k] * t.times[place] * math.exp(log)
         o = room.offsets[k]
-        known = room.shares[3, k]
+        known = room.stand_for[3, k]
         sums[o + PATCHES * W] += known
         sums[o + TRULY * W] += x
         sums[o + SQUARED * W] += x * math.exp(log)
@@ -556,16 +492,133 @@ def _compare(t, w, p, room, sums, spread, spent, chance):
             sums[o + PATCHES * W + c + 1] += known * value
             sums[o + TRULY * W + c + 1] += x * value
             away += (value - p.answer[query, c]) ** 2
-        away *= (x - known) ** 2 / room.shares[0, k]
-        chance[query, OF_NODE] += (room.shares[2, k] - 1) * away
-        chance[query, OF_LEAF] += (room.shares[1, k] - room.shares[2, k]) * away
-        chance[query, OF_PATCH] += (room.shares[0, k] - room.shares[1, k]) * away
+        away *= (x - known) ** 2 / room.stand_for[0, k]
+        chance[query, OF_NODE] += (room.stand_for[2, k] - 1) * away
+        chance[query, OF_LEAF] += (room.stand_for[1, k] - room.stand_for[2, k]) * away
+        chance[query, OF_PATCH] += (room.stand_for[0, k] - room.stand_for[1, k]) * away
         spent[query, 2] += 1
     room.waiting[0] = 0
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _draw(part, parts, t, w, g, p, values, middle, room, sums, spread, spent, chance):
+def _see(seen, middles, o, C, w):
+    """What sixteen weigh, and that times what they answer with."""
+    store(seen, 0, w)
+    for c in range(C):
+        store(seen, (c + 1) * LANES, w * load(middles, o + c * LANES))
+
+
+@njit(fastmath=FLAGS, **BORROWED)
+def _visit(t, w, p, values, node, lane, middle, room, sums, spread, spent, chance):
+    """The queries that drew a node look at it."""
+    Q, C = len(p.top), w.shape[2]
+    others_from, end = others_at(t.first), filled_up(t.first, t.m)
+    leading, scale = by_fours(p.leading), float32(p.half * LOG2E)
+    W = by_fours(1 + C)
+    of_turn = Q * LEVELS * W
+    opened = int64(0)
+    for k in range(room.counts[lane]):
+        query, times, u = room.who[lane, k], room.times[lane, k], room.stand_in[lane, k]
+        mine = query * LEVELS * W
+        room.turn[query] += 1
+        group = room.turn[query] % TURNS
+        v = weights(_stood_in(room, 0, p.E, query * end, p.leading, p.top[query]), int64(0))
+        again = hsum(v)
+        spread[query, 0] += times * again * again / u if u > 0 else 0.0
+        spent[query, 0] += 1
+        o = (TURNS if times == 1 else group) * of_turn + mine
+        _stand_in(sums, o + STAND_IN * W, middle, 0, 1, C, times * u)
+        _see(room.seen, room.middles, 0, C, v)
+        _total(sums, o + NODES * W, room.seen, W, times)
+        away = root(_away(room.middles, 0, p.answer, query, AWAY) + load(room.spread, 0))
+        amount = float32(p.amounts[query, 1] / p.scale[query]) * times
+        bits = _drawn(v * away * load(room.doubt, 0) * amount, room.shares, room.lots[1], query)
+        if bits == 0:
+            continue
+        store(room.weight, 0, v)
+        store(room.away, 0, away)
+        store(room.reach, 0, inverse(load(room.shares, 0)) * times)
+        new = bits & ~opened
+        while new:
+            _fetch_leaf(t, values, node, lowest(new), C)
+            new &= new - 1
+        far = from_node(p.E, query * end, room.low, room.row, 0, end) - float32(p.others[query])
+        far = far * scale + p.top[query]
+        unit, _ = in_bytes(room.row, room.step, 0, end, scale + scale, room.bytes)
+        while bits:
+            leaf = lowest(bits)
+            bits &= bits - 1
+            if not opened >> leaf & 1:
+                _open_leaf(t, values, node, leaf, C, p.half, p.leading, room)
+                opened |= int64(1) << leaf
+            u, leaf_times, leaf_group = room.weight[leaf], room.reach[leaf], group
+            if times == 1 and leaf_times > 1:
+                room.turn[query] += 1
+                leaf_group = room.turn[query] % TURNS
+            log = products(t, node, leaf, 0, leading, room.bytes, 0)
+            log = log + products(t, node, leaf, t.first, t.m, room.bytes, others_from)
+            log = log * unit - load(room.norms, leaf * LANES) - splat(far)
+            v = weights(log, int64(0)) * load(room.held, leaf * LANES)
+            away = root(_away(room.values, leaf, p.answer, query, AWAY))
+            again = hsum(v)
+            spread[query, 1] += leaf_times * again * again / u if u > 0 else 0.0
+            spent[query, 1] += 1
+            x = hsum(v * away) - u * room.away[leaf]
+            chance[query, BY_NODE] += (times - 1) * leaf_times * x * x
+            chance[query, BY_LEAF] += (leaf_times - times) * leaf_times * x * x
+            o = (TURNS if leaf_times == 1 else leaf_group) * of_turn + mine
+            _stand_in(sums, o + LEAVES * W, room.middles, leaf, LANES, C, leaf_times * u)
+            _see(room.seen, room.values, leaf * C * LANES, C, v)
+            _total(sums, o + AGAIN * W, room.seen, W, leaf_times)
+            amount = float32(p.amounts[query, 2] / p.scale[query]) * leaf_times
+            portions = v * away * load(room.doubts, leaf * LANES) * amount
+            of_leaf = _drawn(portions, room.shares, room.lots[2], query)
+            while of_leaf:
+                patch = lowest(of_leaf)
+                of_leaf &= of_leaf - 1
+                place = node * NODE + leaf * LANES + patch
+                prefetch(t.ids, place)
+                i = room.waiting[0]
+                room.places[i], room.owners[i] = place, query
+                patch_times = leaf_times / room.shares[patch]
+                room.stand_for[0, i], room.stand_for[1, i] = patch_times, leaf_times
+                room.stand_for[2, i] = times
+                room.stand_for[3, i] = patch_times * room.seen[patch]
+                patch_group = leaf_group
+                if patch_times == 1:
+                    patch_group = TURNS
+                elif leaf_times == 1:
+                    room.turn[query] += 1
+                    patch_group = room.turn[query] % TURNS
+                room.offsets[i] = patch_group * of_turn + mine
+                room.waiting[0] = i + 1
+        if room.waiting[0] >= WAITING:
+            _compare(t, w, p, room, sums, spread, spent, chance)
+
+
+@njit(inline="always")
+def _fetch_node(t, known, node, C):
+    """Has what stands in for the leaves of a node brought near."""
+    for o in range(0, 2 * t.first * LEAF, LINE):
+        prefetch(known.moments, node * 2 * t.first * LEAF + o)
+    for o in range(0, 2 * t.m, LINE // 4):
+        prefetch(t.frames, node * 2 * t.m + o)
+    prefetch(known.counts, node * LEAF)
+    prefetch(known.means, node * (C + 1) * LEAF)
+
+
+@njit(inline="always")
+def _fetch_leaf(t, values, node, leaf, C):
+    """Has the codes and the values of a leaf brought near."""
+    at = node * LEAF + leaf
+    for o in range(0, t.m * LANES, LINE):
+        prefetch(t.codes, at * t.m * LANES + o)
+    prefetch(t.times, at * LANES)
+    prefetch(values, at * C * LANES)
+
+
+@njit(fastmath=FLAGS, **BORROWED)
+def _draw(part, parts, t, w, g, p, known, middle, room, sums, spread, spent, chance):
     """What `draw` does once there is room."""
     Q, C = len(p.top), w.shape[2]
     supers, nodes = len(t.widest), len(t.radii)
@@ -575,26 +628,22 @@ def _draw(part, parts, t, w, g, p, values, middle, room, sums, spread, spent, ch
             room.lots[k, query] = (p.start[query] * (k + 1) + part * 0.7548776662) % 1.0
     for s in range(part * supers // parts, (part + 1) * supers // parts):
         _nodes(g, p, s, room)
+        for lane in range(min(LANES, nodes - s * LANES)):
+            if room.counts[lane] > 0:
+                _fetch_node(t, known, s * LANES + lane, C)
         for lane in range(LANES):
             node = s * LANES + lane
             if room.counts[lane] == 0 or node >= nodes:
                 continue
-            _open(t, values, node, C, p.half, p.leading, room)
+            _open(t, known, node, C, p.half, p.leading, room)
             for c in range(C):
                 middle[c] = g.middles[(s * C + c) * LANES + lane]
-            known = int64(0)
-            for k in range(room.counts[lane]):
-                known = _visit(
-                    t, w, p, values, node, room.who[lane, k], room.times[lane, k],
-                    room.stand_in[lane, k], middle, room, known, sums, spread, spent, chance,
-                )  # fmt: skip
-                if room.waiting[0] >= WAITING:
-                    _compare(t, w, p, room, sums, spread, spent, chance)
+            _visit(t, w, p, known.values, node, lane, middle, room, sums, spread, spent, chance)
     _compare(t, w, p, room, sums, spread, spent, chance)
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def draw(part, parts, t, w, g, p, values, sums, spread, spent, chance):
+def draw(part, parts, t, w, g, p, known, sums, spread, spent, chance):
     """What the queries draw of a part of the nodes.
 
     Fills `sums`, (TURNS + 1, Q, LEVELS, `by_fours(1 + C)`) flat: of weights and of weights times
@@ -607,20 +656,21 @@ def draw(part, parts, t, w, g, p, values, sums, spread, spent, chance):
     """
     Q, C, end = len(p.top), w.shape[2], filled_up(t.first, t.m)
     room = Room(
-        np.empty(2 * NODE, np.float32),
+        np.empty(p.leading * LANES, np.float32),
+        np.empty(p.leading * LANES, np.float32),
+        np.empty(LANES, np.float32),
+        np.empty(LANES, np.float32),
+        np.empty(C * LANES, np.float32),
+        np.empty(LANES, np.float32),
         np.empty(NODE, np.float32),
-        np.empty(2 * NODE, np.float32),
+        np.empty(NODE, np.float32),
+        np.empty(NODE, np.float32),
         np.empty(LEAF * C * LANES, np.float32),
-        np.zeros(5 * by_fours(1 + C) * LANES, np.float32),
+        np.zeros(by_fours(1 + C) * LANES, np.float32),
         np.zeros(end, np.float32),
         np.zeros(end, np.float32),
         np.empty(end, np.float32),
         np.empty(2 * end, np.int8),
-        np.empty(NODE, np.float32),
-        np.empty(NODE, np.float32),
-        np.empty(NODE, np.float32),
-        np.empty(NODE, np.float32),
-        np.empty(2 * LEAF),
         np.empty((3, Q)),
         np.empty(Q, np.int64),
         np.empty((LANES, Q), np.int64),
@@ -635,6 +685,8 @@ def draw(part, parts, t, w, g, p, values, sums, spread, spent, chance):
         np.empty((4, WAITING + NODE)),
         np.empty(LANES, np.float32),
         np.empty(LANES, np.float32),
+        np.empty(LANES, np.float32),
+        np.empty(LANES, np.float32),
     )
     middle = np.empty(C, np.float32)
-    _draw(part, parts, t, w, g, p, values, middle, room, sums, spread, spent, chance)
+    _draw(part, parts, t, w, g, p, known, middle, room, sums, spread, spent, chance)

@@ -30,6 +30,7 @@ from scoremachine.search.draw import (
     TRULY,
     TURNS,
     Gaussians,
+    Known,
     Pixels,
     draw,
     middles,
@@ -40,7 +41,7 @@ from scoremachine.search.floats import LANES
 from scoremachine.search.index import Index, Source
 from scoremachine.search.rounds import Purse
 from scoremachine.search.seek import FAR, LEAST, LOG2E, in_vectors
-from scoremachine.search.tree import by_fours
+from scoremachine.search.tree import LEAF, by_fours
 from scoremachine.windows import Class
 
 STOOD_IN = 0.1  # about the relative variance of the weight of a node, if its patches' were known
@@ -51,11 +52,11 @@ ROUNDS = 6  # after the first
 GROWTH = 64.0  # at most, of a number from one round to the next
 FEWER = 4.0  # times fewer lots than asked for are drawn, at most, since heavy ones are drawn once
 CAUTION = 1.15  # how much smaller an error is aimed at than asked for
-COSTS = np.array([570.0, 45.0, 60.0])  # ns of a node, a leaf, a patch
+COSTS = np.array([150.0, 50.0, 60.0])  # ns of a node, a leaf, a patch
 DIFFERENCE = 0.15  # ns for a number of a patch
 DEARER = 20.0  # times as unlike, where there is no other way
 UNSURE = 1.0  # nats by which a sum may be wrong whose error is large
-UNLIKE = np.array([4.0, 30.0, 6.0])  # levels (see `Round`) at most, for lots not to miss anything
+UNLIKE = np.array([4.0, 100.0, 6.0])  # levels (see `Round`) at most, for lots not to miss anything
 EVEN = 1.1  # levels at most as unlike, for few lots to tell enough
 STANDARD_ERRORS = 3.3  # in the bound of an error
 FLAT = 8.0  # patches as heavy as the nearest known one, from which on a posterior may be flat
@@ -65,14 +66,14 @@ class Nodes(NamedTuple):
     """What is known of the nodes of a tree and of their patches, before anything is asked.
 
     Attributes:
-        values, middles: The pixels that patches answer with, and of nodes the means: see
-            `draw.middles`.
+        known: Of patches and leaves.
+        middles: The mean of the pixels that patches answer with, float32 (supers, C, 16).
         mean, variance: Of leading components, float32 (supers, leading, 16).
         others: The mean |.|^2 of all other components, float32 (supers, 16).
         counts: How many patches a node has, copies counted, float32 (supers, 16).
     """
 
-    values: np.ndarray
+    known: Known
     middles: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
@@ -83,28 +84,35 @@ class Nodes(NamedTuple):
     def of(cls, source: Source, opened: Index, of: Class) -> Nodes:
         """The nodes of an index whose patches answer with the middle of a class."""
         t, C, supers = opened.tree, source.pixels.shape[3], len(opened.tree.widest)
+        nodes, leading = len(t.radii), opened.embedding.leading
         values = np.zeros(len(t.ids) * C, np.uint8)
-        means = np.zeros((supers * LANES, C), np.float32)
-        fill(middles, (t, source.windows(of), values, means))
-        in_sixteens = means.reshape(supers, LANES, C).transpose(0, 2, 1)
-        shape, leading = (supers, t.first, LANES), opened.embedding.leading
+        of_leaves, of_nodes = (
+            np.zeros(nodes * (C + 1) * LEAF, np.uint8),
+            np.zeros((supers * LANES, C), np.float32),
+        )
+        fill(middles, (t, source.windows(of), values, of_leaves, of_nodes))
+        in_sixteens = of_nodes.reshape(supers, LANES, C).transpose(0, 2, 1)
+        shape = (supers, t.first, LANES)
         mean, variance = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        fill(moments, (t, mean, variance))
+        codes = np.zeros(nodes * 2 * t.first * LEAF, np.uint8)
+        fill(moments, (t, codes, mean, variance))
         others = (mean[:, leading:] ** 2 + variance[:, leading:]).sum(1)  # their norms' squares
         mean, variance = (np.ascontiguousarray(a[:, :leading]) for a in (mean, variance))
+        counts = t.times.reshape(-1, LANES).sum(1, dtype=np.float32)
+        known = Known(values, of_leaves, codes, counts)
         counts = t.node_counts.reshape(supers, LANES)
-        return cls(values, np.ascontiguousarray(in_sixteens), mean, variance, others, counts)
+        return cls(known, np.ascontiguousarray(in_sixteens), mean, variance, others, counts)
 
     def gaussians(self, variance: float) -> Gaussians:
         """What stands in for the nodes where noise has a variance."""
         noise = np.float32(max(variance, LEAST))
         wider = noise + self.variance
         with np.errstate(divide="ignore"):
-            less = np.log(wider / noise).sum(1) / 2 - np.log(self.counts)
-        less[self.counts == 0] = FAR
+            plus = np.log2(self.counts) - np.log2(wider / noise).sum(1) / 2
+        plus[self.counts == 0] = -FAR
         x = np.minimum(self.others / noise, DOUBTFUL)
         doubt = np.sqrt(np.minimum(x + x * x / 2, DOUBTFUL) + STOOD_IN)
-        parts = self.mean, 0.5 / wider, less, doubt, self.middles
+        parts = self.mean, LOG2E / 2 / wider, plus, doubt, self.middles
         return Gaussians(*(a.astype(np.float32, copy=False).reshape(-1) for a in parts))
 
 
@@ -282,7 +290,7 @@ def _pixels(asked: Asked, g: Gaussians) -> Pixels:
     h = asked.of.patches.size[0]
     filled = -(-(D // h) // LANES) * LANES
     y = np.zeros((Q, h, filled), np.float32)
-    y[..., : D // h] = (asked.windows + e.mean).reshape(Q, h, D // h)
+    y[..., : D // h] = ((asked.windows + e.mean + 1) * 127.5).reshape(Q, h, D // h)
     mask = (np.arange(filled) < D // h).astype(np.float32)
     top, total = np.zeros(Q, np.float32), np.zeros((Q, 1 + asked.source.pixels.shape[3]))
     answer, scale = np.zeros((Q, total.shape[1] - 1), np.float32), np.zeros(Q)
@@ -334,15 +342,13 @@ def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
     sums = np.zeros((parts, (TURNS + 1) * Q * LEVELS * padded))
     spread, spent = np.zeros((parts, Q, 3)), np.zeros((parts, Q, 3))
     chance = np.zeros((parts, Q, STAGES))
-    fill(draw, (t, w, g, p, asked.nodes.values), (sums, spread, spent, chance))
+    fill(draw, (t, w, g, p, asked.nodes.known), (sums, spread, spent, chance))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # then nothing is told
         by_turns = sums.sum(0).reshape(TURNS + 1, Q, LEVELS, padded)[..., :K]
         everything, by_turns = by_turns.sum(0), by_turns[:TURNS]
         # each level in the units of the last
         b2 = everything[:, TRULY, :1] / everything[:, PATCHES, :1]
-        b1 = b2
-        if t.m > t.first:
-            b1 = b2 * everything[:, AGAIN, :1] / everything[:, LEAVES, :1]
+        b1 = b2 * everything[:, AGAIN, :1] / everything[:, LEAVES, :1]
         b0 = b1 * everything[:, NODES, :1] / everything[:, STAND_IN, :1]
 
         def differences(a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,12 +11,15 @@ The searching twin of `kernels.simd`, in float32 and over bytes:
     u + v, u - v, u * v    with vectors or floats
     larger(u, v), smaller(u, v)    lane by lane
     root(v)                its square root
-    nearest(v)             whole numbers
+    inverse(v)             1 / v
+    nearest(v), floor(v)   whole numbers
+    running(v)             the sum of the lanes up to each
     hsum(v), hmax(v)       the sum of the lanes, and the largest
     add_totals(sums, k, a, i, x)    sums[k : k + 4] += x times the sums of 4 vectors from a[i] on
     prefetch(a, i)         has a[i] brought near
     reaching(u, v)         a bit for every lane of u that is at most v's, as an integer
     weights(x, bits)       2^x or a little more in the lanes whose bit is 0, and 0 in the others
+    logs(v)                log2 or a little less of positive numbers
 
 Products are of numbers from -32,512 to 32,512, a high and a low byte each, with bytes:
 
@@ -75,6 +78,7 @@ hsum = totals(floats)
 hmax = maxima(floats)
 root = each(floats, "sqrt")
 nearest = each(floats, "rint")
+floor = each(floats, "floor")
 integers = Vector(types.int32, LANES)
 
 
@@ -96,6 +100,33 @@ def smaller(typing: Any, u: Any, v: Any) -> Any:
         return builder.select(builder.fcmp_ordered("<", *args), *args)
 
     return floats(floats, floats), generate
+
+
+@intrinsic
+def inverse(typing: Any, v: Any) -> Any:
+    """1 / v, lane by lane."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fdiv(ir.Constant(VECTOR, [1.0] * LANES), args[0])
+
+    return floats(floats), generate
+
+
+@intrinsic
+def running(typing: Any, v: Any) -> Any:
+    """Of every lane the sum of those up to it, itself counted."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        total, step = args[0], 1
+        zeros = ir.Constant(VECTOR, [0.0] * LANES)
+        while step < LANES:
+            places = [LANES] * step + list(range(LANES - step))
+            mask = ir.Constant(INTEGERS, places)
+            total = builder.fadd(total, builder.shuffle_vector(total, zeros, mask))
+            step *= 2
+        return total
+
+    return floats(floats), generate
 
 
 def _words(context: Any, builder: Any, array_type: Any, array: Any, i: Any, kind: Any) -> Any:
@@ -297,6 +328,20 @@ def weights(x, bits):
     """
     y = smaller(larger(x, splat(types.float32(-126.0))), splat(types.float32(126.0)))
     return _powers(y * types.float32(8388608.0) + types.float32(1065353216.0), bits)
+
+
+@intrinsic
+def _bits(typing: Any, v: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.sitofp(builder.bitcast(args[0], INTEGERS), VECTOR)
+
+    return floats(floats), generate
+
+
+@njit(inline="always")
+def logs(v):
+    """A lower bound of log2 of positive numbers, at most 0.09 below: the inverse of `weights`."""
+    return (_bits(v) - types.float32(1065353216.0)) * types.float32(1 / 8388608)
 
 
 @intrinsic
