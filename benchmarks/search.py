@@ -33,7 +33,8 @@ from scoremachine.search.bounded import Bounded
 HELD_OUT = 100  # images that are denoised and are no source
 STEPS = [(3, 0.05), (3, 0.1), (7, 0.2), (11, 0.4), (15, 0.7), (23, 1.5)]
 FLAT = [(3, 0.2), (7, 0.92), (11, 2.35), (15, 4.6), (15, 100.0)]
-ERROR = 0.01  # of these, where posteriors are flat: about the sizes published for CIFAR-10
+BETWEEN = [(5, 0.4), (9, 1.3)]  # where lots and searches share the pixels of a picture
+ERROR = 0.01  # of both, where posteriors are flat: about the sizes published for CIFAR-10
 GROWTH = [(3, 0.05, 1e-3), (7, 0.2, 1e-3), (11, 0.4, 1e-3), (15, 0.7, 1e-3), (7, 0.92, ERROR)]
 SIZES = [1_000, 3_000, 10_000, 25_000]  # images; then all, and all with their mirror images
 ASKED = 2.0  # seconds of a step
@@ -165,10 +166,10 @@ def growth(bench: Bench, archive: Path) -> Iterator[list[str]]:
 def level(bench: Bench) -> Iterator[list[str]]:
     """How often an error is larger than the bound: over many pixels, with few images."""
     count = 4 if bench.quick else LEVEL_PICTURES
-    few, more = (300, 300) if bench.quick else (1_000, 5_000)
+    few, more = (300, 300) if bench.quick else (1_000, 4_000)
     asked = [(few, 1e-3, P, sigma, "deterministic") for P, sigma in STEPS if P <= 7]
     asked += [(few, 1e-3, P, sigma, "statistical") for P, sigma in STEPS]
-    asked += [(more, ERROR, P, sigma, "auto") for P, sigma in FLAT]
+    asked += [(more, ERROR, P, sigma, "auto") for P, sigma in FLAT + BETWEEN]
     for N, error, P, sigma, bound in asked:
         machine = bench.patient(P, N, error, bound)
         y = bench.noised(sigma, count)

@@ -18,9 +18,9 @@ is the sum of all w_3, on average (Horvitz & Thompson 1952). Only what two neigh
 different is left to chance (Giles 2008). What is drawn most is what the error of S / Z hears most
 of: p is in proportion to w |v - D| sqrt(e^x - 1), and 1 where that is large. v is what a patch
 answers with, D about what the answer will be, and x = |s|^2 / sigma^2 for the components of the
-patch that the next level adds: in noise they change its weight by a factor of variance e^x - 1.
-Lots are drawn in the order of the tree at even distances (Madow 1949), so that like patches are
-drawn evenly.
+patch that the next level adds, and what a Gaussian smooths over: in noise they change its weight by
+a factor of variance e^x - 1. Lots are drawn in the order of the tree at even distances (Madow
+1949), so that like patches are drawn evenly.
 """
 
 from __future__ import annotations

@@ -633,7 +633,7 @@ def _node(
     return spent
 
 
-@njit(fastmath=FLAGS, **BORROWED)
+@njit(fastmath=FLAGS, inline="always")
 def _faint(t, node, leaf, room):
     """A first look at the patches of a leaf: counts those that are faint, if they all are.
 
@@ -655,7 +655,7 @@ def _faint(t, node, leaf, room):
     return close
 
 
-@njit(fastmath=FLAGS, **BORROWED)
+@njit(fastmath=FLAGS, inline="always")
 def _leaf(t, q, node, leaf, asked, close, pace, room, ref, left, cost):
     """A second look at the patches of a leaf; has those compared that can matter."""
     first, M = t.first, t.m
