@@ -114,13 +114,11 @@ class Known(NamedTuple):
         means: Of every leaf their mean, and the root of their variance, uint8 (nodes, C + 1, 16).
         moments: Mean and standard deviation of the first codes in every leaf, uint8 (nodes, 2,
             first, 16).
-        counts: How many patches a leaf has, copies counted, float32 (nodes, 16).
     """
 
     values: np.ndarray
     means: np.ndarray
     moments: np.ndarray
-    counts: np.ndarray
 
 
 class Pixels(NamedTuple):
@@ -247,7 +245,8 @@ def _moments(part, parts, t, of_leaves, mean, variance):
             for leaf in range(LEAF):
                 held = load_counts(t.times, node * NODE + leaf * LANES)
                 x = load_every(t.codes, ((node * LEAF + leaf) * t.m + j // 4 * 4) * LANES, j % 4)
-                u, v, part_of = hsum(x * held), hsum(x * x * held), max(hsum(held), float32(1))
+                u, v = hsum(x * held), hsum(x * x * held)
+                part_of = max(t.leaf_counts[node * LEAF + leaf], float32(1))
                 total, squares = total + u, squares + v
                 m = u / part_of
                 deviation = math.sqrt(max(v / part_of - m * m, float32(0)))
@@ -411,7 +410,7 @@ def _open(t, known, node, C, half, leading, room):
         within, narrow = within + more, narrow * (one + more)
         if j % 4 == 3 or j == leading - 1:  # no more, or else it overflows
             log, narrow = log + logs(narrow), one
-    store(room.plus, 0, logs(load(known.counts, node * LEAF)) - log * float32(0.5))
+    store(room.plus, 0, logs(load(t.leaf_counts, node * LEAF)) - log * float32(0.5))
     if t.m > t.first:  # the norm of the other kept components comes last
         mean, deviation = _moment(t, known, node, t.first - 1)
         within = within + (mean * mean + deviation * deviation) * float32(2 * half)
@@ -603,7 +602,7 @@ def _fetch_node(t, known, node, C):
         prefetch(known.moments, node * 2 * t.first * LEAF + o)
     for o in range(0, 2 * t.m, LINE // 4):
         prefetch(t.frames, node * 2 * t.m + o)
-    prefetch(known.counts, node * LEAF)
+    prefetch(t.leaf_counts, node * LEAF)
     prefetch(known.means, node * (C + 1) * LEAF)
 
 
@@ -628,12 +627,13 @@ def _draw(part, parts, t, w, g, p, known, middle, room, sums, spread, spent, cha
             room.lots[k, query] = (p.start[query] * (k + 1) + part * 0.7548776662) % 1.0
     for s in range(part * supers // parts, (part + 1) * supers // parts):
         _nodes(g, p, s, room)
-        for lane in range(min(LANES, nodes - s * LANES)):
+        here = min(LANES, nodes - s * LANES)
+        for lane in range(here):
             if room.counts[lane] > 0:
                 _fetch_node(t, known, s * LANES + lane, C)
-        for lane in range(LANES):
+        for lane in range(here):
             node = s * LANES + lane
-            if room.counts[lane] == 0 or node >= nodes:
+            if room.counts[lane] == 0:
                 continue
             _open(t, known, node, C, p.half, p.leading, room)
             for c in range(C):

@@ -98,8 +98,7 @@ class Nodes(NamedTuple):
         fill(moments, (t, codes, mean, variance))
         others = (mean[:, leading:] ** 2 + variance[:, leading:]).sum(1)  # their norms' squares
         mean, variance = (np.ascontiguousarray(a[:, :leading]) for a in (mean, variance))
-        counts = t.times.reshape(-1, LANES).sum(1, dtype=np.float32)
-        known = Known(values, of_leaves, codes, counts)
+        known = Known(values, of_leaves, codes)
         counts = t.node_counts.reshape(supers, LANES)
         return cls(known, np.ascontiguousarray(in_sixteens), mean, variance, others, counts)
 
