@@ -412,9 +412,28 @@ def test_chance_is_blamed_on_the_stage_that_leaves_it(stage):
     assert (by_stage[:, others] <= 1e-9 * by_stage[:, [stage]]).all()
 
 
+def nearest_of_all(asked, images, sigma, count):
+    """The nearest `count` patches of every query, by brute force; best is 0 in `asked`."""
+    w = torch.nn.functional.unfold(torch.from_numpy(images / 127.5 - 1), 3)
+    N, C = len(images), images.shape[1]
+    s = w.reshape(N, C, 9, -1).permute(0, 3, 2, 1).reshape(-1, 9 * C).numpy()
+    q = asked.windows + asked.opened.embedding.mean
+    d2 = np.square(q[:, None] - s[None]).sum(2)
+    order = np.argsort(d2, 1)[:, : count + 1]
+    near = np.take_along_axis(d2, order, 1)
+    Z = np.exp(-near[:, :count] * asked.half)
+    middle = s.reshape(-1, 9, C)[:, 4][order[:, :count]]
+    reach = (near[:, max(count - 1, 0)] + near[:, count]) / 2 if count else near[:, 0] - 1
+    return drawn_module.Near(reach, Z.sum(1), (Z**2).sum(1), (Z[..., None] * middle).sum(1))
+
+
 @given(seeds, st.sampled_from([1, 3]), st.floats(-1, 3).map(lambda e: 10.0**e))
-def test_lots_are_right_on_average(seed, C, sigma):
-    """The mean over many beginnings is the exact answer, within its own standard error."""
+@pytest.mark.parametrize("known", [0, 1, 100])
+def test_lots_are_right_on_average(known, seed, C, sigma):
+    """The mean over many beginnings is the exact answer, within its own standard error.
+
+    Whether some patches need no lots, since they are known, or not.
+    """
     images = smooth_images(seed, 40, 12)[:, :C]
     corpus = sm.Corpus(images)
     machine, exact = searching(images, 3, 1e-3, bound="auto")
@@ -424,19 +443,20 @@ def test_lots_are_right_on_average(seed, C, sigma):
     found = []
     lots = drawn_module._pixels
 
-    def begun(asked, g):
-        p = lots(asked, g)
+    def begun(asked, g, near):
+        p = lots(asked, g, near)
         return p._replace(
             start=np.random.default_rng(len(found)).random(len(p.start)),
             amounts=np.full((len(p.start), 3), 12.0),
         )
 
     asked = asking(machine, y[0], sigma, index)
+    near = nearest_of_all(asked, images, sigma, known)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(drawn_module, "_pixels", begun)
         patched.setattr(drawn_module, "ROUNDS", 0)
         for _ in range(60):
-            fold = drawn_module.drawn(asked, 1e-9, Purse(np.inf), last=True)
+            fold = drawn_module.drawn(asked, 1e-9, Purse(np.inf), near)
             found.append(np.concatenate([fold.Z[:, None], fold.S], 1))
     found = np.stack(found)
     log = exact.evidence(
@@ -451,24 +471,64 @@ def test_lots_are_right_on_average(seed, C, sigma):
     assert (np.abs(off) <= 6 * spread + 1e-3).mean() > 0.97
 
 
+def asking_a_search(machine, y, sigma):
+    """The pixels of y that see a whole window; the index, its windows, and their class."""
+    index, level = np.arange(len(machine.corpus.images)), torch.tensor([sigma], dtype=torch.float64)
+    collection, kernel = machine.windows(sigma, index), machine._bounded
+    kernel.prepare(index, collection)
+    of = max(classes(collection), key=lambda c: c.patches.per_image)
+    source = kernel.source(index)
+    opened = kernel._opened(source, of.patches)
+    question = Question(machine.corpus.images, index, y, level, collection, torch.zeros(1))
+    q, _ = queries(question, opened, of, "deterministic")
+    return q, opened, source.windows(of), of
+
+
+@given(st.sampled_from(KINDS), seeds, shapes, sigmas, st.floats(-3, 8), st.booleans())
+def test_near_patches_are_all_found_and_no_others(kind, seed, shape, sigma, nats, in_bytes):
+    """Those that weigh at least e^-nats as much as one that is known, by brute force."""
+    images = adversarial(kind, seed, *shape)
+    y, _ = noised(sm.Corpus(images), sigma, seed)
+    y, C = y[:1].double(), images.shape[1]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(rounds_module, "WORTHWHILE", 1 if in_bytes else 10**6)
+        q, opened, windows, _ = asking_a_search(searching(images, 3)[0], y, sigma)
+
+    def unfolded(a):
+        a = torch.nn.functional.unfold(a, 3)
+        return a.reshape(len(a), C, 9, -1).permute(0, 3, 2, 1).reshape(-1, 9, C).numpy()
+
+    s, asked = unfolded(torch.from_numpy(images / 127.5 - 1)), unfolded(y)
+    d2 = np.square(asked[:, None] - s[None]).sum((2, 3))
+    best = np.quantile(d2, 0.1, axis=1, method="lower")  # of one that is known
+    reach = best + nats / q.half
+    # rounding decides about those that are exactly as far
+    reach = np.where(np.abs(d2 - reach[:, None]).min(1) < 1e-9 * reach, reach * (1 + 1e-6), reach)
+    found, known = rounds_module.nearby(
+        q, opened, windows, np.arange(len(best)), best, (reach - best) * q.half, Purse(np.inf)
+    )
+    assert (known == np.arange(len(best))).all()
+    nearest = d2.min(1)
+    w = np.exp(-(d2 - nearest[:, None]) * q.half[:, None]) * (d2 <= reach[:, None])
+    some = nearest <= reach
+    np.testing.assert_allclose(found.m.numpy()[some], -(nearest * q.half)[some], rtol=1e-9)
+    truth = w.sum(1), (w**2).sum(1), w @ s[:, 4]
+    for a, b in zip((found.Z, found.Z2, found.S), truth, strict=True):
+        np.testing.assert_allclose(a.numpy(), b, rtol=1e-6, atol=1e-6)
+    nobody = rounds_module.nearby(
+        q, opened, windows, np.arange(len(best)), best, (reach - best) * q.half, Purse(0.0)
+    )[1]
+    assert len(nobody) == 0
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_a_pixel_that_is_too_dear_is_left_to_others(monkeypatch, share):
     """Those that cost no more than they may are searched, and are right; the others are named."""
     images = smooth_images(3, 300, 18)
     machine, exact = searching(images[1:], 5, bound="deterministic")
     y = torch.from_numpy(images[:1] / 127.5 - 1).double()
-    sigma, index = 0.3, np.arange(299)
-    collection = machine.windows(sigma, index)
-    machine.index(5)
-    kernel = machine._bounded
-    of = max(classes(collection), key=lambda c: c.patches.per_image)
-    source = kernel.source(index)
-    opened = kernel._opened(source, of.patches)
-    level = torch.tensor([sigma], dtype=torch.float64)
-    q, _ = queries(
-        Question(machine.corpus.images, index, y, level, collection, torch.zeros(1)),
-        opened, of, "deterministic",
-    )  # fmt: skip
+    sigma = 0.3
+    q, opened, windows, of = asking_a_search(machine, y, sigma)
     Q, spent, parts = len(q.half), [], rounds_module.fill
 
     def watched(compiled, args, filled):
@@ -480,7 +540,7 @@ def test_a_pixel_that_is_too_dear_is_left_to_others(monkeypatch, share):
     def searched(apiece):
         found, best = blank(Q, 3, 0, ()), np.full(Q, 1e3)
         done = rounds_module.sought(
-            q, opened, source.windows(of), np.arange(Q), found, best, np.zeros(Q), 1e-3,
+            q, opened, windows, np.arange(Q), found, best, np.zeros(Q), 1e-3,
             Purse(np.inf), apiece,
         )  # fmt: skip
         return done, found.S / found.Z[:, None]

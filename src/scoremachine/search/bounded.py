@@ -21,7 +21,7 @@ from scoremachine.kernels.simd import LANES
 from scoremachine.posterior import Fold, Kernel, Question, folded, spread
 from scoremachine.progress import Bar, say
 from scoremachine.search.ahead import Ahead
-from scoremachine.search.drawn import Asked, Nodes, drawn
+from scoremachine.search.drawn import Asked, Near, Nodes, drawn
 from scoremachine.search.index import (
     Index,
     Source,
@@ -30,7 +30,7 @@ from scoremachine.search.index import (
     estimate,
     indexed,
 )
-from scoremachine.search.rounds import Purse, blank, queries, sought
+from scoremachine.search.rounds import Purse, blank, nearby, queries, sought
 from scoremachine.search.seek import guess
 from scoremachine.windows import Box, Class, Collection, Patches, Variant, classes
 
@@ -41,7 +41,8 @@ DETERMINISTIC = 100  # numbers of a patch up to which a deterministic bound cost
 DEAR = {"deterministic": 0.25, "statistical": 0.5}  # of the exact scan of a pixel: for its search
 FIRST = 0.5  # of what is left, that the first of two kinds of bound may cost
 CHEAP = 2e-3  # seconds of one core that the search for a pixel may take in any case
-LOTS = 7e-7  # seconds of one core, times the square of the error, that lots for a pixel may take
+LOTS = 3e-7  # seconds of one core, times the square of the error, that lots for a pixel may take
+HEAVY = 5e-5  # of a pixel's mass: for patches that weigh more there are no lots, where some fail
 TOLD = 10.0  # seconds of one core: that a scan which takes longer is done in place of a search
 LOGIT = 1.3  # ns of one core that the exact scan needs for a source under a pixel of an overlap
 
@@ -287,8 +288,10 @@ class Bounded:
             if not len(at):
                 return found
         if chance and purse.left > 0:
-            at = self._draw(asked, at, found, least, purse, last=True)
-            at = missing(at, math.inf)
+            nats = -math.log(HEAVY) - least
+            close, known = nearby(q, opened, w, at, best, nats, purse)
+            again = self._draw(asked, known, found, least, purse, (close, nats))
+            at = missing(np.union1d(np.setdiff1d(at, known), again), math.inf)
         return None if len(at) else found
 
     def _draw(
@@ -298,11 +301,21 @@ class Bounded:
         found: Fold,
         least: np.ndarray,
         purse: Purse,
-        last: bool = False,
+        close: tuple[Fold, np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Draws lots for the queries `at`, and returns those for which they say too little."""
+        """Draws lots for the queries `at`, and returns those for which they say too little.
+
+        `close` is the fold of the patches that are near, and how many nats that is, if known.
+        """
         some = asked._replace(windows=asked.windows[at], best=asked.best[at])
-        lots = drawn(some, self.error, purse, last)
+        near = None
+        if close is not None:
+            fold, nats = close
+            m, Z, Z2, S = (a[at].numpy() for a in (fold.m, fold.Z, fold.Z2, fold.S))
+            scale = np.exp(m + some.best * asked.half)
+            reach = some.best + nats[at] / asked.half
+            near = Near(reach, Z * scale, Z2 * scale**2, S * scale[:, None])
+        lots = drawn(some, self.error, purse, near)
         enough = lots.error <= self.error
         done = at[enough]
         found.m[done] = torch.from_numpy(-some.best[enough] * asked.half)

@@ -74,13 +74,16 @@ from scoremachine.search.seek import (
 from scoremachine.search.tree import BORROWED, LEAF, NODE, by_fours
 
 TURNS = 32  # parts of what is drawn that are compared with each other
-LEVELS = 7  # sums: 0 and 1 of nodes, 1 and 2 of leaves, 2 and 3 of patches, and w_3^2
+# Sums: 0 and 1 of nodes, 1 and 2 of leaves, 2 and 3 of patches, and w_3^2 with what patches weigh
+# on level 2 that turn out to be known
+LEVELS = 7
 STAND_IN, NODES, LEAVES, AGAIN, PATCHES, TRULY, SQUARED = range(LEVELS)
 # What chance does where leaves go from level 1 to 2, by the draws of nodes and of leaves; and where
 # patches go from level 2 to 3, by the draws of nodes, of leaves and of patches
 STAGES = 5
 BY_NODE, BY_LEAF, OF_NODE, OF_LEAF, OF_PATCH = range(STAGES)
 QUAD = 4  # numbers that are summed up side by side
+OF_A_NODE, OF_A_LEAF = np.float32(8), np.float32(4)  # log2 of how many patches they hold
 LINE = 64  # bytes that are brought near together
 AWAY = 0.01  # the least (v - D)^2 of a channel
 ALIKE = 0.25  # of a patch's relative variance, what is left in that of a leaf's sum
@@ -140,6 +143,10 @@ class Pixels(NamedTuple):
         scale: Sum of what the nodes may contribute to its error, float64 (Q).
         amounts: How many nodes, leaves and patches to draw, float64 (Q, 3).
         start: Where to begin, in [0, 1), float64 (Q).
+        cut: log2 of the weight from which on a patch is known and needs no lots, float32 (Q): no
+            level takes a patch to weigh more.
+        near: The sum of the weights that are known, in units of 2^top, and of weights times
+            values, float64 (Q, 1 + C).
     """
 
     E: np.ndarray
@@ -155,6 +162,8 @@ class Pixels(NamedTuple):
     scale: np.ndarray
     amounts: np.ndarray
     start: np.ndarray
+    cut: np.ndarray
+    near: np.ndarray
 
 
 class Room(NamedTuple):
@@ -265,7 +274,7 @@ def moments(part, parts, t, of_leaves, mean, variance):
 
 
 @njit(fastmath=FLAGS, inline="always")
-def _stood_in(gaussians, s, E, e, leading, top):
+def _stood_in(gaussians, s, E, e, leading, top, at_most):
     """What the Gaussians of sixteen nodes or leaves weigh, in units of 2^top: log2 of that."""
     even, odd = load(gaussians.plus, s * LANES), splat(-top)
     for j in range(0, leading - 1, 2):
@@ -278,7 +287,7 @@ def _stood_in(gaussians, s, E, e, leading, top):
         o = (s * leading + leading - 1) * LANES
         d = broadcast(E, e + leading - 1) - load(gaussians.mean, o)
         even = even - d * d * load(gaussians.precision, o)
-    return even + odd
+    return smaller(even + odd, splat(at_most))
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -293,14 +302,14 @@ def _away(values, k, answer, query, least):
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _weigh(part, parts, g, E, leading, w, top, total, answer, scale):
+def _weigh(part, parts, g, E, leading, cut, w, top, total, answer, scale):
     """What `weigh` does once there is room."""
     Q, C = len(top), total.shape[1] - 1
     K, supers = len(E) // Q, len(g.plus) // LANES
     for query in range(part * Q // parts, (part + 1) * Q // parts):
         most = splat(float32(-FAR))
         for s in range(supers):
-            x = _stood_in(g, s, E, query * K, leading, float32(0))
+            x = _stood_in(g, s, E, query * K, leading, float32(0), cut[query] + OF_A_NODE)
             most = larger(most, x)
             store(w, s * LANES, x)
         top[query] = hmax(most)
@@ -324,10 +333,10 @@ def _weigh(part, parts, g, E, leading, w, top, total, answer, scale):
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def weigh(part, parts, g, E, leading, top, total, answer, scale):
+def weigh(part, parts, g, E, leading, cut, top, total, answer, scale):
     """What all nodes weigh on level 0: see `Pixels`."""
     w = np.empty(len(g.plus), np.float32)
-    _weigh(part, parts, g, E, leading, w, top, total, answer, scale)
+    _weigh(part, parts, g, E, leading, cut, w, top, total, answer, scale)
 
 
 @njit(fastmath=FLAGS, **BORROWED)
@@ -351,7 +360,8 @@ def _nodes(g, p, s, room):
     Q, K = len(p.top), len(p.E) // len(p.top)
     room.counts[:] = 0
     for query in range(Q):
-        w = weights(_stood_in(g, s, p.E, query * K, p.leading, p.top[query]), int64(0))
+        most = p.cut[query] - p.top[query] + OF_A_NODE
+        w = weights(_stood_in(g, s, p.E, query * K, p.leading, p.top[query], most), int64(0))
         away = root(_away(g.middles, s, p.answer, query, AWAY)) * load(g.doubt, s * LANES)
         amount = float32(p.amounts[query, 0] / p.scale[query])
         bits = _drawn(w * away * amount, room.shares, room.lots[0], query)
@@ -478,9 +488,12 @@ def _compare(t, w, p, room, sums, spread, spent, chance):
     for k in range(room.waiting[0]):
         place, start, query = room.places[k], room.starts[k], room.owners[k]
         log = (p.rest[query] - _distance(w, p, query, start)) * p.half - p.top[query] / LOG2E
-        x = room.stand_for[0, k] * t.times[place] * math.exp(log)
         o = room.offsets[k]
         known = room.stand_for[3, k]
+        x = room.stand_for[0, k] * t.times[place] * math.exp(log)
+        if log * LOG2E > p.cut[query] - p.top[query]:
+            x = 0.0
+            sums[o + SQUARED * W + 1] += known
         sums[o + PATCHES * W] += known
         sums[o + TRULY * W] += x
         sums[o + SQUARED * W] += x * math.exp(log)
@@ -521,7 +534,10 @@ def _visit(t, w, p, values, node, lane, middle, room, sums, spread, spent, chanc
         mine = query * LEVELS * W
         room.turn[query] += 1
         group = room.turn[query] % TURNS
-        v = weights(_stood_in(room, 0, p.E, query * end, p.leading, p.top[query]), int64(0))
+        cut = p.cut[query] - p.top[query]
+        most = cut + OF_A_LEAF
+        v = _stood_in(room, 0, p.E, query * end, p.leading, p.top[query], most)
+        v = weights(v, int64(0))
         again = hsum(v)
         spread[query, 0] += times * again * again / u if u > 0 else 0.0
         spent[query, 0] += 1
@@ -557,6 +573,7 @@ def _visit(t, w, p, values, node, lane, middle, room, sums, spread, spent, chanc
             log = products(t, node, leaf, 0, leading, room.bytes, 0)
             log = log + products(t, node, leaf, t.first, t.m, room.bytes, others_from)
             log = log * unit - load(room.norms, leaf * LANES) - splat(far)
+            log = smaller(log, splat(cut))
             v = weights(log, int64(0)) * load(room.held, leaf * LANES)
             away = root(_away(room.values, leaf, p.answer, query, AWAY))
             again = hsum(v)

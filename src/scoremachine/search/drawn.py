@@ -46,7 +46,7 @@ from scoremachine.windows import Class
 
 STOOD_IN = 0.1  # about the relative variance of the weight of a node, if its patches' were known
 FIRST = np.array([600.0, 1_200.0, 600.0])  # nodes, leaves and patches of the first round
-MANY = 16.0  # times as many where there is no other way
+MANY = 4.0  # times as many where near patches are known
 FEWEST = 200.0  # of each in the others
 ROUNDS = 6  # after the first
 GROWTH = 64.0  # at most, of a number from one round to the next
@@ -54,7 +54,8 @@ FEWER = 4.0  # times fewer lots than asked for are drawn, at most, since heavy o
 CAUTION = 1.15  # how much smaller an error is aimed at than asked for
 COSTS = np.array([150.0, 50.0, 60.0])  # ns of a node, a leaf, a patch
 DIFFERENCE = 0.15  # ns for a number of a patch
-DEARER = 20.0  # times as unlike, where there is no other way
+DEARER = 20.0  # times as unlike, where near patches are known
+MISSED = 1e-3  # of the mass: what a patch weighs at most that is not known, if near patches are
 UNSURE = 1.0  # nats by which a sum may be wrong whose error is large
 UNLIKE = np.array([4.0, 100.0, 6.0])  # levels (see `Round`) at most, for lots not to miss anything
 EVEN = 1.1  # levels at most as unlike, for few lots to tell enough
@@ -135,6 +136,21 @@ class Asked(NamedTuple):
     nodes: Nodes
 
 
+class Near(NamedTuple):
+    """All patches of some queries up to some distance: they need no lots.
+
+    Attributes:
+        reach: |q - s|^2 of the furthest, float64 (Q).
+        Z, Z2, S: Their fold in units of the weight of the nearest patch known, float64 (Q), (Q) and
+            (Q, C).
+    """
+
+    reach: np.ndarray
+    Z: np.ndarray
+    Z2: np.ndarray
+    S: np.ndarray
+
+
 class Drawn(NamedTuple):
     """The fold of some queries, from what was drawn.
 
@@ -143,44 +159,39 @@ class Drawn(NamedTuple):
             known.
         error: A bound of the error of every channel of S / Z, of `STANDARD_ERRORS`; infinite
             where too little was drawn to tell.
+        least: What log Z may be, better too small, (Q); -inf where nobody knows.
     """
 
     Z: np.ndarray
     Z2: np.ndarray
     S: np.ndarray
     error: np.ndarray
-
-    @property
-    def least(self) -> np.ndarray:
-        """What log Z may be, better too small, (Q); -inf where nobody knows."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            log = np.log(self.Z) - UNSURE
-        return np.where(self.error < 1, log, -np.inf)
+    least: np.ndarray
 
 
-def drawn(asked: Asked, error: float, purse: Purse, last: bool = False) -> Drawn:
+def drawn(asked: Asked, error: float, purse: Purse, near: Near | None = None) -> Drawn:
     """Draws until errors are at most `error`.
 
     Arguments:
         asked: Queries and patches.
         error: The largest error of a pixel.
         purse: What it may cost, and is taken from it; it is given up when it would cost more.
-        last: Whether there is no other way: draws for all pixels then, and many lots; otherwise
-            for those alone for which at least `FLAT` patches as heavy as the nearest known one
-            seem to matter.
+        near: The near patches, if they are known: lots are drawn for the others, for all pixels.
+            Otherwise for those pixels alone for which at least `FLAT` patches as heavy as the
+            nearest known one seem to matter.
     """
     g = asked.nodes.gaussians(1 / (2 * asked.half))
-    pixels = _pixels(asked, g)
+    pixels = _pixels(asked, g, near)
     prices = COSTS + np.array([0, 0, DIFFERENCE * asked.windows.shape[1]])
     # how many patches as heavy as the nearest known one make up the sum: by all stand-ins
-    unit = pixels.top / LOG2E - pixels.rest * asked.half + asked.best * asked.half
+    unit = _unit(asked, pixels)
     many = unit + np.log(pixels.total[:, 0])
     flat, unlike = np.isfinite(many), UNLIKE
-    if last:
+    if near is not None:
         pixels.amounts[:] *= MANY
         unlike = UNLIKE * DEARER
     else:
-        flat &= (many > math.log(FLAT)) & (many < math.log(asked.opened.total))
+        flat &= many > math.log(FLAT)
     rounds = [_round(asked, g, pixels, np.flatnonzero(flat))]
     purse.left -= 1e-9 * float(np.nansum(rounds[0].spent, 0) @ prices)
     wanted = (error / STANDARD_ERRORS / CAUTION) ** 2
@@ -208,14 +219,18 @@ def drawn(asked: Asked, error: float, purse: Purse, last: bool = False) -> Drawn
         rounds.append(_round(asked, g, pixels, again, before))
         purse.left -= 1e-9 * float((rounds[-1].spent[again] @ prices).sum())
         answer, variance = _together(rounds)
-    with np.errstate(over="ignore", invalid="ignore"):  # then nothing is told
+    with np.errstate(all="ignore"):  # then nothing is told
         scale = np.exp(unit)
         Z, Z2, S = answer.Z * scale, answer.Z2 * scale**2, answer.S * scale[:, None]
-        effective = Z**2 / Z2
-    # so many must matter by what was drawn, too, or else something has been missed
-    seen = np.isfinite(Z) & ((1 - error if last else FLAT) < Z) & (effective > FLAT)
-    seen &= (rounds[-1].unlike <= unlike).all(1) & ~_few(rounds)
-    return Drawn(Z, Z2, S, np.where(seen, answer.error, np.inf))
+        if near is None:
+            # so many must matter by what was drawn, too, or else something has been missed; and
+            # more than there are do not: the nearest is not known, or what stands in is far off
+            seen = (Z > FLAT) & (Z**2 > FLAT * Z2) & (many < math.log(asked.opened.total))
+        else:  # or nothing that has been missed weighs much
+            Z2 = Z2 + near.Z2
+            seen = (asked.best - near.reach) * asked.half <= np.log(MISSED * Z)
+    seen &= np.isfinite(Z) & (rounds[-1].unlike <= unlike).all(1) & ~_few(rounds)
+    return Drawn(Z, Z2, S, np.where(seen, answer.error, np.inf), answer.least + unit)
 
 
 class Round(NamedTuple):
@@ -273,11 +288,13 @@ def _together(rounds: list[Round]) -> tuple[Drawn, np.ndarray]:
         variance = np.where(shares > 0, shares**2 * variances, 0).sum(0)
         told = np.isfinite(shares).all(0) & (Z > 0)
         S = np.clip(S, -Z[:, None], Z[:, None])  # values are in [-1, 1]
-    variance = np.where(told, variance, np.inf)
-    return Drawn(Z, mean("Z2"), S, STANDARD_ERRORS * np.sqrt(variance)), variance
+        variance = np.where(told, variance, np.inf)
+        error = STANDARD_ERRORS * np.sqrt(variance)
+        least = np.where(error < 1, np.log(Z) - UNSURE, -np.inf)
+    return Drawn(Z, mean("Z2"), S, error, least), variance
 
 
-def _pixels(asked: Asked, g: Gaussians) -> Pixels:
+def _pixels(asked: Asked, g: Gaussians, near: Near | None = None) -> Pixels:
     """What lots are drawn for, at first."""
     e, (Q, D) = asked.opened.embedding, asked.windows.shape
     numbers, squares = e(asked.windows)
@@ -293,21 +310,35 @@ def _pixels(asked: Asked, g: Gaussians) -> Pixels:
     mask = (np.arange(filled) < D // h).astype(np.float32)
     top, total = np.zeros(Q, np.float32), np.zeros((Q, 1 + asked.source.pixels.shape[3]))
     answer, scale = np.zeros((Q, total.shape[1] - 1), np.float32), np.zeros(Q)
-    fill(weigh, (g, E.reshape(-1), e.leading, top, total, answer, scale))
+    rest = squares - lead
+    cut = np.full(Q, FAR, np.float32)
+    if near is not None:
+        cut[:] = LOG2E * asked.half * (rest - near.reach)
+    fill(weigh, (g, E.reshape(-1), e.leading, cut, top, total, answer, scale))
     start = np.arange(1, Q + 1) * (math.sqrt(5) - 1) / 2 % 1
     amounts = np.tile(FIRST, (Q, 1))
-    rest = squares - lead
-    return Pixels(
+    p = Pixels(
         E.reshape(-1), e.leading, others, rest, y.reshape(-1), mask, asked.half, top, total,
-        answer, scale, amounts, start,
+        answer, scale, amounts, start, cut, np.zeros_like(total),
     )  # fmt: skip
+    if near is not None:
+        with np.errstate(over="ignore"):  # then nothing is told
+            p.near[:] = np.column_stack([near.Z, near.S]) * np.exp(-_unit(asked, p))[:, None]
+    return p
+
+
+def _unit(asked: Asked, p: Pixels) -> np.ndarray:
+    """log of the weight that sums have as a unit, in units of that of the nearest patch known."""
+    return p.top / LOG2E + (asked.best - p.rest) * asked.half
 
 
 def _some(p: Pixels, at: np.ndarray) -> Pixels:
     """The pixels `at`."""
     Q = len(p.top)
     flat = {name: getattr(p, name).reshape(Q, -1)[at].reshape(-1) for name in ("E", "y")}
-    rows = ("others", "rest", "top", "total", "answer", "scale", "amounts", "start")
+    rows = (
+        "others", "rest", "top", "total", "answer", "scale", "amounts", "start", "cut", "near"
+    )  # fmt: skip
     return p._replace(**flat, **{name: getattr(p, name)[at] for name in rows})
 
 
@@ -345,10 +376,15 @@ def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # then nothing is told
         by_turns = sums.sum(0).reshape(TURNS + 1, Q, LEVELS, padded)[..., :K]
         everything, by_turns = by_turns.sum(0), by_turns[:TURNS]
+
+        def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return np.where(b > 0, a / b, 1.0)[:, None]
+
         # each level in the units of the last
-        b2 = everything[:, TRULY, :1] / everything[:, PATCHES, :1]
-        b1 = b2 * everything[:, AGAIN, :1] / everything[:, LEAVES, :1]
-        b0 = b1 * everything[:, NODES, :1] / everything[:, STAND_IN, :1]
+        weight = everything[..., 0]
+        b2 = ratio(weight[:, TRULY], weight[:, PATCHES] - everything[:, SQUARED, 1])
+        b1 = b2 * ratio(weight[:, AGAIN], weight[:, LEAVES])
+        b0 = b1 * ratio(weight[:, NODES], weight[:, STAND_IN])
 
         def differences(a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             """By which each level changes the one before."""
@@ -358,19 +394,20 @@ def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
                 a[..., TRULY, :] - b2 * a[..., PATCHES, :],
             )
 
-        T = b0 * p.total + sum(differences(everything))
+        T = p.near + b0 * p.total + sum(differences(everything))
         Z, S = T[:, 0], T[:, 1:]
         D = S / Z[:, None]
         moved = [(d[..., 1:] - d[..., :1] * D) / Z[:, None] for d in differences(by_turns)]
         moved.append(sum(moved[1:], start=moved[0]))
         # how unequal neighbouring levels are: 1 + the squared coefficient of variation of v / u
-        before, after = everything[:, STAND_IN:SQUARED:2, 0], everything[:, NODES:SQUARED:2, 0]
+        before, after = weight[:, STAND_IN:SQUARED:2], weight[:, NODES:SQUARED:2]
         unlike = spread.sum(0) * before / after**2
+        unlike[after == 0] = np.inf  # nothing was met
         unlike[(before == 0) & (after == 0)] = 1.0  # a level that is not there
         squares = [np.square(o - o.mean(0)).sum(0).max(1) for o in moved]
         *by_level, variance = np.stack(squares) * TURNS / (TURNS - 1)
         by_stage = _by_stage(by_level, chance.sum(0))
-    return Z, everything[:, SQUARED, 0], S, variance, by_stage, unlike, spent.sum(0)
+    return Z, weight[:, SQUARED], S, variance, by_stage, unlike, spent.sum(0)
 
 
 def _by_stage(by_level: list[np.ndarray], chance: np.ndarray) -> np.ndarray:

@@ -74,8 +74,7 @@ def sought(
     Z, left_out = found.Z.numpy(), found.left.numpy()
     share = error / 2  # of the mass, that may be left out
     T = math.log(opened.total / share) + 0.1  # with which no more can be left out
-    pace = COSTS + np.array([0, 0, 0, DIFFERENCE * len(opened.embedding.mean)])
-    count = min(PARTS, -(-len(t.widest) // LANES))
+    pace, count = _pace(opened), _count(opened)
     some = min(SURVEYED, count)
     left = 1e9 * part * purse.left  # nanoseconds
     done = np.zeros(Q, bool)
@@ -119,8 +118,8 @@ def sought(
                     left = 0.0
                 return
 
-    patches = min(T, PATCHES) - least
-    search(at, min(T, BOXES) - least, patches)
+    patches = np.maximum(min(T, PATCHES) - least, 1)  # whatever is guessed
+    search(at, np.maximum(min(T, BOXES) - least, 1), patches)
     at = at[done[at]]
     again = at[(~(left_out <= share * Z) & (Z > 0))[at]]
     if len(again) and left > 0:
@@ -139,6 +138,48 @@ def sought(
         search(again, patches, patches)
     done &= (left_out <= share * Z) & (sure | (patches > across))
     return done
+
+
+def nearby(
+    q: Queries,
+    opened: Index,
+    w: Windows,
+    at: np.ndarray,
+    best: np.ndarray,
+    nats: np.ndarray,
+    purse: Purse,
+) -> tuple[Fold, np.ndarray]:
+    """The patches that weigh at least e^-nats as much as the nearest one known, and no others.
+
+    Arguments:
+        at: For which queries.
+        best: |q - s|^2 of the nearest patch known, float64 (Q,).
+        purse: What it may cost, and is taken from it.
+
+    Returns:
+        Their fold (Q,), and whose it is, of the queries `at`: nobody's, if it costs more.
+    """
+    Q, C, count = len(q.half), w.shape[2], _count(opened)
+    parts = _parts(count, best, Q, C, 0)
+    reach, left = nats / q.half, 1e9 * purse.left  # nanoseconds
+    asked = q._replace(fixed=True), at, reach, reach, _pace(opened), 3 * left / count, math.inf
+    fill(seek, (0, count, opened.tree, w, *asked), parts)
+    spent = float(parts[-2].sum())
+    purse.left -= 1e-9 * spent
+    at = at[: len(at) if spent <= left and parts[-1].all() else 0]
+    found = blank(Q, C, 0, ())
+    _merge(parts, q.half, at, found, best)
+    return found, at
+
+
+def _pace(opened: Index) -> np.ndarray:
+    """What `seek` takes for a node, a leaf, a second look and a comparison, ns."""
+    return COSTS + np.array([0, 0, 0, DIFFERENCE * len(opened.embedding.mean)])
+
+
+def _count(opened: Index) -> int:
+    """In how many parts an index is searched."""
+    return min(PARTS, -(-len(opened.tree.widest) // LANES))
 
 
 def blank(B: int, C: int, leaders: int, sites: tuple[int, ...]) -> Fold:
@@ -183,7 +224,11 @@ def queries(question: Question, opened: Index, of: Class, kind: str) -> tuple[Qu
         rest = (own**2 - common**2) * (1 - ROUNDING)
         tails[:, 0], tails[:, 1] = rest.sum(1), rest[:, : len(e.edges) - 1].sum(1)
     E = in_vectors(E, e.first).reshape(-1)
-    return Queries(E, filled.reshape(-1), mask, half, fuzz, tails, *_in_bytes(windows)), centred
+    whole, inside, ones, unit, known = _in_bytes(windows)
+    q = Queries(
+        E, filled.reshape(-1), mask, half, fuzz, tails, whole, inside, ones, unit, known, False
+    )  # fmt: skip
+    return q, centred
 
 
 def _in_bytes(windows: np.ndarray) -> tuple[np.ndarray, ...]:

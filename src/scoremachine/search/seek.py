@@ -130,6 +130,8 @@ class Queries(NamedTuple):
         inside, ones: 255 and 1, and zeros where filled up, uint8 and int8 (wide).
         unit: float64 (Q).
         known: What |q - s|^2 is at least, but for products with the bytes of s, float64 (Q).
+        fixed: Whether reach is from the nearest patch known at first, and only what is within it
+            enters the fold; otherwise it is from the nearest patch met.
     """
 
     E: np.ndarray
@@ -143,6 +145,7 @@ class Queries(NamedTuple):
     ones: np.ndarray
     unit: np.ndarray
     known: np.ndarray
+    fixed: bool
 
 
 class Room(NamedTuple):
@@ -403,11 +406,14 @@ def _bound(x, a, b):
 
 
 @njit(fastmath=FLAGS, inline="always")
-def _absorb(w, q, query, start, times, best, ref, left, m, Z, Z2, S, logits, places):
+def _absorb(w, q, query, start, times, reach, best, ref, left, m, Z, Z2, S, logits, places):
     """A patch enters the fold of a query, with the logit -|q - s|^2 / 2 sigma^2."""
     d2 = _distance(w, q, query, start)
     half = q.half[query]
-    if d2 < best[query]:
+    if q.fixed:
+        if d2 > best[query] + reach[query]:
+            return
+    elif d2 < best[query]:
         best[query] = d2
         if (ref[query] - d2) * half > 20:  # keep the weights of what is skipped in range
             scale = float32(math.exp((d2 - ref[query]) * half))
@@ -461,7 +467,9 @@ def _compare(t, w, q, room, patch_reach, best, ref, left, m, Z, Z2, S, logits, p
                 left[query * LANES] += float32(t.times[o] * weight)
                 continue
         times = t.times[o]
-        _absorb(w, q, query, start, times, best, ref, left, m, Z, Z2, S, logits, places)
+        _absorb(
+            w, q, query, start, times, patch_reach, best, ref, left, m, Z, Z2, S, logits, places
+        )
     room.waiting[0] = 0
 
 
