@@ -9,7 +9,7 @@ import torch
 
 from conftest import random_corpus, small
 from scoremachine.kept import Kept
-from scoremachine.kernels.parts import fill
+from scoremachine.kernels.parts import fill, side_by_side
 
 
 class Compiled:
@@ -40,6 +40,38 @@ def test_every_part_is_filled_once(threads, signatures):
     fill(Compiled(work, signatures), (0.5,), (rows, totals))
     assert (rows == 10 * np.arange(7)[:, None] + 0.5).all()
     assert (totals == 7).all()
+
+
+def test_what_is_done_side_by_side_comes_in_order(threads):
+    """Also where it fills parts, and again does things side by side."""
+
+    def filled(item):
+        rows = np.zeros((9, 1))
+        fill(Compiled(lambda part, parts, row: row.__iadd__(part + item), ("known",)), (), (rows,))
+        return float(rows.sum()) + sum(side_by_side(lambda x: x * item, [1, 2, 3]))
+
+    assert side_by_side(filled, range(20)) == [36 + 9 * k + 6 * k for k in range(20)]
+    assert side_by_side(filled, []) == []
+
+
+@pytest.mark.parametrize("wrong", [ValueError, KeyboardInterrupt])
+def test_what_stops_one_stops_all_beside_it(threads, wrong):
+    """At the end of the part that each is at; what is said is what went wrong."""
+    filled = []
+
+    def slowly(part, parts, row):
+        filled.append(part)
+        time.sleep(0.01)
+
+    def work(item):
+        if item == 1:
+            time.sleep(0.05)
+            raise wrong("this")
+        fill(Compiled(slowly, ("known",)), (), (np.zeros((200, 1)),))
+
+    with pytest.raises(wrong, match="this"):
+        side_by_side(work, range(100))
+    assert len(filled) < 200 * (2 if threads == 1 else threads)
 
 
 @pytest.mark.parametrize("wrong", [ValueError, KeyboardInterrupt])

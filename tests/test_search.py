@@ -690,6 +690,16 @@ def test_flat_posteriors_are_compared_with_everything(monkeypatch, capsys, told)
     assert (sentence in capsys.readouterr().err) is told
 
 
+def test_several_pictures_have_their_own_derivatives():
+    machine, exact = searching(random_images(3, 30, 1, 7, 7), 3, 1e-9)
+    y, sigma = noised(machine.corpus, [0.4, 0.4, 0.3, 0.2])
+    slopes = []
+    for m in (machine, exact):
+        x = y.double().requires_grad_()
+        slopes.append(torch.autograd.grad(m.denoise(x, sigma).square().sum(), x)[0])
+    assert (slopes[0] - slopes[1]).abs().max() < 1e-6
+
+
 def test_derivatives_are_the_exact_ones():
     images = random_images(2, 30, 1, 7, 7)
     machine, exact = searching(images, 3, 1e-7)

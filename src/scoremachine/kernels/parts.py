@@ -7,14 +7,34 @@ PyTorch is told to use (`torch.set_num_threads`).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextvars import ContextVar, copy_context
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numba.core.dispatcher import Dispatcher
 
 PARTS = 32
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class _Team:
+    """Threads with something of their own to do each."""
+
+    def __init__(self, threads: int) -> None:
+        self.busy = deque(range(threads))  # one entry for each that still has
+        self.stopped = False  # whether nobody waits for it any more
+
+
+class _StoppedError(Exception):
+    """Nobody waits for this any more."""
+
+
+_team: ContextVar[_Team | None] = ContextVar("team", default=None)
 
 
 def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, ...] = ()) -> None:
@@ -23,7 +43,7 @@ def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, 
     With nothing to fill by parts there are `PARTS` of them.
     """
     parts = len(filled[0]) if filled else PARTS
-    left = deque(range(parts))
+    left, team = deque(range(parts)), _team.get()
 
     def work(most: int = parts) -> None:
         for _ in range(most):
@@ -32,6 +52,8 @@ def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, 
             except IndexError:
                 return
             try:
+                if team is not None and team.stopped:
+                    raise _StoppedError
                 compiled(part, parts, *args, *(a[part] for a in filled))
             except BaseException:
                 left.clear()  # what stops one part stops them all
@@ -39,7 +61,8 @@ def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, 
 
     if not compiled.signatures:  # compile in this thread, the one that hears Ctrl-C
         work(1)
-    threads = min(torch.get_num_threads(), len(left))
+    mine = torch.get_num_threads() // (max(1, len(team.busy)) if team is not None else 1)
+    threads = min(mine, len(left))
     if threads <= 1:
         return work()
     with ThreadPoolExecutor(threads) as pool:
@@ -48,3 +71,43 @@ def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, 
                 done.result()
         finally:
             left.clear()  # nothing, unless this thread was interrupted
+
+
+def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """[work(item) for item in items], several at once, which share the threads of `fill`.
+
+    So there is something to do for every thread while one does what no compiled code does. What
+    PyTorch records for derivatives is not recorded.
+    """
+    threads = min(torch.get_num_threads(), len(items))
+    if threads <= 1 or _team.get() is not None:
+        return [work(item) for item in items]
+    team, left, results = _Team(threads), deque(range(len(items))), dict[int, R]()
+
+    def take() -> None:
+        _team.set(team)
+        try:
+            while True:
+                try:
+                    k = left.popleft()
+                except IndexError:
+                    return
+                with torch.no_grad():
+                    results[k] = work(items[k])
+        except _StoppedError:
+            return
+        except BaseException:
+            team.stopped = True
+            left.clear()
+            raise
+        finally:
+            team.busy.pop()
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for done in [pool.submit(copy_context().run, take) for _ in range(threads)]:
+                done.result()
+        finally:
+            team.stopped = True  # nothing is left, unless this thread was interrupted
+            left.clear()
+    return [results[k] for k in range(len(items))]

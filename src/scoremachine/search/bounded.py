@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from scoremachine.corpus import Corpus
 from scoremachine.kept import Kept
 from scoremachine.kernels import strips
-from scoremachine.kernels.parts import PARTS, fill
+from scoremachine.kernels.parts import PARTS, fill, side_by_side
 from scoremachine.kernels.simd import LANES
 from scoremachine.posterior import Fold, Kernel, Question, folded, spread
 from scoremachine.progress import Bar, say
@@ -107,6 +108,7 @@ class Bounded:
         self._told: set[float] = set()
         self._ahead = Ahead()
         self.statistical = 0  # for how many pixels the bound was statistical so far
+        self._lock = Lock()
 
     def tiles(self, n: int, collection: Collection) -> Iterator[slice]:
         """The source whole."""
@@ -194,13 +196,15 @@ class Bounded:
         pictures = [  # one by one: what a search leaves out may not depend on the batch
             replace(
                 question,
-                y=question.y[b : b + 1],
-                sigma=question.sigma[b : b + 1],
-                T=question.T[b : b + 1],
+                y=question.y[b : b + 1].detach(),
+                sigma=question.sigma[b : b + 1].detach(),
+                T=question.T[b : b + 1].detach(),
             )
             for b in range(B)
         ]
-        return Fold.batch(self._picture(picture, leaders) for picture in pictures)
+        first = self._picture(pictures[0], leaders)  # alone: it may have to read what all need
+        others = side_by_side(lambda picture: self._picture(picture, leaders), pictures[1:])
+        return Fold.batch([first, *others])
 
     def spread(self, question: Question, known: Fold) -> Tensor:
         """sum_is q_i a_is s, by the exact kernel; see `scoremachine.posterior.Kernel`."""
@@ -233,12 +237,19 @@ class Bounded:
             _enter(fold, each, result, energy, question, source)
         return fold
 
+    def _count(self, pixels: int) -> None:
+        """The bound of so many more is statistical."""
+        with self._lock:
+            self.statistical += pixels
+
     def _tell(self, question: Question) -> None:
         if exact_cost(question.collection, len(question.index)) < TOLD:
             return
         sigma = round(float(question.sigma[0]), 6)
-        if sigma not in self._told:
+        with self._lock:
+            new = sigma not in self._told
             self._told.add(sigma)
+        if new:
             pixels = math.prod(question.collection.grid)
             say(
                 f"sigma {sigma:.3g}: all {pixels:,} pixels of a picture are compared with "
@@ -273,7 +284,8 @@ class Bounded:
         def missing(at: np.ndarray, apiece: float, part: float = 1.0) -> np.ndarray:
             """Those of the queries `at` that a search for a part of the purse does not settle."""
             done = sought(q, opened, w, at, found, best, least, self.error, purse, apiece, part)
-            self.statistical += int(done.sum()) * (kind == "statistical")
+            if kind == "statistical":
+                self._count(int(done.sum()))
             return at[~done[at]]
 
         for kind in kinds:
@@ -324,7 +336,7 @@ class Bounded:
         # as much mass as would make that much of an error, were it left out
         error = torch.from_numpy(lots.error[enough])
         found.left[done] = found.Z[done] * error / (2 - error)
-        self.statistical += len(done)
+        self._count(len(done))
         least[at] = np.maximum(least[at], lots.least)
         return at[~enough]
 
