@@ -193,7 +193,7 @@ class Bounded:
             return self._all(question, leaders)
         self._ahead.reached(self.prepare(question.index, question.collection))
         B = len(question.y)
-        pictures = [  # one by one: what a search leaves out may not depend on the batch
+        pictures = [  # each for itself: what is left out may not depend on the others
             replace(
                 question,
                 y=question.y[b : b + 1].detach(),
