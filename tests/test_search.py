@@ -306,13 +306,26 @@ def test_lots_for_everything_are_exact(monkeypatch):
     assert answer.error.max() < 1e-6
 
 
-def asking(machine, y, sigma, index):
-    """What is asked of those who draw for the pixels that see a whole window of y, (C, H, W)."""
+def opened_for(machine, sigma, index):
+    """The windows of a machine, its source, the class of whole windows, and their index."""
     collection, kernel = machine.windows(sigma, index), machine._bounded
     kernel.prepare(index, collection)
     source = kernel.source(index)
     of = max(classes(collection), key=lambda c: c.patches.per_image)
-    opened = kernel._opened(source, of.patches)
+    return collection, source, of, kernel._opened(source, of.patches)
+
+
+def patches_of(x):
+    """Every 3 x 3 patch of pictures (N, C, H, W), float64 (count, 9, C)."""
+    w = torch.nn.functional.unfold(x, 3)
+    return (
+        w.reshape(len(x), -1, 9, w.shape[2]).permute(0, 3, 2, 1).reshape(-1, 9, x.shape[1]).numpy()
+    )
+
+
+def asking(machine, y, sigma, index):
+    """What is asked of those who draw for the pixels that see a whole window of y, (C, H, W)."""
+    _, source, of, opened = opened_for(machine, sigma, index)
     (h, w), C = of.patches.size, len(y)
     windows = torch.nn.functional.unfold(y[None].double(), (h, w))[0].T.reshape(-1, C, h, w)
     windows = windows.permute(0, 2, 3, 1).reshape(len(windows), -1).numpy()
@@ -412,17 +425,15 @@ def test_chance_is_blamed_on_the_stage_that_leaves_it(stage):
     assert (by_stage[:, others] <= 1e-9 * by_stage[:, [stage]]).all()
 
 
-def nearest_of_all(asked, images, sigma, count):
+def nearest_of_all(asked, images, count):
     """The nearest `count` patches of every query, by brute force; best is 0 in `asked`."""
-    w = torch.nn.functional.unfold(torch.from_numpy(images / 127.5 - 1), 3)
-    N, C = len(images), images.shape[1]
-    s = w.reshape(N, C, 9, -1).permute(0, 3, 2, 1).reshape(-1, 9 * C).numpy()
+    s = patches_of(torch.from_numpy(images / 127.5 - 1))
     q = asked.windows + asked.opened.embedding.mean
-    d2 = np.square(q[:, None] - s[None]).sum(2)
+    d2 = np.square(q[:, None] - s.reshape(1, len(s), -1)).sum(2)
     order = np.argsort(d2, 1)[:, : count + 1]
     near = np.take_along_axis(d2, order, 1)
     Z = np.exp(-near[:, :count] * asked.half)
-    middle = s.reshape(-1, 9, C)[:, 4][order[:, :count]]
+    middle = s[:, 4][order[:, :count]]
     reach = (near[:, max(count - 1, 0)] + near[:, count]) / 2 if count else near[:, 0] - 1
     return drawn_module.Near(reach, Z.sum(1), (Z**2).sum(1), (Z[..., None] * middle).sum(1))
 
@@ -451,7 +462,7 @@ def test_lots_are_right_on_average(known, seed, C, sigma):
         )
 
     asked = asking(machine, y[0], sigma, index)
-    near = nearest_of_all(asked, images, sigma, known)
+    near = nearest_of_all(asked, images, known)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(drawn_module, "_pixels", begun)
         patched.setattr(drawn_module, "ROUNDS", 0)
@@ -474,11 +485,7 @@ def test_lots_are_right_on_average(known, seed, C, sigma):
 def asking_a_search(machine, y, sigma):
     """The pixels of y that see a whole window; the index, its windows, and their class."""
     index, level = np.arange(len(machine.corpus.images)), torch.tensor([sigma], dtype=torch.float64)
-    collection, kernel = machine.windows(sigma, index), machine._bounded
-    kernel.prepare(index, collection)
-    of = max(classes(collection), key=lambda c: c.patches.per_image)
-    source = kernel.source(index)
-    opened = kernel._opened(source, of.patches)
+    collection, source, of, opened = opened_for(machine, sigma, index)
     question = Question(machine.corpus.images, index, y, level, collection, torch.zeros(1))
     q, _ = queries(question, opened, of, "deterministic")
     return q, opened, source.windows(of), of
@@ -489,25 +496,18 @@ def test_near_patches_are_all_found_and_no_others(kind, seed, shape, sigma, nats
     """Those that weigh at least e^-nats as much as one that is known, by brute force."""
     images = adversarial(kind, seed, *shape)
     y, _ = noised(sm.Corpus(images), sigma, seed)
-    y, C = y[:1].double(), images.shape[1]
+    y = y[:1].double()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(rounds_module, "WORTHWHILE", 1 if in_bytes else 10**6)
         q, opened, windows, _ = asking_a_search(searching(images, 3)[0], y, sigma)
-
-    def unfolded(a):
-        a = torch.nn.functional.unfold(a, 3)
-        return a.reshape(len(a), C, 9, -1).permute(0, 3, 2, 1).reshape(-1, 9, C).numpy()
-
-    s, asked = unfolded(torch.from_numpy(images / 127.5 - 1)), unfolded(y)
+    s, asked = patches_of(torch.from_numpy(images / 127.5 - 1)), patches_of(y)
     d2 = np.square(asked[:, None] - s[None]).sum((2, 3))
     best = np.quantile(d2, 0.1, axis=1, method="lower")  # of one that is known
     reach = best + nats / q.half
     # rounding decides about those that are exactly as far
     reach = np.where(np.abs(d2 - reach[:, None]).min(1) < 1e-9 * reach, reach * (1 + 1e-6), reach)
-    found, known = rounds_module.nearby(
-        q, opened, windows, np.arange(len(best)), best, (reach - best) * q.half, Purse(np.inf)
-    )
-    assert (known == np.arange(len(best))).all()
+    asked_for = q, opened, windows, np.arange(len(best)), best, (reach - best) * q.half
+    found = rounds_module.nearby(*asked_for, Purse(np.inf))
     nearest = d2.min(1)
     w = np.exp(-(d2 - nearest[:, None]) * q.half[:, None]) * (d2 <= reach[:, None])
     some = nearest <= reach
@@ -515,10 +515,7 @@ def test_near_patches_are_all_found_and_no_others(kind, seed, shape, sigma, nats
     truth = w.sum(1), (w**2).sum(1), w @ s[:, 4]
     for a, b in zip((found.Z, found.Z2, found.S), truth, strict=True):
         np.testing.assert_allclose(a.numpy(), b, rtol=1e-6, atol=1e-6)
-    nobody = rounds_module.nearby(
-        q, opened, windows, np.arange(len(best)), best, (reach - best) * q.half, Purse(0.0)
-    )[1]
-    assert len(nobody) == 0
+    assert rounds_module.nearby(*asked_for, Purse(-1.0)) is None  # even where nothing is to be done
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

@@ -61,8 +61,8 @@ def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, 
 
     if not compiled.signatures:  # compile in this thread, the one that hears Ctrl-C
         work(1)
-    mine = torch.get_num_threads() // (max(1, len(team.busy)) if team is not None else 1)
-    threads = min(mine, len(left))
+    sharing = 1 if team is None else len(team.busy)
+    threads = min(torch.get_num_threads() // sharing, len(left))
     if threads <= 1:
         return work()
     with ThreadPoolExecutor(threads) as pool:
@@ -76,8 +76,7 @@ def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, 
 def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """[work(item) for item in items], several at once, which share the threads of `fill`.
 
-    So there is something to do for every thread while one does what no compiled code does. What
-    PyTorch records for derivatives is not recorded.
+    So there is something to do for every thread while one does what no compiled code does.
     """
     threads = min(torch.get_num_threads(), len(items))
     if threads <= 1 or _team.get() is not None:
@@ -92,8 +91,7 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
                     k = left.popleft()
                 except IndexError:
                     return
-                with torch.no_grad():
-                    results[k] = work(items[k])
+                results[k] = work(items[k])
         except _StoppedError:
             return
         except BaseException:

@@ -269,9 +269,9 @@ class Bounded:
         kinds = self._kinds(question.collection)
         q, centred = queries(question, opened, of, kinds[0])
         Q, t, w = len(q.half), opened.tree, source.windows(of)
-        near, known = np.full((PARTS, Q), np.inf), np.zeros((PARTS, Q))
-        fill(guess, (t, w, q), (near, known))
-        best, least = near.min(0), np.log(known.max(0))
+        nearest, known = np.full((PARTS, Q), np.inf), np.zeros((PARTS, Q))
+        fill(guess, (t, w, q), (nearest, known))
+        best, least = nearest.min(0), np.log(known.max(0))
         found = blank(Q, question.y.shape[1], leaders, ())
         at = np.arange(Q)
         chance = self.bound != "deterministic" and not leaders
@@ -301,9 +301,10 @@ class Bounded:
                 return found
         if chance and purse.left > 0:
             nats = -math.log(HEAVY) - least
-            close, known = nearby(q, opened, w, at, best, nats, purse)
-            again = self._draw(asked, known, found, least, purse, (close, nats))
-            at = missing(np.union1d(np.setdiff1d(at, known), again), math.inf)
+            near = nearby(q, opened, w, at, best, nats, purse)
+            if near is not None:
+                at = self._draw(asked, at, found, least, purse, Near.of(near, asked, nats))
+            at = missing(at, math.inf)
         return None if len(at) else found
 
     def _draw(
@@ -313,21 +314,12 @@ class Bounded:
         found: Fold,
         least: np.ndarray,
         purse: Purse,
-        close: tuple[Fold, np.ndarray] | None = None,
+        near: Near | None = None,
     ) -> np.ndarray:
-        """Draws lots for the queries `at`, and returns those for which they say too little.
-
-        `close` is the fold of the patches that are near, and how many nats that is, if known.
-        """
+        """Draws lots for the queries `at`, and returns those for which they say too little."""
         some = asked._replace(windows=asked.windows[at], best=asked.best[at])
-        near = None
-        if close is not None:
-            fold, nats = close
-            m, Z, Z2, S = (a[at].numpy() for a in (fold.m, fold.Z, fold.Z2, fold.S))
-            scale = np.exp(m + some.best * asked.half)
-            reach = some.best + nats[at] / asked.half
-            near = Near(reach, Z * scale, Z2 * scale**2, S * scale[:, None])
-        lots = drawn(some, self.error, purse, near)
+        known = None if near is None else Near(*(a[at] for a in near))
+        lots = drawn(some, self.error, purse, known)
         enough = lots.error <= self.error
         done = at[enough]
         found.m[done] = torch.from_numpy(-some.best[enough] * asked.half)

@@ -83,7 +83,8 @@ STAND_IN, NODES, LEAVES, AGAIN, PATCHES, TRULY, SQUARED = range(LEVELS)
 STAGES = 5
 BY_NODE, BY_LEAF, OF_NODE, OF_LEAF, OF_PATCH = range(STAGES)
 QUAD = 4  # numbers that are summed up side by side
-OF_A_NODE, OF_A_LEAF = np.float32(8), np.float32(4)  # log2 of how many patches they hold
+# log2 of how many patches they hold
+OF_A_NODE, OF_A_LEAF = np.float32(math.log2(NODE)), np.float32(math.log2(LANES))
 LINE = 64  # bytes that are brought near together
 AWAY = 0.01  # the least (v - D)^2 of a channel
 ALIKE = 0.25  # of a patch's relative variance, what is left in that of a leaf's sum

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scoremachine.kernels.parts import PARTS, fill
+from scoremachine.posterior import Fold
 from scoremachine.search.draw import (
     AGAIN,
     BY_LEAF,
@@ -149,6 +150,14 @@ class Near(NamedTuple):
     Z: np.ndarray
     Z2: np.ndarray
     S: np.ndarray
+
+    @classmethod
+    def of(cls, fold: Fold, asked: Asked, nats: np.ndarray) -> Near:
+        """From the fold of what weighs at least e^-nats as much as the nearest patch known."""
+        m, Z, Z2, S = (a.numpy() for a in (fold.m, fold.Z, fold.Z2, fold.S))
+        scale = np.exp(m + asked.best * asked.half)
+        reach = asked.best + nats / asked.half
+        return cls(reach, Z * scale, Z2 * scale**2, S * scale[:, None])
 
 
 class Drawn(NamedTuple):

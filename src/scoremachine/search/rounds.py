@@ -148,7 +148,7 @@ def nearby(
     best: np.ndarray,
     nats: np.ndarray,
     purse: Purse,
-) -> tuple[Fold, np.ndarray]:
+) -> Fold | None:
     """The patches that weigh at least e^-nats as much as the nearest one known, and no others.
 
     Arguments:
@@ -157,7 +157,7 @@ def nearby(
         purse: What it may cost, and is taken from it.
 
     Returns:
-        Their fold (Q,), and whose it is, of the queries `at`: nobody's, if it costs more.
+        Their fold, of the queries `at`, (Q,); None if it costs more.
     """
     Q, C, count = len(q.half), w.shape[2], _count(opened)
     parts = _parts(count, best, Q, C, 0)
@@ -166,10 +166,11 @@ def nearby(
     fill(seek, (0, count, opened.tree, w, *asked), parts)
     spent = float(parts[-2].sum())
     purse.left -= 1e-9 * spent
-    at = at[: len(at) if spent <= left and parts[-1].all() else 0]
+    if spent > left or not parts[-1].all():
+        return None
     found = blank(Q, C, 0, ())
     _merge(parts, q.half, at, found, best)
-    return found, at
+    return found
 
 
 def _pace(opened: Index) -> np.ndarray:
