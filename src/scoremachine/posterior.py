@@ -286,9 +286,11 @@ def with_slope(value: Tensor, slope: Tensor, y: Tensor) -> Tensor:
     return value.detach() + (slope.detach() * (y - y.detach())).flatten(1).sum(1)
 
 
-def folded(kernel: Kernel, question: Question, leaders: int, progress: Bar) -> Fold:
-    """The fold over the whole source, tile by tile."""
-    fold: Fold | None = None
+def folded(
+    kernel: Kernel, question: Question, leaders: int, progress: Bar, known: Fold | None = None
+) -> Fold:
+    """The fold over the whole source, tile by tile, merged into what is `known` before."""
+    fold = known
     for rows in kernel.tiles(len(question.index), question.collection):
         part = kernel.fold(replace(question, index=question.index[rows]), leaders, fold)
         fold = part if fold is None else fold.merge(part)

@@ -19,6 +19,7 @@ from scoremachine.kept import Kept
 from scoremachine.kernels import strips
 from scoremachine.kernels.parts import PARTS, fill, side_by_side
 from scoremachine.kernels.simd import LANES
+from scoremachine.kernels.whole import NOTHING
 from scoremachine.posterior import Fold, Kernel, Question, folded, spread
 from scoremachine.progress import Bar, say
 from scoremachine.search.ahead import Ahead
@@ -227,14 +228,23 @@ class Bounded:
                 self._tell(question)
                 return self._all(question, leaders)
             found.append((each, result))
-        if len(searched) < len(classes(c)):
-            fold = self._all(replace(question, collection=replace(c, source="same")), leaders)
-        else:
-            fold = blank(1, question.y.shape[1], leaders, c.grid)
+        fold = self._corners(question, leaders, searched)
         half = float(1 / (2 * question.sigma[0] ** 2))
         energy = c.look((question.y**2).sum(1)) * half  # which the logits of a fold lack
         for each, result in found:
             _enter(fold, each, result, energy, question, source)
+        return fold
+
+    def _corners(self, question: Question, leaders: int, searched: list[Class]) -> Fold:
+        """The exact fold of the sites that no class is searched for; nothing for all others."""
+        c = question.collection
+        fold = blank(1, question.y.shape[1], leaders, c.grid)
+        if len(searched) < len(classes(c)):
+            fold.m[:], fold.logits[:], fold.places[:] = NOTHING, NOTHING, -1
+            for each in searched:  # nothing is as near as what they know
+                fold.m[..., each.rows, each.columns] = -NOTHING
+            alike = replace(question, collection=replace(c, source="same"))
+            fold = folded(self.exact, alike, leaders, Bar("Comparing", None), fold)
         return fold
 
     def _count(self, pixels: int) -> None:

@@ -141,7 +141,8 @@ class Pixels(NamedTuple):
         total: Sum of the weights of the nodes in units of 2^top, and of weights times middles,
             float64 (Q, 1 + C).
         answer: About what the answer will be, float32 (Q, C).
-        scale: Sum of what the nodes may contribute to its error, float64 (Q).
+        shares: What the nodes of a super may contribute to its error, float32 (Q, supers).
+        scale: The sum of that, float64 (Q).
         amounts: How many nodes, leaves and patches to draw, float64 (Q, 3).
         start: Where to begin, in [0, 1), float64 (Q).
         cut: log2 of the weight from which on a patch is known and needs no lots, float32 (Q): no
@@ -160,6 +161,7 @@ class Pixels(NamedTuple):
     top: np.ndarray
     total: np.ndarray
     answer: np.ndarray
+    shares: np.ndarray
     scale: np.ndarray
     amounts: np.ndarray
     start: np.ndarray
@@ -303,7 +305,7 @@ def _away(values, k, answer, query, least):
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _weigh(part, parts, g, E, leading, cut, w, top, total, answer, scale):
+def _weigh(part, parts, g, E, leading, cut, w, top, total, answer, shares, scale):
     """What `weigh` does once there is room."""
     Q, C = len(top), total.shape[1] - 1
     K, supers = len(E) // Q, len(g.plus) // LANES
@@ -326,18 +328,18 @@ def _weigh(part, parts, g, E, leading, cut, w, top, total, answer, scale):
                 sum_ = sum_ + load(w, s * LANES) * load(g.middles, (s * C + c) * LANES)
             total[query, c + 1] = hsum(sum_)
             answer[query, c] = total[query, c + 1] / total[query, 0]
-        sum_ = splat(float32(0))
+        scale[query] = 0
         for s in range(supers):
             away = root(_away(g.middles, s, answer, query, AWAY)) * load(g.doubt, s * LANES)
-            sum_ = sum_ + load(w, s * LANES) * away
-        scale[query] = hsum(sum_)
+            shares[query, s] = hsum(load(w, s * LANES) * away)
+            scale[query] += shares[query, s]
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def weigh(part, parts, g, E, leading, cut, top, total, answer, scale):
+def weigh(part, parts, g, E, leading, cut, top, total, answer, shares, scale):
     """What all nodes weigh on level 0: see `Pixels`."""
     w = np.empty(len(g.plus), np.float32)
-    _weigh(part, parts, g, E, leading, cut, w, top, total, answer, scale)
+    _weigh(part, parts, g, E, leading, cut, w, top, total, answer, shares, scale)
 
 
 @njit(fastmath=FLAGS, **BORROWED)
@@ -361,11 +363,15 @@ def _nodes(g, p, s, room):
     Q, K = len(p.top), len(p.E) // len(p.top)
     room.counts[:] = 0
     for query in range(Q):
+        amount = p.amounts[query, 0] / p.scale[query]
+        total = room.lots[0, query] + p.shares[query, s] * amount
+        if total < 1:  # none, as `_drawn` would find
+            room.lots[0, query] = total
+            continue
         most = p.cut[query] - p.top[query] + OF_A_NODE
         w = weights(_stood_in(g, s, p.E, query * K, p.leading, p.top[query], most), int64(0))
         away = root(_away(g.middles, s, p.answer, query, AWAY)) * load(g.doubt, s * LANES)
-        amount = float32(p.amounts[query, 0] / p.scale[query])
-        bits = _drawn(w * away * amount, room.shares, room.lots[0], query)
+        bits = _drawn(w * away * float32(amount), room.shares, room.lots[0], query)
         store(room.weight, 0, w)
         while bits:
             lane = lowest(bits)

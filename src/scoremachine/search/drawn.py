@@ -319,16 +319,17 @@ def _pixels(asked: Asked, g: Gaussians, near: Near | None = None) -> Pixels:
     mask = (np.arange(filled) < D // h).astype(np.float32)
     top, total = np.zeros(Q, np.float32), np.zeros((Q, 1 + asked.source.pixels.shape[3]))
     answer, scale = np.zeros((Q, total.shape[1] - 1), np.float32), np.zeros(Q)
+    shares = np.zeros((Q, len(asked.opened.tree.widest)), np.float32)
     rest = squares - lead
     cut = np.full(Q, FAR, np.float32)
     if near is not None:
         cut[:] = LOG2E * asked.half * (rest - near.reach)
-    fill(weigh, (g, E.reshape(-1), e.leading, cut, top, total, answer, scale))
+    fill(weigh, (g, E.reshape(-1), e.leading, cut, top, total, answer, shares, scale))
     start = np.arange(1, Q + 1) * (math.sqrt(5) - 1) / 2 % 1
     amounts = np.tile(FIRST, (Q, 1))
     p = Pixels(
         E.reshape(-1), e.leading, others, rest, y.reshape(-1), mask, asked.half, top, total,
-        answer, scale, amounts, start, cut, np.zeros_like(total),
+        answer, shares, scale, amounts, start, cut, np.zeros_like(total),
     )  # fmt: skip
     if near is not None:
         with np.errstate(over="ignore"):  # then nothing is told
@@ -346,7 +347,8 @@ def _some(p: Pixels, at: np.ndarray) -> Pixels:
     Q = len(p.top)
     flat = {name: getattr(p, name).reshape(Q, -1)[at].reshape(-1) for name in ("E", "y")}
     rows = (
-        "others", "rest", "top", "total", "answer", "scale", "amounts", "start", "cut", "near"
+        "others", "rest", "top", "total", "answer", "shares", "scale", "amounts", "start", "cut",
+        "near",
     )  # fmt: skip
     return p._replace(**flat, **{name: getattr(p, name)[at] for name in rows})
 
