@@ -247,9 +247,9 @@ def few_lots(monkeypatch):
     monkeypatch.setattr(drawn_module, "FEWEST", 20.0)
     pixels, lots = [], drawn_module._lots
 
-    def watched(asked, g, p):
+    def watched(asked, p):
         pixels.append(len(p.top))
-        return lots(asked, g, p)
+        return lots(asked, p)
 
     monkeypatch.setattr(drawn_module, "_lots", watched)
     return pixels
@@ -329,9 +329,10 @@ def asking(machine, y, sigma, index):
     (h, w), C = of.patches.size, len(y)
     windows = torch.nn.functional.unfold(y[None].double(), (h, w))[0].T.reshape(-1, C, h, w)
     windows = windows.permute(0, 2, 3, 1).reshape(len(windows), -1).numpy()
-    return drawn_module.Asked(
+    nodes = drawn_module.Nodes.of(source, opened, of)
+    return nodes, drawn_module.Asked(
         windows - opened.embedding.mean, 1 / (2 * sigma**2), np.zeros(len(windows)),
-        source, opened, of, drawn_module.Nodes.of(source, opened, of),
+        source, opened, of, nodes.known, nodes.gaussians(sigma**2),
     )  # fmt: skip
 
 
@@ -340,8 +341,8 @@ def test_gaussians_have_the_moments_of_their_nodes(seed, C):
     """Means and variances of the leading numbers, and the |.|^2 of the rest, from every patch."""
     images = smooth_images(seed, 60, 12)[:, :C]
     machine, _ = searching(images, 5, 1e-3, bound="auto")
-    asked = asking(machine, torch.zeros(C, 12, 12), 1.0, np.arange(60))
-    t, nodes = asked.opened.tree, asked.nodes
+    nodes, asked = asking(machine, torch.zeros(C, 12, 12), 1.0, np.arange(60))
+    t = asked.opened.tree
     N, leading = len(t.radii), asked.opened.embedding.leading
     codes = t.codes.reshape(N, 16, t.m // 4, 16, 4).transpose(0, 1, 3, 2, 4).reshape(N, 256, t.m)
     low, step = t.frames.reshape(N, 2, 1, t.m).transpose(1, 0, 2, 3).astype(np.float64)
@@ -364,8 +365,8 @@ def test_what_stands_in_for_leaves_is_rounded_once(seed, C):
     """Means and deviations of codes and of answers are within half a step, from every patch."""
     images = smooth_images(seed, 60, 12)[:, :C]
     machine, _ = searching(images, 5, 1e-3, bound="auto")
-    asked = asking(machine, torch.zeros(C, 12, 12), 1.0, np.arange(60))
-    t, known = asked.opened.tree, asked.nodes.known
+    _, asked = asking(machine, torch.zeros(C, 12, 12), 1.0, np.arange(60))
+    t, known = asked.opened.tree, asked.known
     N, first = len(t.radii), t.first
     times = t.times.reshape(N, 16, 1, 16).astype(np.float64)
     n = np.maximum(times.sum(3), 1)
@@ -379,7 +380,11 @@ def test_what_stands_in_for_leaves_is_rounded_once(seed, C):
 
     codes = t.codes.reshape(N, 16, t.m // 4, 16, 4).transpose(0, 1, 2, 4, 3)
     of_codes = known.moments.reshape(N, 2, first, 16).transpose(1, 0, 3, 2)
-    assert off(codes.reshape(N, 16, t.m, 16)[:, :, :first], *of_codes) < 0.501
+    codes = codes.reshape(N, 16, t.m, 16)
+    assert off(codes[:, :, :first], *of_codes) < 0.501
+    centres = known.centres.reshape(N, (t.m - first) // 4, 16, 4).transpose(0, 2, 1, 3)
+    centres = centres.reshape(N, 16, t.m - first)
+    assert np.abs((times * codes[:, :, first:]).sum(3) / n - centres).max(initial=0) < 0.501
     means = known.means.reshape(N, C + 1, 16).transpose(0, 2, 1)
     assert off(known.values.reshape(N, 16, C, 16), means[..., :C], means[..., C:]) < 0.501
     assert (t.leaf_counts.reshape(-1, 16)[:N] == times.sum((2, 3))).all()
@@ -413,13 +418,12 @@ def test_chance_is_blamed_on_the_stage_that_leaves_it(stage):
     machine, _ = searching(images, 7, 1e-3, bound="auto")
     y, sigma = torch.from_numpy(images[7] / 127.5 - 1), 1.0
     y = y + sigma * torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
-    asked = asking(machine, y, sigma, np.arange(400))
-    g = asked.nodes.gaussians(sigma**2)
-    p = drawn_module._pixels(asked, g)
+    _, asked = asking(machine, y, sigma, np.arange(400))
+    p = drawn_module._pixels(asked)
     amounts = np.full(3, 1e20)
     amounts[stage] = 40.0
     p.amounts[:] = amounts
-    *_, by_stage, _, _ = drawn_module._lots(asked, g, p)
+    *_, by_stage, _, _ = drawn_module._lots(asked, p)
     assert (by_stage[:, stage] > 0).all()
     others = np.arange(3) != stage
     assert (by_stage[:, others] <= 1e-9 * by_stage[:, [stage]]).all()
@@ -454,14 +458,14 @@ def test_lots_are_right_on_average(known, seed, C, sigma):
     found = []
     lots = drawn_module._pixels
 
-    def begun(asked, g, near):
-        p = lots(asked, g, near)
+    def begun(asked, near):
+        p = lots(asked, near)
         return p._replace(
             start=np.random.default_rng(len(found)).random(len(p.start)),
             amounts=np.full((len(p.start), 3), 12.0),
         )
 
-    asked = asking(machine, y[0], sigma, index)
+    _, asked = asking(machine, y[0], sigma, index)
     near = nearest_of_all(asked, images, known)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(drawn_module, "_pixels", begun)
@@ -645,6 +649,18 @@ def test_lots_are_not_drawn_where_few_patches_matter(few_lots):
     machine, exact = searching(images, 11, bound="auto")
     y = torch.from_numpy(images[7:8] / 127.5 - 1)
     assert (machine.denoise(y, 0.3) - exact.denoise(y, 0.3)).abs().max() < 1e-3
+    assert not few_lots
+
+
+def test_nothing_stands_in_for_patches_where_there_is_hardly_any_noise(few_lots):
+    """Weights in a node are too unlike: the patches are looked up at once."""
+    images = smooth_images(2, 600, 18)
+    machine, exact = searching(images, 7, bound="auto")
+    nodes, _ = asking(machine, torch.from_numpy(images[0] / 127.5 - 1), 1.0, np.arange(600))
+    assert nodes.gaussians(1.0) is not None
+    assert nodes.gaussians(1e-6) is None
+    y = torch.from_numpy(images[:2] / 127.5 - 1)
+    assert (machine.denoise(y, 1e-3) - exact.denoise(y, 1e-3)).abs().max() < 1e-3
     assert not few_lots
 
 

@@ -23,6 +23,7 @@ from scoremachine.kernels.whole import NOTHING
 from scoremachine.posterior import Fold, Kernel, Question, folded, spread
 from scoremachine.progress import Bar, say
 from scoremachine.search.ahead import Ahead
+from scoremachine.search.draw import Gaussians
 from scoremachine.search.drawn import Asked, Near, Nodes, drawn
 from scoremachine.search.index import (
     Index,
@@ -106,6 +107,7 @@ class Bounded:
         self._sources: Kept[Source] = Kept(2)
         self._indexes: dict[tuple[str, str], Index] = {}
         self._nodes: Kept[Nodes] = Kept(64)
+        self._gaussians: Kept[Gaussians | None] = Kept(64)
         self._told: set[float] = set()
         self._ahead = Ahead()
         self.statistical = 0  # for how many pixels the bound was statistical so far
@@ -284,11 +286,10 @@ class Bounded:
         best, least = nearest.min(0), np.log(known.max(0))
         found = blank(Q, question.y.shape[1], leaders, ())
         at = np.arange(Q)
-        chance = self.bound != "deterministic" and not leaders
-        if chance:
-            key = source.key, of.patches.name, of.middle
-            nodes = self._nodes.get(key, lambda: Nodes.of(source, opened, of))
-            asked = Asked(centred, float(q.half[0]), best, source, opened, of, nodes)
+        asked = None
+        if self.bound != "deterministic" and not leaders:
+            asked = self._asked(source, opened, of, centred, float(q.half[0]), best)
+        if asked is not None:
             at = self._draw(asked, at, found, least, purse)
 
         def missing(at: np.ndarray, apiece: float, part: float = 1.0) -> np.ndarray:
@@ -305,17 +306,32 @@ class Bounded:
                 q, _ = queries(question, opened, of, kind)
             # lots may be cheaper than the exact scan, or a search: then some are left to them
             apiece = min(DEAR[kind] * purse.left / Q, LOTS / self.error**2)
-            apiece = max(apiece, CHEAP) if chance else math.inf
+            apiece = math.inf if asked is None else max(apiece, CHEAP)
             at = missing(at, apiece, 1.0 if kind == kinds[-1] else FIRST)
             if not len(at):
                 return found
-        if chance and purse.left > 0:
+        if asked is not None and purse.left > 0:
             nats = -math.log(HEAVY) - least
             near = nearby(q, opened, w, at, best, nats, purse)
             if near is not None:
                 at = self._draw(asked, at, found, least, purse, Near.of(near, asked, nats))
             at = missing(at, math.inf)
         return None if len(at) else found
+
+    def _asked(
+        self,
+        source: Source,
+        opened: Index,
+        of: Class,
+        windows: np.ndarray,
+        half: float,
+        best: np.ndarray,
+    ) -> Asked | None:
+        """What is asked of those who draw; None where nothing can stand in for patches."""
+        key = source.key, of.patches.name, of.middle
+        nodes = self._nodes.get(key, lambda: Nodes.of(source, opened, of))
+        g = self._gaussians.get((key, half), lambda: nodes.gaussians(1 / (2 * half)))
+        return g and Asked(windows, half, best, source, opened, of, nodes.known, g)
 
     def _draw(
         self,

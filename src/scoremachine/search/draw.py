@@ -3,7 +3,7 @@
 The weights of patches are known at four levels, each nearer to the truth and dearer than the last:
 
     0   all patches of a node by a Gaussian in their leading components
-    1   those of a leaf likewise
+    1   those of a leaf by one in all kept components
     2   a patch by the codes of its kept components
     3   a patch by its bytes: the weight itself
 
@@ -70,6 +70,7 @@ from scoremachine.search.seek import (
     origin,
     others_at,
     products,
+    products_from,
 )
 from scoremachine.search.tree import BORROWED, LEAF, NODE, by_fours
 
@@ -118,11 +119,13 @@ class Known(NamedTuple):
         means: Of every leaf their mean, and the root of their variance, uint8 (nodes, C + 1, 16).
         moments: Mean and standard deviation of the first codes in every leaf, uint8 (nodes, 2,
             first, 16).
+        centres: Means of the codes that follow, uint8 (nodes, (m - first) / 4, 16, 4).
     """
 
     values: np.ndarray
     means: np.ndarray
     moments: np.ndarray
+    centres: np.ndarray
 
 
 class Pixels(NamedTuple):
@@ -132,6 +135,7 @@ class Pixels(NamedTuple):
         E: Components of the windows in whole vectors, as in `seek.Queries`, and zeros where norms
             are, float32 (Q, `seek.filled_up`) flat.
         leading: How many lead.
+        following: How many kept ones follow.
         others: The |.|^2 of the components that follow, float64 (Q).
         rest: The |.|^2 of everything beyond the leading components, float64 (Q).
         y: The windows, float32 (Q, h, row) flat, rows filled up to whole vectors.
@@ -153,6 +157,7 @@ class Pixels(NamedTuple):
 
     E: np.ndarray
     leading: int
+    following: int
     others: np.ndarray
     rest: np.ndarray
     y: np.ndarray
@@ -175,6 +180,8 @@ class Room(NamedTuple):
     mean: np.ndarray  # of leading components, of the leaves of a node (leading, 16)
     precision: np.ndarray  # log2 e / (2 (sigma^2 + variance)), likewise (leading, 16)
     plus: np.ndarray  # what is added to log2 of what leaves weigh (16)
+    share: np.ndarray  # sigma^2 / (sigma^2 + variance) of the components that follow (16)
+    norm: np.ndarray  # |.|^2 / (2 sigma^2) log2 e of their means, from where a node begins (16)
     doubt: np.ndarray  # by how much, relatively, that may change on level 2 (16)
     middles: np.ndarray  # the means of what their patches answer with (C, 16)
     spread: np.ndarray  # the mean (v - middle)^2, summed over channels (16)
@@ -245,9 +252,9 @@ def middles(part, parts, t, w, values, of_leaves, of_nodes):
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _moments(part, parts, t, of_leaves, mean, variance):
+def _moments(part, parts, t, of_leaves, centres, mean, variance):
     """What `moments` does."""
-    nodes = len(t.radii)
+    nodes, following = len(t.radii), t.m - t.first
     for node in range(part * nodes // parts, (part + 1) * nodes // parts):
         s, lane = node // LANES, node % LANES
         n = t.node_counts[node]
@@ -267,13 +274,22 @@ def _moments(part, parts, t, of_leaves, mean, variance):
             m, step = total / n, t.frames[(node * 2 + 1) * t.m + j]
             mean[s, j, lane] = t.frames[node * 2 * t.m + j] + step * m
             variance[s, j, lane] = step * step * max(float32(0), squares / n - m * m)
+        for leaf in range(LEAF):
+            held = load_counts(t.times, node * NODE + leaf * LANES)
+            part_of = max(t.leaf_counts[node * LEAF + leaf], float32(1))
+            o = ((node * LEAF + leaf) * t.m + t.first) * LANES
+            at = node * following * LEAF + leaf * 4
+            for j in range(following):
+                x = load_every(t.codes, o + j // 4 * 4 * LANES, j % 4)
+                centres[at + j // 4 * 4 * LEAF + j % 4] = round(hsum(x * held) / part_of)
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def moments(part, parts, t, of_leaves, mean, variance):
+def moments(part, parts, t, of_leaves, centres, mean, variance):
     """Means and standard deviations of the first codes in every leaf, uint8 (nodes, 2, first, 16);
-    means and variances of the first numbers in every node, float32 (supers, first, 16)."""
-    _moments(part, parts, t, of_leaves, mean, variance)
+    means of those that follow, uint8 (nodes, (m - first) / 4, 16, 4); means and variances of the
+    first numbers in every node, float32 (supers, first, 16)."""
+    _moments(part, parts, t, of_leaves, centres, mean, variance)
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -412,7 +428,7 @@ def _moment(t, known, node, j):
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _open(t, known, node, C, half, leading, room):
+def _open(t, known, node, C, half, leading, following, room):
     """Works out what the queries that drew a node share: what stands in for its leaves."""
     frame_of(t, node, room.low, room.step)
     for j in range(leading, t.first):  # norms are no components
@@ -427,10 +443,23 @@ def _open(t, known, node, C, half, leading, room):
         within, narrow = within + more, narrow * (one + more)
         if j % 4 == 3 or j == leading - 1:  # no more, or else it overflows
             log, narrow = log + logs(narrow), one
-    store(room.plus, 0, logs(load(t.leaf_counts, node * LEAF)) - log * float32(0.5))
+    log = log * float32(0.5)
     if t.m > t.first:  # the norm of the other kept components comes last
         mean, deviation = _moment(t, known, node, t.first - 1)
-        within = within + (mean * mean + deviation * deviation) * float32(2 * half)
+        squares, norm = mean * mean + deviation * deviation, splat(float32(0))
+        at = others_at(t.first)
+        for j in range(t.m - t.first):
+            o = (node * (t.m - t.first) + j // 4 * 4) * LEAF
+            x = load_every(known.centres, o, j % 4) * broadcast(room.step, at + j)
+            norm = norm + x * x
+            x = x + broadcast(room.low, at + j)
+            squares = squares - x * x
+        more = larger(squares, splat(float32(0))) * float32(2 * half)
+        wider = one + more * float32(1 / following)
+        store(room.share, 0, inverse(wider))
+        store(room.norm, 0, norm * float32(half * LOG2E))
+        within, log = within + more, log + logs(wider) * float32(0.5 * following)
+    store(room.plus, 0, logs(load(t.leaf_counts, node * LEAF)) - log)
     store(room.doubt, 0, root(_doubt(within) * float32(ALIKE)))
     for c in range(C):
         v = load_bytes(known.means, (node * (C + 1) + c) * LEAF)
@@ -528,7 +557,7 @@ def _see(seen, middles, o, C, w):
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _visit(t, w, p, values, node, lane, middle, room, sums, spread, spent, chance):
+def _visit(t, w, p, known, node, lane, middle, room, sums, spread, spent, chance):
     """The queries that drew a node look at it."""
     Q, C = len(p.top), w.shape[2]
     others_from, end = others_at(t.first), filled_up(t.first, t.m)
@@ -543,8 +572,16 @@ def _visit(t, w, p, values, node, lane, middle, room, sums, spread, spent, chanc
         group = room.turn[query] % TURNS
         cut = p.cut[query] - p.top[query]
         most = cut + OF_A_LEAF
-        v = _stood_in(room, 0, p.E, query * end, p.leading, p.top[query], most)
-        v = weights(v, int64(0))
+        far = from_node(p.E, query * end, room.low, room.row, 0, others_from)
+        others = from_node(p.E, query * end, room.low, room.row, others_from, end)
+        unit, _ = in_bytes(room.row, room.step, 0, end, scale + scale, room.bytes)
+        v = _stood_in(room, 0, p.E, query * end, p.leading, p.top[query], float32(FAR))
+        if t.m > t.first:
+            o, n = node * (t.m - t.first) * LEAF, t.m - t.first
+            x = products_from(known.centres, o, n, room.bytes, others_from) * unit
+            x = splat(others * scale) - x + load(room.norm, 0)
+            v = v - x * load(room.share, 0) + splat(float32(p.others[query]) * scale)
+        v = weights(smaller(v, splat(most)), int64(0))
         again = hsum(v)
         spread[query, 0] += times * again * again / u if u > 0 else 0.0
         spent[query, 0] += 1
@@ -562,16 +599,14 @@ def _visit(t, w, p, values, node, lane, middle, room, sums, spread, spent, chanc
         store(room.reach, 0, inverse(load(room.shares, 0)) * times)
         new = bits & ~opened
         while new:
-            _fetch_leaf(t, values, node, lowest(new), C)
+            _fetch_leaf(t, known.values, node, lowest(new), C)
             new &= new - 1
-        far = from_node(p.E, query * end, room.low, room.row, 0, end) - float32(p.others[query])
-        far = far * scale + p.top[query]
-        unit, _ = in_bytes(room.row, room.step, 0, end, scale + scale, room.bytes)
+        far = (far + others - float32(p.others[query])) * scale + p.top[query]
         while bits:
             leaf = lowest(bits)
             bits &= bits - 1
             if not opened >> leaf & 1:
-                _open_leaf(t, values, node, leaf, C, p.half, p.leading, room)
+                _open_leaf(t, known.values, node, leaf, C, p.half, p.leading, room)
                 opened |= int64(1) << leaf
             u, leaf_times, leaf_group = room.weight[leaf], room.reach[leaf], group
             if times == 1 and leaf_times > 1:
@@ -624,6 +659,8 @@ def _fetch_node(t, known, node, C):
     """Has what stands in for the leaves of a node brought near."""
     for o in range(0, 2 * t.first * LEAF, LINE):
         prefetch(known.moments, node * 2 * t.first * LEAF + o)
+    for o in range(0, (t.m - t.first) * LEAF, LINE):
+        prefetch(known.centres, node * (t.m - t.first) * LEAF + o)
     for o in range(0, 2 * t.m, LINE // 4):
         prefetch(t.frames, node * 2 * t.m + o)
     prefetch(t.leaf_counts, node * LEAF)
@@ -659,10 +696,10 @@ def _draw(part, parts, t, w, g, p, known, middle, room, sums, spread, spent, cha
             node = s * LANES + lane
             if room.counts[lane] == 0:
                 continue
-            _open(t, known, node, C, p.half, p.leading, room)
+            _open(t, known, node, C, p.half, p.leading, p.following, room)
             for c in range(C):
                 middle[c] = g.middles[(s * C + c) * LANES + lane]
-            _visit(t, w, p, known.values, node, lane, middle, room, sums, spread, spent, chance)
+            _visit(t, w, p, known, node, lane, middle, room, sums, spread, spent, chance)
     _compare(t, w, p, room, sums, spread, spent, chance)
 
 
@@ -682,6 +719,8 @@ def draw(part, parts, t, w, g, p, known, sums, spread, spent, chance):
     room = Room(
         np.empty(p.leading * LANES, np.float32),
         np.empty(p.leading * LANES, np.float32),
+        np.empty(LANES, np.float32),
+        np.empty(LANES, np.float32),
         np.empty(LANES, np.float32),
         np.empty(LANES, np.float32),
         np.empty(C * LANES, np.float32),

@@ -45,8 +45,9 @@ from scoremachine.search.seek import FAR, LEAST, LOG2E, in_vectors
 from scoremachine.search.tree import LEAF, by_fours
 from scoremachine.windows import Class
 
+NARROWEST, APART = 0.05, 20.0  # a share of the nodes, and nats: see `Nodes.gaussians`
 STOOD_IN = 0.1  # about the relative variance of the weight of a node, if its patches' were known
-FIRST = np.array([600.0, 1_200.0, 600.0])  # nodes, leaves and patches of the first round
+FIRST = np.array([300.0, 600.0, 300.0])  # nodes, leaves and patches of the first round
 MANY = 4.0  # times as many where near patches are known
 FEWEST = 200.0  # of each in the others
 ROUNDS = 6  # after the first
@@ -97,20 +98,28 @@ class Nodes(NamedTuple):
         shape = (supers, t.first, LANES)
         mean, variance = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         codes = np.zeros(nodes * 2 * t.first * LEAF, np.uint8)
-        fill(moments, (t, codes, mean, variance))
+        centres = np.zeros(nodes * (t.m - t.first) * LEAF, np.uint8)
+        fill(moments, (t, codes, centres, mean, variance))
         others = (mean[:, leading:] ** 2 + variance[:, leading:]).sum(1)  # their norms' squares
         mean, variance = (np.ascontiguousarray(a[:, :leading]) for a in (mean, variance))
-        known = Known(values, of_leaves, codes)
+        known = Known(values, of_leaves, codes, centres)
         counts = t.node_counts.reshape(supers, LANES)
         return cls(known, np.ascontiguousarray(in_sixteens), mean, variance, others, counts)
 
-    def gaussians(self, variance: float) -> Gaussians:
-        """What stands in for the nodes where noise has a variance."""
+    def gaussians(self, variance: float) -> Gaussians | None:
+        """What stands in for the nodes where noise has a variance.
+
+        None where nothing can: where there is so little noise that even in the narrowest nodes one
+        patch weighs `APART` nats more than the others.
+        """
         noise = np.float32(max(variance, LEAST))
         wider = noise + self.variance
+        bits, none = np.log2(wider / noise).sum(1) / 2, self.counts == 0
+        if np.quantile(bits[~none], NARROWEST) / LOG2E > APART:
+            return None
         with np.errstate(divide="ignore"):
-            plus = np.log2(self.counts) - np.log2(wider / noise).sum(1) / 2
-        plus[self.counts == 0] = -FAR
+            plus = np.log2(self.counts) - bits
+        plus[none] = -FAR
         x = np.minimum(self.others / noise, DOUBTFUL)
         doubt = np.sqrt(np.minimum(x + x * x / 2, DOUBTFUL) + STOOD_IN)
         parts = self.mean, LOG2E / 2 / wider, plus, doubt, self.middles
@@ -125,7 +134,8 @@ class Asked(NamedTuple):
         half: 1 / (2 sigma^2).
         best: |q - s|^2 of the nearest patch known, float64 (Q).
         source, opened, of: The images, their index, and the class of windows.
-        nodes: What is known of the nodes of the index.
+        known: What is known of the patches of the index.
+        gaussians: What stands in for its nodes.
     """
 
     windows: np.ndarray
@@ -134,7 +144,8 @@ class Asked(NamedTuple):
     source: Source
     opened: Index
     of: Class
-    nodes: Nodes
+    known: Known
+    gaussians: Gaussians
 
 
 class Near(NamedTuple):
@@ -155,9 +166,10 @@ class Near(NamedTuple):
     def of(cls, fold: Fold, asked: Asked, nats: np.ndarray) -> Near:
         """From the fold of what weighs at least e^-nats as much as the nearest patch known."""
         m, Z, Z2, S = (a.numpy() for a in (fold.m, fold.Z, fold.Z2, fold.S))
-        scale = np.exp(m + asked.best * asked.half)
         reach = asked.best + nats / asked.half
-        return cls(reach, Z * scale, Z2 * scale**2, S * scale[:, None])
+        with np.errstate(over="ignore", invalid="ignore"):  # of queries that nobody asked for
+            scale = np.exp(m + asked.best * asked.half)
+            return cls(reach, Z * scale, Z2 * scale**2, S * scale[:, None])
 
 
 class Drawn(NamedTuple):
@@ -189,8 +201,7 @@ def drawn(asked: Asked, error: float, purse: Purse, near: Near | None = None) ->
             Otherwise for those pixels alone for which at least `FLAT` patches as heavy as the
             nearest known one seem to matter.
     """
-    g = asked.nodes.gaussians(1 / (2 * asked.half))
-    pixels = _pixels(asked, g, near)
+    pixels = _pixels(asked, near)
     prices = COSTS + np.array([0, 0, DIFFERENCE * asked.windows.shape[1]])
     # how many patches as heavy as the nearest known one make up the sum: by all stand-ins
     unit = _unit(asked, pixels)
@@ -201,7 +212,7 @@ def drawn(asked: Asked, error: float, purse: Purse, near: Near | None = None) ->
         unlike = UNLIKE * DEARER
     else:
         flat &= many > math.log(FLAT)
-    rounds = [_round(asked, g, pixels, np.flatnonzero(flat))]
+    rounds = [_round(asked, pixels, np.flatnonzero(flat))]
     purse.left -= 1e-9 * float(np.nansum(rounds[0].spent, 0) @ prices)
     wanted = (error / STANDARD_ERRORS / CAUTION) ** 2
     answer, variance = _together(rounds)
@@ -225,7 +236,7 @@ def drawn(asked: Asked, error: float, purse: Purse, near: Near | None = None) ->
         growth = np.minimum(growth, GROWTH)
         pixels.amounts[again] = np.maximum(growth * before.amounts[again], FEWEST)
         pixels.start[again] = (pixels.start[again] + math.sqrt(0.5)) % 1
-        rounds.append(_round(asked, g, pixels, again, before))
+        rounds.append(_round(asked, pixels, again, before))
         purse.left -= 1e-9 * float((rounds[-1].spent[again] @ prices).sum())
         answer, variance = _together(rounds)
     with np.errstate(all="ignore"):  # then nothing is told
@@ -303,7 +314,7 @@ def _together(rounds: list[Round]) -> tuple[Drawn, np.ndarray]:
     return Drawn(Z, mean("Z2"), S, error, least), variance
 
 
-def _pixels(asked: Asked, g: Gaussians, near: Near | None = None) -> Pixels:
+def _pixels(asked: Asked, near: Near | None = None) -> Pixels:
     """What lots are drawn for, at first."""
     e, (Q, D) = asked.opened.embedding, asked.windows.shape
     numbers, squares = e(asked.windows)
@@ -324,12 +335,12 @@ def _pixels(asked: Asked, g: Gaussians, near: Near | None = None) -> Pixels:
     cut = np.full(Q, FAR, np.float32)
     if near is not None:
         cut[:] = LOG2E * asked.half * (rest - near.reach)
-    fill(weigh, (g, E.reshape(-1), e.leading, cut, top, total, answer, shares, scale))
+    fill(weigh, (asked.gaussians, E.reshape(-1), e.leading, cut, top, total, answer, shares, scale))
     start = np.arange(1, Q + 1) * (math.sqrt(5) - 1) / 2 % 1
     amounts = np.tile(FIRST, (Q, 1))
     p = Pixels(
-        E.reshape(-1), e.leading, others, rest, y.reshape(-1), mask, asked.half, top, total,
-        answer, shares, scale, amounts, start, cut, np.zeros_like(total),
+        E.reshape(-1), e.leading, e.kept - e.leading, others, rest, y.reshape(-1), mask,
+        asked.half, top, total, answer, shares, scale, amounts, start, cut, np.zeros_like(total),
     )  # fmt: skip
     if near is not None:
         with np.errstate(over="ignore"):  # then nothing is told
@@ -353,9 +364,7 @@ def _some(p: Pixels, at: np.ndarray) -> Pixels:
     return p._replace(**flat, **{name: getattr(p, name)[at] for name in rows})
 
 
-def _round(
-    asked: Asked, g: Gaussians, pixels: Pixels, at: np.ndarray, before: Round | None = None
-) -> Round:
+def _round(asked: Asked, pixels: Pixels, at: np.ndarray, before: Round | None = None) -> Round:
     """What is drawn for the pixels `at`; others keep the variances of the round before."""
     Q, K = pixels.total.shape
     if before is None:
@@ -367,13 +376,13 @@ def _round(
     )
     if len(at):
         p = _some(pixels, at)
-        Z[at], Z2[at], S[at], variance[at], variances[at], more, spent[at] = _lots(asked, g, p)
+        Z[at], Z2[at], S[at], variance[at], variances[at], more, spent[at] = _lots(asked, p)
         unlike[at] = np.fmax(unlike[at], more)
         amounts[at] = p.amounts
     return Round(Z, Z2, S, variance, variances, unlike, amounts, spent)
 
 
-def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
+def _lots(asked: Asked, p: Pixels) -> tuple[np.ndarray, ...]:
     """Z, Z2, S, the variance of S / Z, what draws of nodes, leaves and patches add to it, how
     unlike levels are, and how many lots that took."""
     t, w = asked.opened.tree, asked.source.windows(asked.of)
@@ -383,7 +392,7 @@ def _lots(asked: Asked, g: Gaussians, p: Pixels) -> tuple[np.ndarray, ...]:
     sums = np.zeros((parts, (TURNS + 1) * Q * LEVELS * padded))
     spread, spent = np.zeros((parts, Q, 3)), np.zeros((parts, Q, 3))
     chance = np.zeros((parts, Q, STAGES))
-    fill(draw, (t, w, g, p, asked.nodes.known), (sums, spread, spent, chance))
+    fill(draw, (t, w, asked.gaussians, p, asked.known), (sums, spread, spent, chance))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # then nothing is told
         by_turns = sums.sum(0).reshape(TURNS + 1, Q, LEVELS, padded)[..., :K]
         everything, by_turns = by_turns.sum(0), by_turns[:TURNS]

@@ -319,15 +319,21 @@ def norms_of(t, step, node, leaf, lo, hi, at):
 
 
 @njit(fastmath=FLAGS, inline="always")
+def products_from(codes, o, n, bytes_, at):
+    """sum_j bytes_[at + j] codes[j] over j < n, of sixteen whose codes begin at o."""
+    high, low = none(), none()
+    half = len(bytes_) // 2
+    for j in range(0, n, 4):
+        high = add_products(high, codes, o + j * LANES, bytes_, at + j)
+        low = add_products(low, codes, o + j * LANES, bytes_, half + at + j)
+    return joined(high, low)
+
+
+@njit(fastmath=FLAGS, inline="always")
 def products(t, node, leaf, lo, hi, bytes_, at):
     """sum_j bytes_[at + j - lo] codes[j] over lo <= j < hi, of a leaf's patches."""
-    high, low = none(), none()
-    o = (node * LEAF + leaf) * t.m * LANES
-    half = len(bytes_) // 2
-    for j in range(lo, hi, 4):
-        high = add_products(high, t.codes, o + j * LANES, bytes_, at + j - lo)
-        low = add_products(low, t.codes, o + j * LANES, bytes_, half + at + j - lo)
-    return joined(high, low)
+    o = ((node * LEAF + leaf) * t.m + lo) * LANES
+    return products_from(t.codes, o, hi - lo, bytes_, at)
 
 
 @njit(fastmath=FLAGS, inline="always")
