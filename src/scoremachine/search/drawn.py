@@ -178,8 +178,8 @@ class Drawn(NamedTuple):
     Attributes:
         Z, Z2, S: As in a fold, (Q), (Q) and (Q, C), in units of the weight of the nearest patch
             known.
-        error: A bound of the error of every channel of S / Z, of `STANDARD_ERRORS`; infinite
-            where too little was drawn to tell.
+        error: A bound of the error of every channel of S / Z, of `STANDARD_ERRORS`, and what is
+            kept for a patch not known where near ones are; infinite where too little was drawn.
         least: What log Z may be, better too small, (Q); -inf where nobody knows.
     """
 
@@ -251,8 +251,8 @@ def drawn(asked: Asked, error: float, purse: Purse, near: Near | None = None) ->
             Z2 = Z2 + near.Z2
             seen = (asked.best - near.reach) * asked.half <= np.log(missed * Z)
     seen &= np.isfinite(Z) & (rounds[-1].unlike <= unlike).all(1) & ~_few(rounds)
-    error_told = np.where(seen, answer.error + missed, np.inf)
-    return Drawn(Z, Z2, S, error_told, answer.least + unit)
+    told = np.where(seen, answer.error + missed, np.inf)
+    return Drawn(Z, Z2, S, told, answer.least + unit)
 
 
 class Round(NamedTuple):
