@@ -284,6 +284,7 @@ def _begun(part: Path, identity: dict[str, Any], n: int) -> bool:
 def _plan(source: Source, patches: Patches, part: Path) -> None:
     """What the rest follows: the embedding, and the patches sorted into buckets."""
     images, size, tops, lefts = source.pixels, *patches
+    flat, shape = source.flat, images.shape[1:]
     N, C = len(images), images.shape[3]
     n, D = N * patches.per_image, patches.numbers(C)
     depth = max(0, math.ceil(math.log2(n / BUCKET)))
@@ -292,13 +293,13 @@ def _plan(source: Source, patches: Patches, part: Path) -> None:
     sample = np.unique(rng.integers(0, n, count)) if count < n else np.arange(n)
     some = np.empty((min(len(sample), sampled(n)), D))
     chosen = np.sort(rng.permutation(sample)[: len(some)])
-    fill(tree.cut_out, (images, chosen, tops, lefts, size, np.zeros(D), some))
+    fill(tree.cut_out, (flat, shape, chosen, tops, lefts, size, np.zeros(D), some))
     embedding = Embedding.of(some, components(patches, C))
     V = embedding.V[:, : embedding.leading]
     E = np.empty((len(sample), V.shape[1]), np.float32)
     for rows in _rows(len(sample), D):
         s = np.empty((rows.stop - rows.start, D))
-        fill(tree.cut_out, (images, sample[rows], tops, lefts, size, embedding.mean, s))
+        fill(tree.cut_out, (flat, shape, sample[rows], tops, lefts, size, embedding.mean, s))
         E[rows] = s @ V
     axes = np.zeros(max(1, 2**depth - 1), np.int64)
     values = np.zeros(len(axes), np.float32)
@@ -358,12 +359,16 @@ def _write(
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(part / name, "ab")) for name in ARRAYS}
         journal = stack.enter_context(open(part / "journal", "a"))
-        room = max(1, ROOM // (8 * len(embedding.mean)))
+        D = len(embedding.mean)
+        room = max(1, ROOM // (8 * D))
+        numbers = np.empty(max(NODE * D, ROOM // 8))  # once: fresh memory is dear
         while buckets < len(starts) - 1:
             end = buckets + 1
             while end < len(starts) - 1 and starts[end + 1] - starts[buckets] <= room:
                 end += 1
-            arrays, reach = _encoded(source, patches, embedding, order, starts[buckets : end + 1])
+            arrays, reach = _encoded(
+                source, patches, embedding, order, starts[buckets : end + 1], numbers
+            )
             for name, file in files.items():
                 arrays[name].tofile(file)
                 file.flush()
@@ -405,13 +410,15 @@ def _encoded(
     embedding: Embedding,
     order: np.ndarray,
     starts: np.ndarray,
+    numbers: np.ndarray,
 ) -> tuple[dict[str, np.ndarray], float]:
-    """The arrays of some buckets' nodes, and the largest |s - mean|."""
+    """The arrays of some buckets' nodes, and the largest |s - mean|; `numbers` is written on."""
     images, size, tops, lefts = source.pixels, *patches
+    flat, shape = source.flat, images.shape[1:]
     places, times, pieces = [], [], [0]
     everyone = np.array(order[starts[0] : starts[-1]])
     h = np.empty(len(everyone), np.uint64)
-    fill(tree.hashes, (images, everyone, tops, lefts, size, h))
+    fill(tree.hashes, (flat, shape, everyone, tops, lefts, size, h))
     for start, stop in zip(starts[:-1] - starts[0], starts[1:] - starts[0], strict=True):
         sorted_ = start + np.argsort(h[start:stop], kind="stable")
         unique, count = np.empty(stop - start, np.uint32), np.empty(stop - start, np.uint32)
@@ -430,8 +437,8 @@ def _encoded(
     E = np.empty((len(place), embedding.m), np.float32)
     furthest = 0.0
     for rows in _rows(len(place), D):  # one piece, unless a bucket is larger than the room
-        s = np.empty((rows.stop - rows.start, D))
-        fill(tree.cut_out, (images, place[rows], tops, lefts, size, embedding.mean, s))
+        s = numbers[: (rows.stop - rows.start) * D].reshape(-1, D)
+        fill(tree.cut_out, (flat, shape, place[rows], tops, lefts, size, embedding.mean, s))
         E[rows], squares = embedding(s)
         furthest = max(furthest, math.sqrt(squares.max()))
     rank = np.arange(len(E))

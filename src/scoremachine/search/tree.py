@@ -33,34 +33,45 @@ def window_at(place, tops, lefts):
 
 
 @njit(cache=True, **BORROWED)
-def cut_out(part, parts, images, places, tops, lefts, size, mean, out):
-    """Writes the windows at `places`, less the mean, to out (n, D), of images (N, H, W, C)."""
-    n, C = len(places), images.shape[3]
-    h, w = size
+def cut_out(part, parts, flat, shape, places, tops, lefts, size, mean, out):
+    """Writes the windows at `places`, less the mean, to out (n, D), of images of (H, W, C) bytes
+    that follow each other."""
+    n, (H, W, C) = len(places), shape
+    h, row = size[0], size[1] * C
     for k in range(part * n // parts, (part + 1) * n // parts):
         i, top, left = window_at(np.int64(places[k]), tops, lefts)
-        d = 0
         for a in range(h):
-            for b in range(w):
-                for c in range(C):
-                    out[k, d] = images[i, top + a, left + b, c] * (1 / 127.5) - 1 - mean[d]
-                    d += 1
+            o, d = ((i * H + top + a) * W + left) * C, a * row
+            for b in range(row):
+                out[k, d + b] = flat[o + b] * (1 / 127.5) - 1 - mean[d + b]
+
+
+@njit(inline="always", **BORROWED)
+def _word(flat, o):
+    """Eight bytes as a number."""
+    word = np.uint64(0)
+    for k in range(8):
+        word |= np.uint64(flat[o + k]) << np.uint64(8 * k)
+    return word
 
 
 @njit(cache=True, **BORROWED)
-def hashes(part, parts, images, places, tops, lefts, size, out):
-    """A number for every window at `places`, the same for equal windows."""
-    n, C = len(places), images.shape[3]
-    h, w = size
+def hashes(part, parts, flat, shape, places, tops, lefts, size, out):
+    """A number for every window at `places`, the same for equal windows; `flat` as in `cut_out`,
+    with eight bytes more."""
+    n, (H, W, C) = len(places), shape
+    h, row = size[0], size[1] * C
+    last = (np.uint64(1) << np.uint64(8 * (row % 8))) - np.uint64(1)  # the bytes after whole words
     for k in range(part * n // parts, (part + 1) * n // parts):
         i, top, left = window_at(np.int64(places[k]), tops, lefts)
         total = np.uint64(14695981039346656037)
         for a in range(h):
-            for b in range(w):
-                pixel = np.uint64(0)
-                for c in range(C):
-                    pixel = pixel << np.uint64(8) | np.uint64(images[i, top + a, left + b, c])
-                total = (total ^ pixel) * np.uint64(0x9E3779B97F4A7C15)
+            o = ((i * H + top + a) * W + left) * C
+            for b in range(0, row, 8):
+                word = _word(flat, o + b)
+                if b + 8 > row:
+                    word &= last
+                total = (total ^ word) * np.uint64(0x9E3779B97F4A7C15)
                 total ^= total >> np.uint64(29)
         out[k] = total
 
