@@ -57,7 +57,8 @@ CAUTION = 1.15  # how much smaller an error is aimed at than asked for
 COSTS = np.array([150.0, 50.0, 60.0])  # ns of a node, a leaf, a patch
 DIFFERENCE = 0.15  # ns for a number of a patch
 DEARER = 20.0  # times as unlike, where near patches are known
-MISSED = 0.1  # of the error, that is kept for a patch not known, where near patches are
+MISSED = 1e-3  # of the mass: what a patch weighs at most that is not known, if near patches are
+KEPT = 0.1  # of the error, for such a patch
 UNSURE = 1.0  # nats by which a sum may be wrong whose error is large
 UNLIKE = np.array([4.0, 100.0, 6.0])  # levels (see `Round`) at most, for lots not to miss anything
 EVEN = 1.1  # levels at most as unlike, for few lots to tell enough
@@ -206,16 +207,16 @@ def drawn(asked: Asked, error: float, purse: Purse, near: Near | None = None) ->
     # how many patches as heavy as the nearest known one make up the sum: by all stand-ins
     unit = _unit(asked, pixels)
     many = unit + np.log(pixels.total[:, 0])
-    flat, unlike, missed = np.isfinite(many), UNLIKE, 0.0
+    flat, unlike, kept = np.isfinite(many), UNLIKE, 0.0
     if near is not None:
         pixels.amounts[:] *= MANY
-        unlike, missed = UNLIKE * DEARER, MISSED * error
-        error -= missed
+        unlike, kept = UNLIKE * DEARER, KEPT * error
     else:
         flat &= many > math.log(FLAT)
     rounds = [_round(asked, pixels, np.flatnonzero(flat))]
     purse.left -= 1e-9 * float(np.nansum(rounds[0].spent, 0) @ prices)
     wanted = (error / STANDARD_ERRORS / CAUTION) ** 2
+    error -= kept  # still more than is aimed at
     answer, variance = _together(rounds)
     for _ in range(ROUNDS):
         before = rounds[-1]
@@ -249,9 +250,9 @@ def drawn(asked: Asked, error: float, purse: Purse, near: Near | None = None) ->
             seen = (Z > FLAT) & (Z**2 > FLAT * Z2) & (many < math.log(asked.opened.total))
         else:  # or nothing that has been missed weighs much
             Z2 = Z2 + near.Z2
-            seen = (asked.best - near.reach) * asked.half <= np.log(missed * Z)
+            seen = (asked.best - near.reach) * asked.half <= np.log(MISSED * Z)
     seen &= np.isfinite(Z) & (rounds[-1].unlike <= unlike).all(1) & ~_few(rounds)
-    told = np.where(seen, answer.error + missed, np.inf)
+    told = np.where(seen, answer.error + kept, np.inf)
     return Drawn(Z, Z2, S, told, answer.least + unit)
 
 
