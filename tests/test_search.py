@@ -324,7 +324,8 @@ def patches_of(x):
 
 
 def asking(machine, y, sigma, index):
-    """What is asked of those who draw for the pixels that see a whole window of y, (C, H, W)."""
+    """The nodes of an index, and what is asked of those who draw for the pixels that see a whole
+    window of y, (C, H, W)."""
     _, source, of, opened = opened_for(machine, sigma, index)
     (h, w), C = of.patches.size, len(y)
     windows = torch.nn.functional.unfold(y[None].double(), (h, w))[0].T.reshape(-1, C, h, w)

@@ -213,8 +213,8 @@ class Bounded:
         """sum_is q_i a_is s, by the exact kernel; see `scoremachine.posterior.Kernel`."""
         return spread(self.exact, question, known, Bar("Comparing", None))
 
-    def _all(self, question: Question, leaders: int) -> Fold:
-        return folded(self.exact, question, leaders, Bar("Comparing", None))
+    def _all(self, question: Question, leaders: int, known: Fold | None = None) -> Fold:
+        return folded(self.exact, question, leaders, Bar("Comparing", None), known)
 
     def _picture(self, question: Question, leaders: int) -> Fold:
         """The fold of one picture."""
@@ -241,13 +241,11 @@ class Bounded:
         """The exact fold of the sites that no class is searched for; nothing for all others."""
         c = question.collection
         fold = blank(1, question.y.shape[1], leaders, c.grid)
-        if len(searched) < len(classes(c)):
-            fold.m[:], fold.logits[:], fold.places[:] = NOTHING, NOTHING, -1
-            for each in searched:  # nothing is as near as what they know
-                fold.m[..., each.rows, each.columns] = -NOTHING
-            alike = replace(question, collection=replace(c, source="same"))
-            fold = folded(self.exact, alike, leaders, Bar("Comparing", None), fold)
-        return fold
+        if len(searched) == len(classes(c)):
+            return fold
+        for each in searched:  # nothing is as near as what they know
+            fold.m[..., each.rows, each.columns] = -NOTHING
+        return self._all(replace(question, collection=replace(c, source="same")), leaders, fold)
 
     def _count(self, pixels: int) -> None:
         """The bound of so many more is statistical."""

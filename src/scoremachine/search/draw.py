@@ -180,7 +180,7 @@ class Room(NamedTuple):
     mean: np.ndarray  # of leading components, of the leaves of a node (leading, 16)
     precision: np.ndarray  # log2 e / (2 (sigma^2 + variance)), likewise (leading, 16)
     plus: np.ndarray  # what is added to log2 of what leaves weigh (16)
-    share: np.ndarray  # sigma^2 / (sigma^2 + variance) of the components that follow (16)
+    ratio: np.ndarray  # sigma^2 / (sigma^2 + variance) of the components that follow (16)
     norm: np.ndarray  # |.|^2 / (2 sigma^2) log2 e of their means, from where a node begins (16)
     doubt: np.ndarray  # by how much, relatively, that may change on level 2 (16)
     middles: np.ndarray  # the means of what their patches answer with (C, 16)
@@ -456,7 +456,7 @@ def _open(t, known, node, C, half, leading, following, room):
             squares = squares - x * x
         more = larger(squares, splat(float32(0))) * float32(2 * half)
         wider = one + more * float32(1 / following)
-        store(room.share, 0, inverse(wider))
+        store(room.ratio, 0, inverse(wider))
         store(room.norm, 0, norm * float32(half * LOG2E))
         within, log = within + more, log + logs(wider) * float32(0.5 * following)
     store(room.plus, 0, logs(load(t.leaf_counts, node * LEAF)) - log)
@@ -580,7 +580,7 @@ def _visit(t, w, p, known, node, lane, middle, room, sums, spread, spent, chance
             o, n = node * (t.m - t.first) * LEAF, t.m - t.first
             x = products_from(known.centres, o, n, room.bytes, others_from) * unit
             x = splat(others * scale) - x + load(room.norm, 0)
-            v = v - x * load(room.share, 0) + splat(float32(p.others[query]) * scale)
+            v = v - x * load(room.ratio, 0) + splat(float32(p.others[query]) * scale)
         v = weights(smaller(v, splat(most)), int64(0))
         again = hsum(v)
         spread[query, 0] += times * again * again / u if u > 0 else 0.0

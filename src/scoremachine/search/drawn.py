@@ -168,7 +168,7 @@ class Near(NamedTuple):
         """From the fold of what weighs at least e^-nats as much as the nearest patch known."""
         m, Z, Z2, S = (a.numpy() for a in (fold.m, fold.Z, fold.Z2, fold.S))
         reach = asked.best + nats / asked.half
-        with np.errstate(over="ignore", invalid="ignore"):  # of queries that nobody asked for
+        with np.errstate(over="ignore", invalid="ignore"):  # then nothing is told
             scale = np.exp(m + asked.best * asked.half)
             return cls(reach, Z * scale, Z2 * scale**2, S * scale[:, None])
 
@@ -215,21 +215,20 @@ def drawn(asked: Asked, error: float, purse: Purse, near: Near | None = None) ->
         flat &= many > math.log(FLAT)
     rounds = [_round(asked, pixels, np.flatnonzero(flat))]
     purse.left -= 1e-9 * float(np.nansum(rounds[0].spent, 0) @ prices)
-    wanted = (error / STANDARD_ERRORS / CAUTION) ** 2
-    error -= kept  # still more than is aimed at
+    wanted, enough = (error / STANDARD_ERRORS / CAUTION) ** 2, error - kept
     answer, variance = _together(rounds)
     for _ in range(ROUNDS):
         before = rounds[-1]
         flat &= (before.unlike <= unlike).all(1)
         few = _few(rounds)
-        again = np.flatnonzero(flat & (few | ~(answer.error <= error)))
+        again = np.flatnonzero(flat & (few | ~(answer.error <= enough)))
         root = np.sqrt(before.variances[again] * before.amounts[again])
         with np.errstate(divide="ignore", invalid="ignore"):
             missing = 1 / (1 / wanted - 1 / variance[again])
             amounts = root / np.sqrt(prices) * (root @ np.sqrt(prices) / missing)[:, None]
             growth = amounts / before.amounts[again]
-            enough = FIRST / np.maximum(before.spent[again], 1)
-            growth = np.where(few[again, None], np.fmax(growth, enough), growth)
+            at_least = FIRST / np.maximum(before.spent[again], 1)
+            growth = np.where(few[again, None], np.fmax(growth, at_least), growth)
         known = np.isfinite(growth).all(1)
         again, growth = again[known], growth[known]
         cost = float((np.maximum(growth, 1) * before.spent[again] @ prices).sum()) * 1e-9

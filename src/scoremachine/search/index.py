@@ -331,9 +331,14 @@ def _plan(source: Source, patches: Patches, part: Path) -> None:
         )
 
 
+def _at_once(D: int) -> int:
+    """For how many patches of D numbers there is room."""
+    return max(NODE, ROOM // (8 * D))
+
+
 def _rows(n: int, D: int) -> Iterator[slice]:
     """Cuts n patches of D numbers into pieces that there is room for."""
-    step = max(NODE, ROOM // (8 * D))
+    step = _at_once(D)
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 
@@ -360,8 +365,8 @@ def _write(
         files = {name: stack.enter_context(open(part / name, "ab")) for name in ARRAYS}
         journal = stack.enter_context(open(part / "journal", "a"))
         D = len(embedding.mean)
-        room = max(1, ROOM // (8 * D))
-        numbers = np.empty(max(NODE * D, ROOM // 8))  # once: fresh memory is dear
+        room = _at_once(D)
+        numbers = np.empty(room * D)  # once: fresh memory is dear
         while buckets < len(starts) - 1:
             end = buckets + 1
             while end < len(starts) - 1 and starts[end + 1] - starts[buckets] <= room:
@@ -413,8 +418,8 @@ def _encoded(
     numbers: np.ndarray,
 ) -> tuple[dict[str, np.ndarray], float]:
     """The arrays of some buckets' nodes, and the largest |s - mean|; `numbers` is written on."""
-    images, size, tops, lefts = source.pixels, *patches
-    flat, shape = source.flat, images.shape[1:]
+    size, tops, lefts = patches
+    flat, shape = source.flat, source.pixels.shape[1:]
     places, times, pieces = [], [], [0]
     everyone = np.array(order[starts[0] : starts[-1]])
     h = np.empty(len(everyone), np.uint64)
@@ -422,7 +427,7 @@ def _encoded(
     for start, stop in zip(starts[:-1] - starts[0], starts[1:] - starts[0], strict=True):
         sorted_ = start + np.argsort(h[start:stop], kind="stable")
         unique, count = np.empty(stop - start, np.uint32), np.empty(stop - start, np.uint32)
-        n = tree.count_equal(images, everyone, sorted_, h, tops, lefts, size, unique, count)
+        n = tree.count_equal(flat, shape, everyone, sorted_, h, tops, lefts, size, unique, count)
         if n:
             places.append(unique[:n])
             times.append(count[:n])

@@ -184,12 +184,13 @@ def _count(opened: Index) -> int:
 
 
 def blank(B: int, C: int, leaders: int, sites: tuple[int, ...]) -> Fold:
-    """A fold to be filled in."""
+    """The fold of nothing, to be filled in or merged into."""
 
-    def zeros(*k: int) -> Tensor:
-        return torch.zeros(B, *k, *sites, dtype=torch.float64)
+    def full(value: float, *k: int) -> Tensor:
+        return torch.full((B, *k, *sites), value, dtype=torch.float64)
 
-    return Fold(zeros(), zeros(), zeros(), zeros(C), zeros(leaders), zeros(leaders).long(), zeros())
+    m, zero, places = full(NOTHING), full(0.0), full(-1.0, leaders).long()
+    return Fold(m, zero, zero.clone(), full(0.0, C), full(NOTHING, leaders), places, zero.clone())
 
 
 def queries(question: Question, opened: Index, of: Class, kind: str) -> tuple[Queries, np.ndarray]:

@@ -42,7 +42,7 @@ from scoremachine.search.floats import (
     store_halves,
     weights,
 )
-from scoremachine.search.tree import BORROWED, LEAF, NODE, window_at
+from scoremachine.search.tree import BORROWED, LEAF, NODE, begin_of
 
 FAR = np.float32(1e15)  # where boxes of nothing lie
 COMPARED, NEAR = 2_000, 2.0  # patches compared for it at most, and within how many nats
@@ -213,9 +213,7 @@ def _room(t, Q):
 @njit(fastmath=FLAGS, inline="always")
 def origin(w, place):
     """Where in `flat` a patch begins."""
-    H, W, C = w.shape
-    n, top, left = window_at(place, w.tops, w.lefts)
-    return ((n * H + top) * W + left) * C
+    return begin_of(w.shape, place, w.tops, w.lefts)
 
 
 @njit(inline="always")

@@ -26,22 +26,22 @@ def by_fours(n):
 
 
 @njit(inline="always", **BORROWED)
-def window_at(place, tops, lefts):
-    """The image of the window at a place, and its first row and column there."""
+def begin_of(shape, place, tops, lefts):
+    """Where the window at a place begins in the bytes of images (H, W, C) behind each other."""
+    H, W, C = shape
     rest = place // lefts[1]
-    return rest // tops[1], rest % tops[1] + tops[0], place % lefts[1] + lefts[0]
+    row = rest // tops[1] * H + rest % tops[1] + tops[0]
+    return (row * W + place % lefts[1] + lefts[0]) * C
 
 
 @njit(cache=True, **BORROWED)
 def cut_out(part, parts, flat, shape, places, tops, lefts, size, mean, out):
-    """Writes the windows at `places`, less the mean, to out (n, D), of images of (H, W, C) bytes
-    that follow each other."""
-    n, (H, W, C) = len(places), shape
-    h, row = size[0], size[1] * C
+    """Writes the windows at `places`, less the mean, to out (n, D); see `begin_of`."""
+    n, line, (h, row) = len(places), shape[1] * shape[2], (size[0], size[1] * shape[2])
     for k in range(part * n // parts, (part + 1) * n // parts):
-        i, top, left = window_at(np.int64(places[k]), tops, lefts)
+        begin = begin_of(shape, np.int64(places[k]), tops, lefts)
         for a in range(h):
-            o, d = ((i * H + top + a) * W + left) * C, a * row
+            o, d = begin + a * line, a * row
             for b in range(row):
                 out[k, d + b] = flat[o + b] * (1 / 127.5) - 1 - mean[d + b]
 
@@ -57,16 +57,15 @@ def _word(flat, o):
 
 @njit(cache=True, **BORROWED)
 def hashes(part, parts, flat, shape, places, tops, lefts, size, out):
-    """A number for every window at `places`, the same for equal windows; `flat` as in `cut_out`,
-    with eight bytes more."""
-    n, (H, W, C) = len(places), shape
-    h, row = size[0], size[1] * C
+    """A number for every window at `places`, the same for equal windows; `flat` has 8 bytes more
+    than the images."""
+    n, line, (h, row) = len(places), shape[1] * shape[2], (size[0], size[1] * shape[2])
     last = (np.uint64(1) << np.uint64(8 * (row % 8))) - np.uint64(1)  # the bytes after whole words
     for k in range(part * n // parts, (part + 1) * n // parts):
-        i, top, left = window_at(np.int64(places[k]), tops, lefts)
+        begin = begin_of(shape, np.int64(places[k]), tops, lefts)
         total = np.uint64(14695981039346656037)
         for a in range(h):
-            o = ((i * H + top + a) * W + left) * C
+            o = begin + a * line
             for b in range(0, row, 8):
                 word = _word(flat, o + b)
                 if b + 8 > row:
@@ -77,30 +76,28 @@ def hashes(part, parts, flat, shape, places, tops, lefts, size, out):
 
 
 @njit(**BORROWED)
-def _equal(images, p, q, tops, lefts, size):
-    """Whether two windows are the same."""
-    i, top_p, left_p = window_at(p, tops, lefts)
-    j, top_q, left_q = window_at(q, tops, lefts)
+def _equal(flat, shape, size, p, q):
+    """Whether the windows that begin at p and q are the same."""
     for a in range(size[0]):
-        for b in range(size[1]):
-            for c in range(images.shape[3]):
-                if images[i, top_p + a, left_p + b, c] != images[j, top_q + a, left_q + b, c]:
-                    return False
+        o = a * shape[1] * shape[2]
+        for b in range(o, o + size[1] * shape[2]):
+            if flat[p + b] != flat[q + b]:
+                return False
     return True
 
 
 @njit(cache=True, **BORROWED)
-def count_equal(images, places, order, h, tops, lefts, size, unique, times):
+def count_equal(flat, shape, places, order, h, tops, lefts, size, unique, times):
     """Of windows sorted by their hashes h: fills `unique` with their places, and how often each is
     there; returns how many."""
-    n = 0
+    n, last = 0, np.int64(0)
     for k in range(len(order)):
-        place = np.int64(places[order[k]])
+        begin = begin_of(shape, np.int64(places[order[k]]), tops, lefts)
         same = k > 0 and h[order[k]] == h[order[k - 1]]
-        if same and _equal(images, place, np.int64(unique[n - 1]), tops, lefts, size):
+        if same and _equal(flat, shape, size, begin, last):
             times[n - 1] += 1
         else:
-            unique[n], times[n] = place, 1
+            unique[n], times[n], last = places[order[k]], 1, begin
             n += 1
     return n
 
