@@ -167,6 +167,37 @@ def test_an_embedding_never_makes_a_distance_longer(seed, P):
         assert (near <= np.linalg.norm(s - q, axis=1) * (1 + 1e-5) + 1e-5).all()
 
 
+@given(seeds, st.sampled_from([1, 3]), st.integers(1, 5), st.integers(1, 7), st.integers(1, 40))
+def test_numbers_of_patches_are_those_of_their_windows(seed, C, h, w, kept):
+    """Bytes times bytes: sums of integers, and so nothing is lost by that."""
+    rng = np.random.default_rng(seed)
+    corpus = sm.Corpus(rng.integers(0, 256, (5, C, 8, 9), np.uint8))
+    source = Source.of(corpus, corpus.indices())
+    patches = Patches((h, w), (1, 8 - h), (0, 10 - w))
+    windows = np.lib.stride_tricks.sliding_window_view(source.pixels, (h, w), (1, 2))
+    s = windows[:, 1:].transpose(0, 1, 2, 4, 5, 3).reshape(5 * patches.per_image, -1) / 127.5 - 1
+    e = Embedding.of(s, kept)
+    places = rng.integers(0, len(s), 21).astype(np.uint32)
+    E, squares = e.of_patches(source.windows(patches), places)
+    expected, norms = e(np.ascontiguousarray(s[places] - e.mean))
+    assert np.linalg.norm(e.V, 2) <= 1
+    np.testing.assert_allclose(e.V.T @ e.V, np.eye(e.V.shape[1]), atol=1e-3)
+    np.testing.assert_allclose(squares, norms, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(E, expected, rtol=1e-6, atol=2e-6)
+
+
+def test_numbers_of_huge_patches_do_not_overflow():
+    """300,000 of the largest products are more than 32 bits hold."""
+    D = 300_000
+    corpus = sm.Corpus(np.full((2, 3, 1, D // 3), 255, np.uint8))
+    source = Source.of(corpus, corpus.indices())
+    patches = Patches((1, D // 3), (0, 1), (0, 1))
+    e = Embedding(np.full(D, -1.0), np.full((D, 1), D**-0.5), 1)
+    E, squares = e.of_patches(source.windows(patches), np.arange(2))
+    np.testing.assert_allclose(squares, 4 * D, rtol=1e-12)
+    np.testing.assert_allclose(E[:, 0], 2 * D**0.5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("boundary", ["broken", "circular"])
 def test_leaders_density_and_confidence_are_the_exact_ones(boundary):
     images = random_images(3, 40, 3, 8, 8)[3:]
@@ -493,7 +524,7 @@ def asking_a_search(machine, y, sigma):
     collection, source, of, opened = opened_for(machine, sigma, index)
     question = Question(machine.corpus.images, index, y, level, collection, torch.zeros(1))
     q, _ = queries(question, opened, of, "deterministic")
-    return q, opened, source.windows(of), of
+    return q, opened, source.windows(of.patches, of.middle), of
 
 
 @given(st.sampled_from(KINDS), seeds, shapes, sigmas, st.floats(-3, 8), st.booleans())

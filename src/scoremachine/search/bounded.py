@@ -278,7 +278,7 @@ class Bounded:
         """Searches for the sites of a class; None if that costs more than there is."""
         kinds = self._kinds(question.collection)
         q, centred = queries(question, opened, of, kinds[0])
-        Q, t, w = len(q.half), opened.tree, source.windows(of)
+        Q, t, w = len(q.half), opened.tree, source.windows(of.patches, of.middle)
         nearest, known = np.full((PARTS, Q), np.inf), np.zeros((PARTS, Q))
         fill(guess, (t, w, q), (nearest, known))
         best, least = nearest.min(0), np.log(known.max(0))

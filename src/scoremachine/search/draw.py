@@ -33,9 +33,11 @@ from numba import float32, int64, njit
 
 from scoremachine.kernels.whole import FLAGS
 from scoremachine.search.floats import (
+    BORROWED,
     LANES,
     add_totals,
     broadcast,
+    by_fours,
     floor,
     hmax,
     hsum,
@@ -56,6 +58,7 @@ from scoremachine.search.floats import (
     store,
     weights,
 )
+from scoremachine.search.patches import middle_of, origin
 from scoremachine.search.seek import (
     FAR,
     LOG2E,
@@ -65,14 +68,12 @@ from scoremachine.search.seek import (
     frame_of,
     from_node,
     in_bytes,
-    middle_of,
     norms_of,
-    origin,
     others_at,
     products,
     products_from,
 )
-from scoremachine.search.tree import BORROWED, LEAF, NODE, by_fours
+from scoremachine.search.tree import LEAF, NODE
 
 TURNS = 32  # parts of what is drawn that are compared with each other
 # Sums: 0 and 1 of nodes, 1 and 2 of leaves, 2 and 3 of patches, and w_3^2 with what patches weigh

@@ -38,11 +38,11 @@ from scoremachine.search.draw import (
     moments,
     weigh,
 )
-from scoremachine.search.floats import LANES
+from scoremachine.search.floats import LANES, by_fours
 from scoremachine.search.index import Index, Source
 from scoremachine.search.rounds import Purse
 from scoremachine.search.seek import FAR, LEAST, LOG2E, in_vectors
-from scoremachine.search.tree import LEAF, by_fours
+from scoremachine.search.tree import LEAF
 from scoremachine.windows import Class
 
 NARROWEST, APART = 0.05, 20.0  # a share of the nodes, and nats: see `Nodes.gaussians`
@@ -94,7 +94,7 @@ class Nodes(NamedTuple):
             np.zeros(nodes * (C + 1) * LEAF, np.uint8),
             np.zeros((supers * LANES, C), np.float32),
         )
-        fill(middles, (t, source.windows(of), values, of_leaves, of_nodes))
+        fill(middles, (t, source.windows(of.patches, of.middle), values, of_leaves, of_nodes))
         in_sixteens = of_nodes.reshape(supers, LANES, C).transpose(0, 2, 1)
         shape = (supers, t.first, LANES)
         mean, variance = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -387,7 +387,7 @@ def _round(asked: Asked, pixels: Pixels, at: np.ndarray, before: Round | None = 
 def _lots(asked: Asked, p: Pixels) -> tuple[np.ndarray, ...]:
     """Z, Z2, S, the variance of S / Z, what draws of nodes, leaves and patches add to it, how
     unlike levels are, and how many lots that took."""
-    t, w = asked.opened.tree, asked.source.windows(asked.of)
+    t, w = asked.opened.tree, asked.source.windows(asked.of.patches, asked.of.middle)
     Q, K = p.total.shape
     parts = min(PARTS // 2, len(t.widest))
     padded = by_fours(K)

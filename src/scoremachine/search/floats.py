@@ -21,7 +21,7 @@ The searching twin of `kernels.simd`, in float32 and over bytes:
     weights(x, bits)       2^x or a little more in the lanes whose bit is 0, and 0 in the others
     logs(v)                log2 or a little less of positive numbers
 
-Products are of numbers from -32,512 to 32,512, a high and a low byte each, with bytes:
+Products are of numbers from -32,512 to 32,512, a high and a low byte each (`halves`), with bytes:
 
     store_halves(a, i, j, v)       writes whole v: high bytes from a[i] on, low ones from a[j] on
     none()                         sixteen sums, all 0
@@ -30,6 +30,13 @@ Products are of numbers from -32,512 to 32,512, a high and a low byte each, with
     add_squares(sums, a, i, b, j)  adds the sums of x (x - 128), x being a[i + k] & b[j + k]
     joined(high, low)              256 high + low, as floats
     isum(sums)                     the sum of the lanes, an integer
+
+And of `ROWS` rows of bytes at once with 32 columns of such numbers, of which b holds the high bytes
+of the first 16, then of the others, then their low bytes, by four:
+
+    no_sums()                      sums of their products, all 0
+    add_rows(sums, a, i, b, j)     adds those of a[i[r] : i[r] + 4], without a sign, for r < ROWS
+    add_sums(z, k, step, sums)     adds them to z[k + step r : k + step r + 32], float64
 """
 
 from __future__ import annotations
@@ -37,10 +44,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 from scoremachine.kernels.vectors import (
     Vector,
@@ -56,7 +64,15 @@ from scoremachine.kernels.vectors import (
     totals,
 )
 
+BORROWED: dict[str, Any] = {
+    "nogil": True,
+    "_nrt": False,
+    "error_model": "numpy",
+}  # counts no references to arrays
 LANES = 16
+ROWS = 4
+WHOLE = 32_512  # the largest number of two bytes that each have a sign
+MOST = 60_000  # bytes up to which their products can be added up
 
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 INTEGERS = ir.VectorType(ir.IntType(32), LANES)
@@ -127,6 +143,18 @@ def running(typing: Any, v: Any) -> Any:
         return total
 
     return floats(floats), generate
+
+
+@register_jitable
+def by_fours(n):
+    """n, or the next multiple of four."""
+    return (n + 3) // 4 * 4
+
+
+def halves(n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The high and the low bytes of whole numbers up to `WHOLE`: n = 256 high + low, int8."""
+    high = np.floor((n + 128) / 256)
+    return high.astype(np.int8), (n - 256 * high).astype(np.int8)
 
 
 def _words(context: Any, builder: Any, array_type: Any, array: Any, i: Any, kind: Any) -> Any:
@@ -255,6 +283,64 @@ def joined(typing: Any, high: Any, low: Any) -> Any:
         return builder.sitofp(builder.add(scaled, args[1]), VECTOR)
 
     return floats(integers, integers), generate
+
+
+_SUMS = types.UniTuple(integers, 4 * ROWS)
+
+
+@intrinsic
+def no_sums(typing: Any) -> Any:
+    """Sums of products of rows and columns that are 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        zeros = [ir.Constant(INTEGERS, [0] * LANES)] * len(_SUMS)
+        return context.make_tuple(builder, _SUMS, zeros)
+
+    return _SUMS(), generate
+
+
+@intrinsic
+def add_rows(typing: Any, sums: Any, a: Any, i: Any, b: Any, j: Any) -> Any:
+    """Adds the products of four bytes of each row, from a[i[r]] on, with 32 columns at b[j]."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sums, places = (cgutils.unpack_tuple(builder, args[k]) for k in (0, 2))
+        word = ir.IntType(32)
+        rows = [
+            splatted(builder, integers, _words(context, builder, a, args[1], place, word))
+            for place in places
+        ]
+        column = pointer(context, builder, b, args[3], args[4], INTEGERS)
+        for k in range(4):
+            v = builder.load(builder.gep(column, [ir.Constant(ir.IntType(64), k)]), align=1)
+            for r, row in enumerate(rows):
+                n = 4 * r + k
+                sums[n] = _multiplied(context, builder, sums[n], row, v)
+        return context.make_tuple(builder, _SUMS, sums)
+
+    return _SUMS(_SUMS, a, types.UniTuple(types.int64, ROWS), b, types.intp), generate
+
+
+@intrinsic
+def add_sums(typing: Any, z: Any, k: Any, step: Any, sums: Any) -> Any:
+    """Adds the sums of row r to the 32 numbers from z[k + step r] on, in float64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide, doubles = (ir.VectorType(kind, LANES) for kind in (ir.IntType(64), ir.DoubleType()))
+        sums, at = cgutils.unpack_tuple(builder, args[3]), args[1]
+        for r in range(ROWS):
+            for v in range(2):
+                high, low = (builder.sext(sums[4 * r + n + v], wide) for n in (0, 2))
+                scaled = builder.shl(high, ir.Constant(wide, [8] * LANES))
+                total = builder.sitofp(builder.add(scaled, low), doubles)
+                into = pointer(context, builder, signature.args[0], args[0], at, doubles)
+                into = builder.gep(into, [ir.Constant(ir.IntType(64), v)])
+                total = builder.fadd(builder.load(into, align=8), total)
+                builder.store(total, into, align=8)
+            at = builder.add(at, args[2])
+        return context.get_dummy_value()
+
+    return types.void(z, types.intp, types.intp, _SUMS), generate
 
 
 @intrinsic

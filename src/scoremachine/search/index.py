@@ -14,14 +14,12 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock
 
 from scoremachine.corpus import Corpus
@@ -29,13 +27,14 @@ from scoremachine.files import write_text, written
 from scoremachine.kernels.parts import fill
 from scoremachine.progress import Bar, bar, say
 from scoremachine.search import tree
-from scoremachine.search.embedding import ROUNDING, Embedding, computed, sampled
+from scoremachine.search.embedding import ROUNDING, Embedding, sampled
 from scoremachine.search.floats import LANES
-from scoremachine.search.seek import FAR, Tree, Windows
+from scoremachine.search.patches import Windows, count_equal, cut_out, hashes
+from scoremachine.search.seek import FAR, Tree
 from scoremachine.search.tree import LEAF, NODE
 from scoremachine.windows import Class, Collection, Patches, classes
 
-VERSION = 2  # of the format; another number is another index
+VERSION = 3  # of the format; another number is another index
 BUCKET = 12_000  # patches that are arranged together
 ROOM = 2**28  # bytes of patches in memory at once
 SHORT = 300  # numbers of a patch up to which the components that are kept say most
@@ -116,11 +115,11 @@ class Source:
         shape = list(self.pixels.shape)
         return {"version": VERSION, "images": self.key, "shape": shape, "patches": patches.name}
 
-    def windows(self, of: Class) -> Windows:
-        """The patches of a class, for compiled code."""
+    def windows(self, patches: Patches, middle: tuple[int, int] = (0, 0)) -> Windows:
+        """Some patches of the images that answer with one of their pixels, for compiled code."""
         _, H, W, C = self.pixels.shape
-        p = of.patches
-        return Windows(self.flat, (H, W, C), p.tops, p.lefts, p.size, of.middle)
+        size, tops, lefts = patches
+        return Windows(self.flat, (H, W, C), tops, lefts, size, middle)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,11 +226,9 @@ def _in_sixteens(a: np.ndarray, missing: np.float32) -> np.ndarray:
 
 def estimate(patches: Patches, N: int, channels: int) -> tuple[int, float]:
     """About how many bytes an index has, and how many seconds two cores need to build it."""
-    n = N * patches.per_image
-    D = patches.numbers(channels)
-    kept = components(patches, channels)
-    K = computed(D, kept)
-    return round(n * (kept + 20)), n * (1.3e-6 + 4e-9 * D + 3e-11 * D * K)
+    n, D = N * patches.per_image, patches.numbers(channels)
+    size = n * (components(patches, channels) + 20)
+    return size, n * (5e-7 + 1.2e-9 * D) + 1.7e-7 * D**2
 
 
 def build(source: Source, patches: Patches, folder: Path, progress: Bar | None = None) -> None:
@@ -283,39 +280,23 @@ def _begun(part: Path, identity: dict[str, Any], n: int) -> bool:
 
 def _plan(source: Source, patches: Patches, part: Path) -> None:
     """What the rest follows: the embedding, and the patches sorted into buckets."""
-    images, size, tops, lefts = source.pixels, *patches
-    flat, shape = source.flat, images.shape[1:]
-    N, C = len(images), images.shape[3]
-    n, D = N * patches.per_image, patches.numbers(C)
+    w, C = source.windows(patches), source.pixels.shape[3]
+    n, D = len(source.pixels) * patches.per_image, patches.numbers(C)
     depth = max(0, math.ceil(math.log2(n / BUCKET)))
     rng = np.random.default_rng(0)
     count = min(n, max(sampled(n), 64 * 2**depth))
     sample = np.unique(rng.integers(0, n, count)) if count < n else np.arange(n)
     some = np.empty((min(len(sample), sampled(n)), D))
     chosen = np.sort(rng.permutation(sample)[: len(some)])
-    fill(tree.cut_out, (flat, shape, chosen, tops, lefts, size, np.zeros(D), some))
+    fill(cut_out, (w, chosen, some))
     embedding = Embedding.of(some, components(patches, C))
-    V = embedding.V[:, : embedding.leading]
-    E = np.empty((len(sample), V.shape[1]), np.float32)
-    for rows in _rows(len(sample), D):
-        s = np.empty((rows.stop - rows.start, D))
-        fill(tree.cut_out, (flat, shape, sample[rows], tops, lefts, size, embedding.mean, s))
-        E[rows] = s @ V
+    E, _ = embedding.of_patches(w, sample)
     axes = np.zeros(max(1, 2**depth - 1), np.int64)
     values = np.zeros(len(axes), np.float32)
-    tree.top_of(E, E.shape[1], depth, axes, values)
+    tree.top_of(E, embedding.leading, depth, axes, values)
     bucket = np.empty(n, np.uint32 if depth > 16 else np.uint16)
-    filters = torch.from_numpy(V.T.reshape(-1, *size, C)).permute(0, 3, 1, 2).float()
-    offset = torch.from_numpy(embedding.mean @ V).float()
-    step = max(1, ROOM // (4 * patches.per_image * (V.shape[1] + C)) // 2)
-    for i in range(0, N, step):
-        x = images[i : i + step, tops[0] : sum(tops) + size[0] - 1]
-        x = x[:, :, lefts[0] : sum(lefts) + size[1] - 1]
-        pictures = torch.from_numpy(np.array(x)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        z = torch.nn.functional.conv2d(pictures, filters).permute(0, 2, 3, 1)
-        e = (z.reshape(-1, z.shape[3]) - offset).contiguous().numpy()
-        out = bucket[i * patches.per_image :][: len(e)]
-        fill(tree.descend, (e, depth, axes, values, out))
+    columns = embedding.columns(patches.size)
+    fill(tree.descend, (w, columns, embedding.leading, depth, axes, values, bucket))
     starts = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=2**depth))])
     order = np.memmap(part / "order", np.uint32, "w+", shape=(n,))
     tree.grouped(bucket, starts[:-1].copy(), order)
@@ -329,18 +310,6 @@ def _plan(source: Source, patches: Patches, part: Path) -> None:
             starts=starts,
             identity=json.dumps(source.identity(patches)),
         )
-
-
-def _at_once(D: int) -> int:
-    """For how many patches of D numbers there is room."""
-    return max(NODE, ROOM // (8 * D))
-
-
-def _rows(n: int, D: int) -> Iterator[slice]:
-    """Cuts n patches of D numbers into pieces that there is room for."""
-    step = _at_once(D)
-    for start in range(0, n, step):
-        yield slice(start, min(start + step, n))
 
 
 def _planned(part: Path) -> tuple[Embedding, np.ndarray]:
@@ -364,16 +333,12 @@ def _write(
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(part / name, "ab")) for name in ARRAYS}
         journal = stack.enter_context(open(part / "journal", "a"))
-        D = len(embedding.mean)
-        room = _at_once(D)
-        numbers = np.empty(room * D)  # once: fresh memory is dear
+        room = max(NODE, ROOM // (16 * embedding.m))  # patches
         while buckets < len(starts) - 1:
             end = buckets + 1
             while end < len(starts) - 1 and starts[end + 1] - starts[buckets] <= room:
                 end += 1
-            arrays, reach = _encoded(
-                source, patches, embedding, order, starts[buckets : end + 1], numbers
-            )
+            arrays, reach = _encoded(source, patches, embedding, order, starts[buckets : end + 1])
             for name, file in files.items():
                 arrays[name].tofile(file)
                 file.flush()
@@ -415,19 +380,17 @@ def _encoded(
     embedding: Embedding,
     order: np.ndarray,
     starts: np.ndarray,
-    numbers: np.ndarray,
 ) -> tuple[dict[str, np.ndarray], float]:
-    """The arrays of some buckets' nodes, and the largest |s - mean|; `numbers` is written on."""
-    size, tops, lefts = patches
-    flat, shape = source.flat, source.pixels.shape[1:]
+    """The arrays of some buckets' nodes, and the largest |s - mean|."""
+    w = source.windows(patches)
     places, times, pieces = [], [], [0]
     everyone = np.array(order[starts[0] : starts[-1]])
     h = np.empty(len(everyone), np.uint64)
-    fill(tree.hashes, (flat, shape, everyone, tops, lefts, size, h))
+    fill(hashes, (w, everyone, h))
     for start, stop in zip(starts[:-1] - starts[0], starts[1:] - starts[0], strict=True):
         sorted_ = start + np.argsort(h[start:stop], kind="stable")
         unique, count = np.empty(stop - start, np.uint32), np.empty(stop - start, np.uint32)
-        n = tree.count_equal(flat, shape, everyone, sorted_, h, tops, lefts, size, unique, count)
+        n = count_equal(w, everyone, sorted_, h, unique, count)
         if n:
             places.append(unique[:n])
             times.append(count[:n])
@@ -438,14 +401,8 @@ def _encoded(
     if not places:
         return arrays, 0.0
     place, count = np.concatenate(places), np.concatenate(times)
-    D = len(embedding.mean)
-    E = np.empty((len(place), embedding.m), np.float32)
-    furthest = 0.0
-    for rows in _rows(len(place), D):  # one piece, unless a bucket is larger than the room
-        s = numbers[: (rows.stop - rows.start) * D].reshape(-1, D)
-        fill(tree.cut_out, (flat, shape, place[rows], tops, lefts, size, embedding.mean, s))
-        E[rows], squares = embedding(s)
-        furthest = max(furthest, math.sqrt(squares.max()))
+    E, squares = embedding.of_patches(w, place)
+    furthest = math.sqrt(squares.max())
     rank = np.arange(len(E))
     piece = np.array(pieces, np.int64)
     fill(tree.arrange, (E, piece, embedding.first, rank))

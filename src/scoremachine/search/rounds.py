@@ -14,9 +14,10 @@ from scoremachine.kernels.parts import PARTS, fill
 from scoremachine.kernels.whole import NOTHING
 from scoremachine.posterior import Fold, Question
 from scoremachine.search.embedding import ROUNDING
-from scoremachine.search.floats import LANES
+from scoremachine.search.floats import LANES, MOST, WHOLE, halves
 from scoremachine.search.index import Index
-from scoremachine.search.seek import COSTS, WHOLE, Queries, Windows, in_vectors, seek
+from scoremachine.search.patches import Windows
+from scoremachine.search.seek import COSTS, Queries, in_vectors, seek
 from scoremachine.windows import Class
 
 BOXES, PATCHES = 22.0, 18.0  # nats below the nearest known patch at which the first round skips
@@ -25,7 +26,6 @@ FOR_A_PART = 0.125  # of what a query may cost, while nobody knows what all will
 SURVEYED = 2  # parts of a search that are done first, to see what all will cost
 DIFFERENCE = 0.35  # ns of one core for a number of a patch that is compared
 WORTHWHILE = 200  # numbers of a patch from which on bytes are compared before
-MOST = 60_000  # and up to which their products can be added up
 
 
 Reach = tuple[np.ndarray, np.ndarray]
@@ -243,12 +243,11 @@ def _in_bytes(windows: np.ndarray) -> tuple[np.ndarray, ...]:
     unit = np.abs(windows).max((1, 2)) / WHOLE + 1e-30
     n = np.rint(windows / unit[:, None, None])
     off = np.maximum(windows - n * unit[:, None, None], 0).sum((1, 2))
-    high = np.floor((n + 128) / 256)
-    halves = np.zeros((Q, h, 2, wide), np.int8)
-    halves[:, :, 0, :row], halves[:, :, 1, :row] = high, n - 256 * high
+    bytes_ = np.zeros((Q, h, 2, wide), np.int8)
+    bytes_[..., :row] = np.stack(halves(n), 2)
     known = (windows**2 + 2 * windows).sum((1, 2)) + h * row - 2 / 127.5 * 255 * off
     known -= 1e-12 * (np.abs(known) + h * row)
-    return halves.reshape(-1), 255 * inside, inside.astype(np.int8), unit, known
+    return bytes_.reshape(-1), 255 * inside, inside.astype(np.int8), unit, known
 
 
 def _parts(count: int, best: np.ndarray, Q: int, C: int, leaders: int) -> tuple[np.ndarray, ...]:

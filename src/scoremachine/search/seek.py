@@ -17,7 +17,9 @@ from numba.extending import register_jitable
 from scoremachine.kernels import simd
 from scoremachine.kernels.whole import FLAGS, NOTHING, keep
 from scoremachine.search.floats import (
+    BORROWED,
     LANES,
+    WHOLE,
     add_each,
     add_products,
     add_squares,
@@ -42,14 +44,14 @@ from scoremachine.search.floats import (
     store_halves,
     weights,
 )
-from scoremachine.search.tree import BORROWED, LEAF, NODE, begin_of
+from scoremachine.search.patches import middle_of, origin
+from scoremachine.search.tree import LEAF, NODE
 
 FAR = np.float32(1e15)  # where boxes of nothing lie
 COMPARED, NEAR = 2_000, 2.0  # patches compared for it at most, and within how many nats
 ENOUGH = 200.0  # patches as heavy as the nearest known, from which on it need not be known better
 GUESSED = 64  # nodes that are looked into for a first guess
 SLACK = 1e-6  # what rounding may do to a squared distance in float32, relatively, per 8 numbers
-WHOLE = 32_512.0  # what the largest of the numbers becomes that are multiplied with bytes
 LEAST = 1e-30  # numbers up to this are not multiplied
 WAITING = 64  # patches that are compared together, at least: most of the time goes into memory
 LOG2E = 1.4426950408889634
@@ -92,25 +94,6 @@ class Tree(NamedTuple):
     leaf_counts: np.ndarray
     node_counts: np.ndarray
     super_counts: np.ndarray
-
-
-class Windows(NamedTuple):
-    """Where the patches of an index are.
-
-    Attributes:
-        flat: The images' bytes, uint8 (N H W C + 64).
-        shape: (H, W, C).
-        tops, lefts: First and number of their rows, and columns.
-        size: (h, w).
-        middle: What a patch answers with: this pixel of it.
-    """
-
-    flat: np.ndarray
-    shape: tuple[int, int, int]
-    tops: tuple[int, int]
-    lefts: tuple[int, int]
-    size: tuple[int, int]
-    middle: tuple[int, int]
 
 
 class Queries(NamedTuple):
@@ -208,18 +191,6 @@ def _room(t, Q):
         np.empty(WAITING + Q * LEAF, np.int64),
         np.empty(WAITING + Q * LEAF, np.int64),
     )
-
-
-@njit(fastmath=FLAGS, inline="always")
-def origin(w, place):
-    """Where in `flat` a patch begins."""
-    return begin_of(w.shape, place, w.tops, w.lefts)
-
-
-@njit(inline="always")
-def middle_of(w, start):
-    """The place (n H + row) W + column of the middle of a patch that begins at `start`."""
-    return start // w.shape[2] + w.middle[0] * w.shape[1] + w.middle[1]
 
 
 @njit(fastmath=FLAGS, **BORROWED)

@@ -2,151 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit
-from numba.extending import register_jitable
 
 from scoremachine.kernels.whole import FLAGS
+from scoremachine.search.components import components
+from scoremachine.search.floats import BORROWED, ROWS
+from scoremachine.search.patches import origin
 
 LEAF = 16  # patches that are looked at together
 NODE = 256  # patches that share a frame for their codes
-BORROWED: dict[str, Any] = {
-    "nogil": True,
-    "_nrt": False,
-    "error_model": "numpy",
-}  # counts no references to arrays
-
-
-@register_jitable
-def by_fours(n):
-    """n, or the next multiple of four."""
-    return (n + 3) // 4 * 4
-
-
-@njit(inline="always", **BORROWED)
-def begin_of(shape, place, tops, lefts):
-    """Where the window at a place begins in the bytes of images (H, W, C) behind each other."""
-    H, W, C = shape
-    rest = place // lefts[1]
-    row = rest // tops[1] * H + rest % tops[1] + tops[0]
-    return (row * W + place % lefts[1] + lefts[0]) * C
-
-
-@njit(cache=True, **BORROWED)
-def cut_out(part, parts, flat, shape, places, tops, lefts, size, mean, out):
-    """Writes the windows at `places`, less the mean, to out (n, D); see `begin_of`."""
-    n, line, (h, row) = len(places), shape[1] * shape[2], (size[0], size[1] * shape[2])
-    for k in range(part * n // parts, (part + 1) * n // parts):
-        begin = begin_of(shape, np.int64(places[k]), tops, lefts)
-        for a in range(h):
-            o, d = begin + a * line, a * row
-            for b in range(row):
-                out[k, d + b] = flat[o + b] * (1 / 127.5) - 1 - mean[d + b]
-
-
-@njit(inline="always", **BORROWED)
-def _word(flat, o):
-    """Eight bytes as a number."""
-    word = np.uint64(0)
-    for k in range(8):
-        word |= np.uint64(flat[o + k]) << np.uint64(8 * k)
-    return word
-
-
-@njit(cache=True, **BORROWED)
-def hashes(part, parts, flat, shape, places, tops, lefts, size, out):
-    """A number for every window at `places`, the same for equal windows; `flat` has 8 bytes more
-    than the images."""
-    n, line, (h, row) = len(places), shape[1] * shape[2], (size[0], size[1] * shape[2])
-    last = (np.uint64(1) << np.uint64(8 * (row % 8))) - np.uint64(1)  # the bytes after whole words
-    for k in range(part * n // parts, (part + 1) * n // parts):
-        begin = begin_of(shape, np.int64(places[k]), tops, lefts)
-        total = np.uint64(14695981039346656037)
-        for a in range(h):
-            o = begin + a * line
-            for b in range(0, row, 8):
-                word = _word(flat, o + b)
-                if b + 8 > row:
-                    word &= last
-                total = (total ^ word) * np.uint64(0x9E3779B97F4A7C15)
-                total ^= total >> np.uint64(29)
-        out[k] = total
-
-
-@njit(**BORROWED)
-def _equal(flat, shape, size, p, q):
-    """Whether the windows that begin at p and q are the same."""
-    for a in range(size[0]):
-        o = a * shape[1] * shape[2]
-        for b in range(o, o + size[1] * shape[2]):
-            if flat[p + b] != flat[q + b]:
-                return False
-    return True
-
-
-@njit(cache=True, **BORROWED)
-def count_equal(flat, shape, places, order, h, tops, lefts, size, unique, times):
-    """Of windows sorted by their hashes h: fills `unique` with their places, and how often each is
-    there; returns how many."""
-    n, last = 0, np.int64(0)
-    for k in range(len(order)):
-        begin = begin_of(shape, np.int64(places[order[k]]), tops, lefts)
-        same = k > 0 and h[order[k]] == h[order[k - 1]]
-        if same and _equal(flat, shape, size, begin, last):
-            times[n - 1] += 1
-        else:
-            unique[n], times[n], last = places[order[k]], 1, begin
-            n += 1
-    return n
-
-
-@njit(fastmath=FLAGS, cache=True, **BORROWED)
-def products(part, parts, s, V, z):
-    """Adds the components s V of patches s to z."""
-    n, D = s.shape
-    for k in range(part * n // parts, (part + 1) * n // parts):
-        for d in range(D):
-            x = s[k, d]
-            for j in range(V.shape[1]):
-                z[k, j] += x * V[d, j]
-
-
-@njit(fastmath=FLAGS, cache=True, **BORROWED)
-def numbers(part, parts, s, z, sizes, edges, E, squares):
-    """The numbers of e from the components z of patches s, and their |s|^2.
-
-    `sizes` are how many are kept, how many of them lead, and how many numbers come first.
-    """
-    n, D = s.shape
-    kept, leading, first = sizes
-    K = z.shape[1]
-    for k in range(part * n // parts, (part + 1) * n // parts):
-        at = leading
-        square = 0.0
-        for d in range(D):
-            square += s[k, d] ** 2
-        squares[k] = square
-        for j in range(leading):
-            E[k, j] = z[k, j]
-        for g in range(len(edges) - 1):
-            total = 0.0
-            if edges[g + 1] <= K:
-                for j in range(edges[g], edges[g + 1]):
-                    total += z[k, j] ** 2
-            else:  # what the others leave, by Pythagoras
-                total = square
-                for j in range(edges[g]):
-                    total -= z[k, j] ** 2
-            E[k, at] = np.sqrt(max(total, 0.0))
-            at += 1
-        if kept > leading:
-            total = 0.0
-            for j in range(leading, kept):
-                total += z[k, j] ** 2
-                E[k, first + j - leading] = z[k, j]
-            E[k, first - 1] = np.sqrt(total)
 
 
 @njit(**BORROWED)
@@ -244,15 +109,32 @@ def top_of(E, axes, depth, split_axes, split_values):
         bounds[2 * node + 2] = middle, hi
 
 
-@njit(cache=True, **BORROWED)
-def descend(part, parts, E, depth, split_axes, split_values, bucket):
-    """The bucket at the end of the top of the tree for every row of E."""
-    n = len(E)
-    for k in range(part * n // parts, (part + 1) * n // parts):
-        node = 0
-        for _ in range(depth):
-            node = 2 * node + 1 + (E[k, split_axes[node]] >= split_values[node])
-        bucket[k] = node - (2**depth - 1)
+@njit(fastmath=FLAGS, **BORROWED)
+def _descend(part, parts, w, columns, leading, depth, axes, values, z, bucket):
+    """What `descend` does once there is room."""
+    n, count = len(bucket), len(columns.units)
+    stop = (part + 1) * n // parts
+    for k in range(part * n // parts, stop, ROWS):
+        starts = (
+            origin(w, k),
+            origin(w, min(k + 1, stop - 1)),
+            origin(w, min(k + 2, stop - 1)),
+            origin(w, min(k + 3, stop - 1)),
+        )
+        components(w, starts, columns, leading, z)
+        for r in range(min(ROWS, stop - k)):
+            node = 0
+            for _ in range(depth):
+                more = np.float32(z[r * count + axes[node]]) >= values[node]
+                node = 2 * node + 1 + more
+            bucket[k + r] = node - (2**depth - 1)
+
+
+@njit(nogil=True, cache=True)
+def descend(part, parts, w, columns, leading, depth, axes, values, bucket):
+    """The bucket at the end of the top of the tree for every patch of all images."""
+    z = np.empty(ROWS * len(columns.units))
+    _descend(part, parts, w, columns, leading, depth, axes, values, z, bucket)
 
 
 @njit(cache=True, **BORROWED)
