@@ -518,6 +518,45 @@ def test_lots_are_right_on_average(known, seed, C, sigma):
     assert (np.abs(off) <= 6 * spread + 1e-3).mean() > 0.97
 
 
+def test_patches_that_are_known_make_no_levels_unlike():
+    """Codes and bytes are compared of the others alone; where there are none, nothing is unlike."""
+    images = smooth_images(6, 400, 16)
+    machine, _ = searching(images, 7, 1e-3, bound="auto")
+    y, sigma = torch.from_numpy(images[7] / 127.5 - 1), 1.0
+    y = y + sigma * torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+    _, asked = asking(machine, y, sigma, np.arange(400))
+    Q = len(asked.windows)
+    everything = drawn_module.Near(np.full(Q, 1e6), np.ones(Q), np.ones(Q), np.ones((Q, 3)))
+    for near in (None, everything):
+        p = drawn_module._pixels(asked, near)
+        p.amounts[:] = 1e20
+        unlike, spent = drawn_module._lots(asked, p)[-2:]
+        assert (spent[:, 2] > 0).all()
+        assert (unlike[:, 2] == 1).all() == (near is everything)
+
+
+def test_where_lots_do_for_none_of_a_sample_no_more_are_drawn(monkeypatch):
+    asked, whole = [], bounded_module.drawn
+
+    def watched(some, *others, **more):
+        asked.append(len(some.windows))
+        return whole(some, *others, **more)
+
+    monkeypatch.setattr(bounded_module, "drawn", watched)
+    images = smooth_images(2, 300, 14)
+    y, sigma = noised(sm.Corpus(images[:1]), [0.5])
+    y = y.double()
+    machine, exact = searching(images, 5, 1e-9, bound="auto")
+    D = machine.denoise_bounded(y, sigma).D
+    assert (D - exact.denoise(y, sigma)).abs().max() <= 1e-8
+    first = -(-100 // bounded_module.SAMPLED)  # of the 10 x 10 that see whole windows
+    assert asked[0] == first
+    assert 100 - first not in asked
+    asked.clear()
+    searching(images, 5, 0.5, bound="auto")[0].denoise(*noised(sm.Corpus(images[:1]), [20.0]))
+    assert asked[:2] == [first, 100 - first]
+
+
 def asking_a_search(machine, y, sigma):
     """The pixels of y that see a whole window; the index, its windows, and their class."""
     index, level = np.arange(len(machine.corpus.images)), torch.tensor([sigma], dtype=torch.float64)

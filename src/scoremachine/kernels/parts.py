@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
+from threading import Thread
 from typing import Any, TypeVar
 
 import numpy as np
@@ -43,7 +44,7 @@ def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, 
     With nothing to fill by parts there are `PARTS` of them.
     """
     parts = len(filled[0]) if filled else PARTS
-    left, team = deque(range(parts)), _team.get()
+    left, team, failed = deque(range(parts)), _team.get(), list[BaseException]()
 
     def work(most: int = parts) -> None:
         for _ in range(most):
@@ -51,26 +52,32 @@ def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, 
                 part = left.popleft()
             except IndexError:
                 return
-            try:
-                if team is not None and team.stopped:
-                    raise _StoppedError
-                compiled(part, parts, *args, *(a[part] for a in filled))
-            except BaseException:
-                left.clear()  # what stops one part stops them all
-                raise
+            if team is not None and team.stopped:
+                raise _StoppedError
+            compiled(part, parts, *args, *(a[part] for a in filled))
+
+    def take_part() -> None:
+        try:
+            work()
+        except BaseException as error:
+            left.clear()  # what stops one part stops them all
+            failed.append(error)
 
     if not compiled.signatures:  # compile in this thread, the one that hears Ctrl-C
         work(1)
     sharing = 1 if team is None else len(team.busy)
     threads = min(torch.get_num_threads() // sharing, len(left))
-    if threads <= 1:
-        return work()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for done in [pool.submit(work) for _ in range(threads)]:
-                done.result()
-        finally:
-            left.clear()  # nothing, unless this thread was interrupted
+    others = [Thread(target=take_part) for _ in range(threads - 1)]  # not worth a pool
+    for thread in others:
+        thread.start()
+    try:
+        work()
+    finally:
+        left.clear()
+        for thread in others:
+            thread.join()
+    if failed:
+        raise failed[0]
 
 
 def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:

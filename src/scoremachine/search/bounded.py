@@ -46,6 +46,8 @@ FIRST = 0.5  # of what is left, that the first of two kinds of bound may cost
 CHEAP = 3e-4  # seconds of one core that a search for a pixel may take in any case
 LOTS = 3e-8  # likewise where lots may do, times the square of the error
 HEAVY = 5e-5  # of a pixel's mass: for patches that weigh more there are no lots, where some fail
+SAMPLED, MANY = 8, 64  # one of so many queries, if there are as many, is drawn for first
+WORTH = 0.1  # of them: for which lots must do
 TOLD = 10.0  # seconds of one core: that a scan which takes longer is done in place of a search
 LOGIT = 1.3  # ns of one core that the exact scan needs for a source under a pixel of an overlap
 
@@ -287,8 +289,8 @@ class Bounded:
         asked = None
         if self.bound != "deterministic" and not leaders:
             asked = self._asked(source, opened, of, centred, float(q.half[0]), best)
-        if asked is not None:
-            at = self._draw(asked, at, found, least, purse)
+        if asked is not None and purse.lots:
+            at = self._first_lots(asked, at, found, least, purse)
 
         def missing(at: np.ndarray, apiece: float, part: float = 1.0) -> np.ndarray:
             """Those of the queries `at` that a search for a part of the purse does not settle."""
@@ -309,6 +311,10 @@ class Bounded:
             if not len(at):
                 return found
         if asked is not None and purse.left > 0:
+            if not purse.lots:
+                at = self._draw(asked, at, found, least, purse)
+            if not len(at):
+                return found
             nats = -math.log(HEAVY) - least
             near = nearby(q, opened, w, at, best, nats, purse)
             if near is not None:
@@ -330,6 +336,19 @@ class Bounded:
         nodes = self._nodes.get(key, lambda: Nodes.of(source, opened, of))
         g = self._gaussians.get((key, half), lambda: nodes.gaussians(1 / (2 * half)))
         return g and Asked(windows, half, best, source, opened, of, nodes.known, g)
+
+    def _first_lots(
+        self, asked: Asked, at: np.ndarray, found: Fold, least: np.ndarray, purse: Purse
+    ) -> np.ndarray:
+        """Draws for the queries `at`, unless lots do for few of a sample; returns those left."""
+        if len(at) < MANY:
+            return self._draw(asked, at, found, least, purse)
+        some, others = at[::SAMPLED], np.delete(at, np.s_[::SAMPLED])
+        left = self._draw(asked, some, found, least, purse)
+        purse.lots = len(some) - len(left) >= WORTH * len(some)
+        if purse.lots:
+            others = self._draw(asked, others, found, least, purse)
+        return np.sort(np.concatenate([left, others]))
 
     def _draw(
         self,

@@ -231,10 +231,12 @@ def drawn(asked: Asked, error: float, purse: Purse, near: Near | None = None) ->
             growth = np.where(few[again, None], np.fmax(growth, at_least), growth)
         known = np.isfinite(growth).all(1)
         again, growth = again[known], growth[known]
-        cost = float((np.maximum(growth, 1) * before.spent[again] @ prices).sum()) * 1e-9
-        if not len(again) or cost > FEWER * purse.left:
+        cost = 1e-9 * (np.maximum(growth, 1) * before.spent[again]) @ prices
+        order = np.argsort(cost, kind="stable")  # the dearest are given up
+        some = np.sort(order[np.cumsum(cost[order]) <= FEWER * purse.left])
+        if not len(some):
             break
-        growth = np.minimum(growth, GROWTH)
+        again, growth = again[some], np.minimum(growth[some], GROWTH)
         pixels.amounts[again] = np.maximum(growth * before.amounts[again], FEWEST)
         pixels.start[again] = (pixels.start[again] + math.sqrt(0.5)) % 1
         rounds.append(_round(asked, pixels, again, before))
@@ -345,7 +347,7 @@ def _pixels(asked: Asked, near: Near | None = None) -> Pixels:
         asked.half, top, total, answer, shares, scale, amounts, start, cut, np.zeros_like(total),
     )  # fmt: skip
     if near is not None:
-        with np.errstate(over="ignore"):  # then nothing is told
+        with np.errstate(over="ignore", invalid="ignore"):  # then nothing is told
             p.near[:] = np.column_stack([near.Z, near.S]) * np.exp(-_unit(asked, p))[:, None]
     return p
 
@@ -404,7 +406,8 @@ def _lots(asked: Asked, p: Pixels) -> tuple[np.ndarray, ...]:
 
         # each level in the units of the last
         weight = everything[..., 0]
-        b2 = ratio(weight[:, TRULY], weight[:, PATCHES] - everything[:, SQUARED, 1])
+        of_codes = weight[:, PATCHES] - everything[:, SQUARED, 1]  # known ones do not count
+        b2 = ratio(weight[:, TRULY], of_codes)
         b1 = b2 * ratio(weight[:, AGAIN], weight[:, LEAVES])
         b0 = b1 * ratio(weight[:, NODES], weight[:, STAND_IN])
 
@@ -422,7 +425,8 @@ def _lots(asked: Asked, p: Pixels) -> tuple[np.ndarray, ...]:
         moved = [(d[..., 1:] - d[..., :1] * D) / Z[:, None] for d in differences(by_turns)]
         moved.append(sum(moved[1:], start=moved[0]))
         # how unequal neighbouring levels are: 1 + the squared coefficient of variation of v / u
-        before, after = weight[:, STAND_IN:SQUARED:2], weight[:, NODES:SQUARED:2]
+        before, after = weight[:, STAND_IN:SQUARED:2].copy(), weight[:, NODES:SQUARED:2]
+        before[:, 2] = of_codes
         unlike = spread.sum(0) * before / after**2
         unlike[after == 0] = np.inf  # nothing was met
         unlike[(before == 0) & (after == 0)] = 1.0  # a level that is not there

@@ -37,9 +37,11 @@ class Purse:
 
     Attributes:
         left: Seconds of one core that are left; below 0 where more was spent.
+        lots: Whether lots may do for some pixels, by what they did for those before.
     """
 
     left: float
+    lots: bool = True
 
 
 def sought(

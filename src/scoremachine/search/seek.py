@@ -47,6 +47,7 @@ from scoremachine.search.floats import (
 from scoremachine.search.patches import middle_of, origin
 from scoremachine.search.tree import LEAF, NODE
 
+ALL_BUT_ONE = 0xFFFE  # lanes
 FAR = np.float32(1e15)  # where boxes of nothing lie
 COMPARED, NEAR = 2_000, 2.0  # patches compared for it at most, and within how many nats
 ENOUGH = 200.0  # patches as heavy as the nearest known, from which on it need not be known better
@@ -438,8 +439,9 @@ def _compare(t, w, q, room, patch_reach, best, ref, left, m, Z, Z2, S, logits, p
         if len(q.bytes) > 0:
             d2 = _at_least(w, q, query, start)
             if d2 > best[query] + patch_reach[query]:
-                weight = math.exp((ref[query] - d2) * q.half[query])
-                left[query * LANES] += float32(t.times[o] * weight)
+                x = splat(float32((ref[query] - d2) * q.half[query] * LOG2E))
+                weight = weights(x, int64(ALL_BUT_ONE)) * float32(t.times[o])
+                store(left, query * LANES, load(left, query * LANES) + weight)
                 continue
         times = t.times[o]
         _absorb(
