@@ -44,8 +44,9 @@ DETERMINISTIC = 100  # numbers of a patch up to which a deterministic bound cost
 DEAR = {"deterministic": 0.25, "statistical": 0.5}  # of the exact scan of a pixel: for its search
 FIRST = 0.5  # of what is left, that the first of two kinds of bound may cost
 CHEAP = 3e-4  # seconds of one core that a search for a pixel may take in any case
-LOTS = 3e-8  # likewise where lots may do, times the square of the error
+LOTS = 4.5e-8  # likewise where lots may do, times the square of the error
 HEAVY = 5e-5  # of a pixel's mass: for patches that weigh more there are no lots, where some fail
+HEAVIER = 0.01  # of the error: likewise, where that is less
 SAMPLED, MANY = 8, 64  # one of so many queries, if there are as many, is drawn for first
 WORTH = 0.1  # of them: for which lots must do
 TOLD = 10.0  # seconds of one core: that a scan which takes longer is done in place of a search
@@ -315,7 +316,7 @@ class Bounded:
                 at = self._draw(asked, at, found, least, purse)
             if not len(at):
                 return found
-            nats = -math.log(HEAVY) - least
+            nats = -math.log(min(HEAVY, HEAVIER * self.error)) - least
             near = nearby(q, opened, w, at, best, nats, purse)
             if near is not None:
                 at = self._draw(asked, at, found, least, purse, Near.of(near, asked, nats))
