@@ -178,7 +178,7 @@ def test_numbers_of_patches_are_those_of_their_windows(seed, C, h, w, kept):
     s = windows[:, 1:].transpose(0, 1, 2, 4, 5, 3).reshape(5 * patches.per_image, -1) / 127.5 - 1
     e = Embedding.of(s, kept)
     places = rng.integers(0, len(s), 21).astype(np.uint32)
-    E, squares = e.of_patches(source.windows(patches), places)
+    E, squares = e.of_patches(source.windows(patches), places, e.columns((h, w)))
     expected, norms = e(np.ascontiguousarray(s[places] - e.mean))
     assert np.linalg.norm(e.V, 2) <= 1
     np.testing.assert_allclose(e.V.T @ e.V, np.eye(e.V.shape[1]), atol=1e-3)
@@ -193,7 +193,7 @@ def test_numbers_of_huge_patches_do_not_overflow():
     source = Source.of(corpus, corpus.indices())
     patches = Patches((1, D // 3), (0, 1), (0, 1))
     e = Embedding(np.full(D, -1.0), np.full((D, 1), D**-0.5), 1)
-    E, squares = e.of_patches(source.windows(patches), np.arange(2))
+    E, squares = e.of_patches(source.windows(patches), np.arange(2), e.columns(patches.size))
     np.testing.assert_allclose(squares, 4 * D, rtol=1e-12)
     np.testing.assert_allclose(E[:, 0], 2 * D**0.5, rtol=1e-6)
 

@@ -47,7 +47,7 @@ CHEAP = 3e-4  # seconds of one core that a search for a pixel may take in any ca
 LOTS = 4.5e-8  # likewise where lots may do, times the square of the error
 HEAVY = 5e-5  # of a pixel's mass: for patches that weigh more there are no lots, where some fail
 HEAVIER = 0.01  # of the error: likewise, where that is less
-SAMPLED, MANY = 8, 64  # one of so many queries, if there are as many, is drawn for first
+SAMPLED, ENOUGH = 8, 64  # one of so many queries, if there are as many, is drawn for first
 WORTH = 0.1  # of them: for which lots must do
 TOLD = 10.0  # seconds of one core: that a scan which takes longer is done in place of a search
 LOGIT = 1.3  # ns of one core that the exact scan needs for a source under a pixel of an overlap
@@ -314,8 +314,8 @@ class Bounded:
         if asked is not None and purse.left > 0:
             if not purse.lots:
                 at = self._draw(asked, at, found, least, purse)
-            if not len(at):
-                return found
+                if not len(at):
+                    return found
             nats = -math.log(min(HEAVY, HEAVIER * self.error)) - least
             near = nearby(q, opened, w, at, best, nats, purse)
             if near is not None:
@@ -342,7 +342,7 @@ class Bounded:
         self, asked: Asked, at: np.ndarray, found: Fold, least: np.ndarray, purse: Purse
     ) -> np.ndarray:
         """Draws for the queries `at`, unless lots do for few of a sample; returns those left."""
-        if len(at) < MANY:
+        if len(at) < ENOUGH:
             return self._draw(asked, at, found, least, purse)
         some, others = at[::SAMPLED], np.delete(at, np.s_[::SAMPLED])
         left = self._draw(asked, some, found, least, purse)

@@ -16,9 +16,8 @@ from scoremachine.search.floats import (
     add_rows,
     add_sums,
     no_sums,
-    prefetch,
 )
-from scoremachine.search.patches import origin, rows_of
+from scoremachine.search.patches import bring, origin, rows_of
 
 
 class Sizes(NamedTuple):
@@ -100,6 +99,17 @@ def numbers(part, parts, z, squares, sizes, E):
 
 
 @njit(fastmath=FLAGS, inline="always")
+def origins(w, places, k, stop):
+    """Where the patches at places[k] and the next begin: as many as `ROWS`, the last again."""
+    return (
+        origin(w, np.int64(places[k])),
+        origin(w, np.int64(places[min(k + 1, stop - 1)])),
+        origin(w, np.int64(places[min(k + 2, stop - 1)])),
+        origin(w, np.int64(places[min(k + 3, stop - 1)])),
+    )
+
+
+@njit(fastmath=FLAGS, inline="always")
 def components(w, starts, columns, some, z):
     """Fills z (rows, columns), flat, with `some` components of the patches that begin there."""
     (line, row), count, at = rows_of(w), len(columns.units), 0
@@ -135,21 +145,12 @@ def _square(w, start):
 @njit(fastmath=FLAGS, **BORROWED)
 def _embedded(part, parts, w, places, columns, sizes, z, E, squares):
     """What `embedded` does once there is room."""
-    n, (line, row) = len(places), rows_of(w)
-    count, mean = len(columns.units), sizes.computed
+    n, count, mean = len(places), len(columns.units), sizes.computed
     stop = (part + 1) * n // parts
     for k in range(part * n // parts, stop, ROWS):
-        starts = (
-            origin(w, np.int64(places[k])),
-            origin(w, np.int64(places[min(k + 1, stop - 1)])),
-            origin(w, np.int64(places[min(k + 2, stop - 1)])),
-            origin(w, np.int64(places[min(k + 3, stop - 1)])),
-        )
+        starts = origins(w, places, k, stop)
         for later in range(k + ROWS, min(k + 2 * ROWS, stop)):
-            o = origin(w, np.int64(places[later]))
-            for a in range(w.size[0]):
-                prefetch(w.flat, o + a * line)
-                prefetch(w.flat, o + a * line + row - 1)
+            bring(w, origin(w, np.int64(places[later])))
         components(w, starts, columns, mean + 1, z)
         for r in range(min(ROWS, stop - k)):
             square = _square(w, starts[r]) + columns.square - 2 * z[r * count + mean]

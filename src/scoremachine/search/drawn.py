@@ -197,7 +197,7 @@ def drawn(asked: Asked, error: float, purse: Purse, near: Near | None = None) ->
     Arguments:
         asked: Queries and patches.
         error: The largest error of a pixel.
-        purse: What it may cost, and is taken from it; it is given up when it would cost more.
+        purse: What it may cost, and is taken from it; the dearest are given up if all cost more.
         near: The near patches, if they are known: lots are drawn for the others, for all pixels.
             Otherwise for those pixels alone for which at least `FLAT` patches as heavy as the
             nearest known one seem to matter.

@@ -130,10 +130,12 @@ class Embedding:
         fill(numbers, (z.reshape(-1), squares, self.sizes, E))
         return E, squares
 
-    def of_patches(self, w: Windows, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same of the patches at some places of images."""
+    def of_patches(
+        self, w: Windows, places: np.ndarray, columns: Columns
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same of the patches at some places of images; `columns` for their size."""
         E, squares = np.zeros((len(places), self.m), np.float32), np.empty(len(places))
-        fill(embedded, (w, places, self.columns(w.size), self.sizes, E, squares))
+        fill(embedded, (w, places, columns, self.sizes, E, squares))
         return E, squares
 
 

@@ -27,6 +27,7 @@ from scoremachine.files import write_text, written
 from scoremachine.kernels.parts import fill
 from scoremachine.progress import Bar, bar, say
 from scoremachine.search import tree
+from scoremachine.search.components import Columns
 from scoremachine.search.embedding import ROUNDING, Embedding, sampled
 from scoremachine.search.floats import LANES
 from scoremachine.search.patches import Windows, count_equal, cut_out, hashes
@@ -290,12 +291,12 @@ def _plan(source: Source, patches: Patches, part: Path) -> None:
     chosen = np.sort(rng.permutation(sample)[: len(some)])
     fill(cut_out, (w, chosen, some))
     embedding = Embedding.of(some, components(patches, C))
-    E, _ = embedding.of_patches(w, sample)
+    columns = embedding.columns(patches.size)
+    E, _ = embedding.of_patches(w, sample, columns)
     axes = np.zeros(max(1, 2**depth - 1), np.int64)
     values = np.zeros(len(axes), np.float32)
     tree.top_of(E, embedding.leading, depth, axes, values)
     bucket = np.empty(n, np.uint32 if depth > 16 else np.uint16)
-    columns = embedding.columns(patches.size)
     fill(tree.descend, (w, columns, embedding.leading, depth, axes, values, bucket))
     starts = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=2**depth))])
     order = np.memmap(part / "order", np.uint32, "w+", shape=(n,))
@@ -333,12 +334,14 @@ def _write(
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(part / name, "ab")) for name in ARRAYS}
         journal = stack.enter_context(open(part / "journal", "a"))
+        columns = embedding.columns(patches.size)
         room = max(NODE, ROOM // (16 * embedding.m))  # patches
         while buckets < len(starts) - 1:
             end = buckets + 1
             while end < len(starts) - 1 and starts[end + 1] - starts[buckets] <= room:
                 end += 1
-            arrays, reach = _encoded(source, patches, embedding, order, starts[buckets : end + 1])
+            piece = order, starts[buckets : end + 1]
+            arrays, reach = _encoded(source.windows(patches), embedding, columns, *piece)
             for name, file in files.items():
                 arrays[name].tofile(file)
                 file.flush()
@@ -375,14 +378,13 @@ def _length(path: Path) -> int:
 
 
 def _encoded(
-    source: Source,
-    patches: Patches,
+    w: Windows,
     embedding: Embedding,
+    columns: Columns,
     order: np.ndarray,
     starts: np.ndarray,
 ) -> tuple[dict[str, np.ndarray], float]:
     """The arrays of some buckets' nodes, and the largest |s - mean|."""
-    w = source.windows(patches)
     places, times, pieces = [], [], [0]
     everyone = np.array(order[starts[0] : starts[-1]])
     h = np.empty(len(everyone), np.uint64)
@@ -401,7 +403,7 @@ def _encoded(
     if not places:
         return arrays, 0.0
     place, count = np.concatenate(places), np.concatenate(times)
-    E, squares = embedding.of_patches(w, place)
+    E, squares = embedding.of_patches(w, place, columns)
     furthest = math.sqrt(squares.max())
     rank = np.arange(len(E))
     piece = np.array(pieces, np.int64)

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from scoremachine.kernels.whole import FLAGS
-from scoremachine.search.floats import BORROWED
+from scoremachine.search.floats import BORROWED, prefetch
 
 
 class Windows(NamedTuple):
@@ -49,6 +49,15 @@ def middle_of(w, start):
 def rows_of(w):
     """How far it is from row to row of an image, and how many bytes a row of a patch has."""
     return w.shape[1] * w.shape[2], w.size[1] * w.shape[2]
+
+
+@njit(fastmath=FLAGS, inline="always")
+def bring(w, start):
+    """Has the rows of a patch that begins there brought near."""
+    line, row = rows_of(w)
+    for a in range(w.size[0]):
+        prefetch(w.flat, start + a * line)
+        prefetch(w.flat, start + a * line + row - 1)
 
 
 @njit(cache=True, **BORROWED)

@@ -44,7 +44,7 @@ from scoremachine.search.floats import (
     store_halves,
     weights,
 )
-from scoremachine.search.patches import middle_of, origin
+from scoremachine.search.patches import bring, middle_of, origin
 from scoremachine.search.tree import LEAF, NODE
 
 ALL_BUT_ONE = 0xFFFE  # lanes
@@ -197,13 +197,10 @@ def _room(t, Q):
 @njit(fastmath=FLAGS, **BORROWED)
 def fetch(t, w, room):
     """Where the patches that wait begin; has them brought near."""
-    row = w.shape[1] * w.shape[2]
     for k in range(room.waiting[0]):
         start = origin(w, np.int64(t.ids[room.places[k]]))
         room.starts[k] = start
-        for a in range(w.size[0]):
-            prefetch(w.flat, start + a * row)
-            prefetch(w.flat, start + a * row + w.size[1] * w.shape[2] - 1)
+        bring(w, start)
 
 
 @njit(fastmath=FLAGS, inline="always")

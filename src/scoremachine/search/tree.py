@@ -6,9 +6,8 @@ import numpy as np
 from numba import njit
 
 from scoremachine.kernels.whole import FLAGS
-from scoremachine.search.components import components
+from scoremachine.search.components import components, origins
 from scoremachine.search.floats import BORROWED, ROWS
-from scoremachine.search.patches import origin
 
 LEAF = 16  # patches that are looked at together
 NODE = 256  # patches that share a frame for their codes
@@ -110,31 +109,26 @@ def top_of(E, axes, depth, split_axes, split_values):
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _descend(part, parts, w, columns, leading, depth, axes, values, z, bucket):
+def _descend(places, w, columns, leading, depth, axes, values, z, bucket):
     """What `descend` does once there is room."""
-    n, count = len(bucket), len(columns.units)
-    stop = (part + 1) * n // parts
-    for k in range(part * n // parts, stop, ROWS):
-        starts = (
-            origin(w, k),
-            origin(w, min(k + 1, stop - 1)),
-            origin(w, min(k + 2, stop - 1)),
-            origin(w, min(k + 3, stop - 1)),
-        )
-        components(w, starts, columns, leading, z)
-        for r in range(min(ROWS, stop - k)):
+    n, count = len(places), len(columns.units)
+    for k in range(0, n, ROWS):
+        components(w, origins(w, places, k, n), columns, leading, z)
+        for r in range(min(ROWS, n - k)):
             node = 0
             for _ in range(depth):
                 more = np.float32(z[r * count + axes[node]]) >= values[node]
                 node = 2 * node + 1 + more
-            bucket[k + r] = node - (2**depth - 1)
+            bucket[places[k + r]] = node - (2**depth - 1)
 
 
 @njit(nogil=True, cache=True)
 def descend(part, parts, w, columns, leading, depth, axes, values, bucket):
     """The bucket at the end of the top of the tree for every patch of all images."""
+    n = len(bucket)
+    places = np.arange(part * n // parts, (part + 1) * n // parts)
     z = np.empty(ROWS * len(columns.units))
-    _descend(part, parts, w, columns, leading, depth, axes, values, z, bucket)
+    _descend(places, w, columns, leading, depth, axes, values, z, bucket)
 
 
 @njit(cache=True, **BORROWED)
