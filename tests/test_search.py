@@ -20,6 +20,7 @@ from numba import njit
 import scoremachine as sm
 from conftest import noised, random_images
 from scoremachine.cli import main
+from scoremachine.kernels.parts import fill
 from scoremachine.posterior import Question
 from scoremachine.search import ahead as ahead_module
 from scoremachine.search import bounded as bounded_module
@@ -29,7 +30,17 @@ from scoremachine.search import index as index_module
 from scoremachine.search import rounds as rounds_module
 from scoremachine.search.bounded import Bounded
 from scoremachine.search.embedding import Embedding
-from scoremachine.search.floats import LANES, add_totals, inverse, load, logs, running, store
+from scoremachine.search.floats import (
+    LANES,
+    add_totals,
+    hmax,
+    inverse,
+    load,
+    logs,
+    running,
+    store,
+)
+from scoremachine.search.guess import BESIDE, beside, guess
 from scoremachine.search.index import Index, Patches, Source, build, classes
 from scoremachine.search.rounds import Purse, blank, queries
 
@@ -593,6 +604,41 @@ def test_near_patches_are_all_found_and_no_others(kind, seed, shape, sigma, nats
     assert rounds_module.nearby(*asked_for, Purse(-1.0)) is None  # even where nothing is to be done
 
 
+@given(st.sampled_from(KINDS), seeds, shapes, sigmas)
+def test_what_is_near_the_windows_beside_one_is_compared_with_it(kind, seed, shape, sigma):
+    """A guess is of a patch that is there, and of no more weight than there is, by brute force."""
+    images = adversarial(kind, seed, *shape)
+    (H, W), y = images.shape[2:], noised(sm.Corpus(images), sigma, seed)[0][:1].double()
+    q, opened, w, of = asking_a_search(searching(images, 3)[0], y, sigma)
+    Q, rows, columns = len(q.half), H - 2, W - 2
+    s, asked = patches_of(torch.from_numpy(images / 127.5 - 1)), patches_of(y)
+    d2 = np.square(asked[:, None] - s[None]).sum((2, 3))
+
+    best, known, places = np.zeros(Q), np.zeros(Q), np.zeros(Q, np.int64)
+    fill(guess, (opened.tree, w, q, best, known, places))
+    np.testing.assert_allclose(best, d2[np.arange(Q), places], rtol=1e-9)
+    nearer, there = best.copy(), places.copy()
+    fill(beside, (w, q, columns, best, places, nearer, there))
+    expected = best.copy()
+    for i, j in np.ndindex(rows, columns):
+        for k, l in np.ndindex(rows, columns):
+            image, row, column = np.unravel_index(places[k * columns + l], (len(s), rows, columns))
+            row, column = row + i - k, column + j - l
+            inside = 0 <= row < rows and 0 <= column < columns
+            if inside and max(abs(i - k), abs(j - l)) <= BESIDE:
+                moved = np.ravel_multi_index((image, row, column), (len(s), rows, columns))
+                at = i * columns + j
+                expected[at] = min(expected[at], d2[at, moved])
+    np.testing.assert_allclose(nearer, expected, rtol=1e-9)
+    np.testing.assert_allclose(nearer, d2[np.arange(Q), there], rtol=1e-9)
+
+    best, least = rounds_module.guessed(q, opened, w, of)
+    assert (best <= nearer).all()
+    assert (best >= d2.min(1) * (1 - 1e-9)).all()
+    mass = np.exp((best[:, None] - d2) * q.half[:, None]).sum(1)
+    assert (least <= np.log(mass) + 1e-6).all()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_a_pixel_that_is_too_dear_is_left_to_others(monkeypatch, share):
     """Those that cost no more than they may are searched, and are right; the others are named."""
@@ -644,6 +690,20 @@ def sums(codes, w, halves, out):
             low = add_products(low, codes, i + j * LANES, halves, len(w) + j)
         store(out, i // len(w), joined(high, low))
 
+@njit
+def four_sums(codes, halves, wide, at, out):
+    for i in range(0, len(codes), wide * LANES):
+        high, low = no_fours(), no_fours()
+        for j in range(0, wide, 4):
+            a, b, c, d = at[0] + j, at[1] + j, at[2] + j, at[3] + j
+            high = add_fours(high, codes, i + j * LANES, halves, (a, b, c, d))
+            p = a + wide, b + wide, c + wide, d + wide
+            low = add_fours(low, codes, i + j * LANES, halves, p)
+        store(out[0], i // wide, joined(high[0], low[0]))
+        store(out[1], i // wide, joined(high[1], low[1]))
+        store(out[2], i // wide, joined(high[2], low[2]))
+        store(out[3], i // wide, joined(high[3], low[3]))
+
 rng = np.random.default_rng(0)
 for w in (rng.uniform(-32512, 32512, 64), np.full(64, -32512), np.full(64, 32512), np.zeros(64)):
     codes = rng.integers(0, 256, (20, 16, LANES, 4)).astype(np.uint8)
@@ -651,6 +711,14 @@ for w in (rng.uniform(-32512, 32512, 64), np.full(64, -32512), np.full(64, 32512
     out = np.zeros(20 * LANES, np.float32)
     sums(codes.reshape(-1), w.astype(np.float32), np.zeros(128, np.int8), out)
     exact = np.einsum("ijlk,jk->il", codes.astype(int), np.rint(w).astype(int).reshape(16, 4))
+    assert (out == exact.reshape(-1).astype(np.float32)).all()
+
+rows = np.rint(rng.uniform(-32512, 32512, (5, 64)))
+bytes_ = np.concatenate(halves(rows), 1).reshape(-1)
+outs = tuple(np.zeros(20 * LANES, np.float32) for _ in range(4))
+four_sums(codes.reshape(-1), bytes_, 64, (128 * 3, 0, 128 * 4, 128), outs)
+for out, k in zip(outs, (3, 0, 4, 1)):
+    exact = np.einsum("ijlk,jk->il", codes.astype(int), rows[k].astype(int).reshape(16, 4))
     assert (out == exact.reshape(-1).astype(np.float32)).all()
 """
 
@@ -679,8 +747,9 @@ def test_running_sums_and_logarithms():
         store(out, 0, running(load(x, 0)))
         store(out, LANES, logs(load(x, 0)))
         store(out, 2 * LANES, inverse(load(x, 0)))
+        return hmax(load(x, 0))
 
-    fill(x, out)
+    assert fill(x, out) == x.max()
     sums, logarithms, inverses = out.reshape(3, LANES)
     assert np.allclose(sums, x.cumsum(), rtol=1e-6)
     assert (logarithms <= np.log2(x) + 1e-5).all()

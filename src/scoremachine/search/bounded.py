@@ -17,7 +17,7 @@ from torch import Tensor
 from scoremachine.corpus import Corpus
 from scoremachine.kept import Kept
 from scoremachine.kernels import strips
-from scoremachine.kernels.parts import PARTS, fill, side_by_side
+from scoremachine.kernels.parts import side_by_side
 from scoremachine.kernels.simd import LANES
 from scoremachine.kernels.whole import NOTHING
 from scoremachine.posterior import Fold, Kernel, Question, folded, spread
@@ -33,8 +33,7 @@ from scoremachine.search.index import (
     estimate,
     indexed,
 )
-from scoremachine.search.rounds import Purse, blank, nearby, queries, sought
-from scoremachine.search.seek import guess
+from scoremachine.search.rounds import Purse, blank, guessed, nearby, queries, sought
 from scoremachine.windows import Box, Class, Collection, Patches, Variant, classes
 
 ERROR = 1e-3  # the largest error of a pixel, unless another is asked for
@@ -281,10 +280,8 @@ class Bounded:
         """Searches for the sites of a class; None if that costs more than there is."""
         kinds = self._kinds(question.collection)
         q, centred = queries(question, opened, of, kinds[0])
-        Q, t, w = len(q.half), opened.tree, source.windows(of.patches, of.middle)
-        nearest, known = np.full((PARTS, Q), np.inf), np.zeros((PARTS, Q))
-        fill(guess, (t, w, q), (nearest, known))
-        best, least = nearest.min(0), np.log(known.max(0))
+        Q, w = len(q.half), source.windows(of.patches, of.middle)
+        best, least = guessed(q, opened, w, of)
         found = blank(Q, question.y.shape[1], leaders, ())
         at = np.arange(Q)
         asked = None

@@ -32,6 +32,17 @@ import numpy as np
 from numba import float32, int64, njit
 
 from scoremachine.kernels.whole import FLAGS
+from scoremachine.search.distances import (
+    FAR,
+    filled_up,
+    frame_of,
+    from_node,
+    in_bytes,
+    norms_of,
+    others_at,
+    products,
+    products_from,
+)
 from scoremachine.search.floats import (
     BORROWED,
     LANES,
@@ -59,20 +70,7 @@ from scoremachine.search.floats import (
     weights,
 )
 from scoremachine.search.patches import middle_of, origin
-from scoremachine.search.seek import (
-    FAR,
-    LOG2E,
-    WAITING,
-    fetch,
-    filled_up,
-    frame_of,
-    from_node,
-    in_bytes,
-    norms_of,
-    others_at,
-    products,
-    products_from,
-)
+from scoremachine.search.seek import LOG2E, WAITING, fetch
 from scoremachine.search.tree import LEAF, NODE
 
 TURNS = 32  # parts of what is drawn that are compared with each other

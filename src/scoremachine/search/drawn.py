@@ -14,6 +14,7 @@ import numpy as np
 
 from scoremachine.kernels.parts import PARTS, fill
 from scoremachine.posterior import Fold
+from scoremachine.search.distances import FAR, LEAST, in_vectors
 from scoremachine.search.draw import (
     AGAIN,
     BY_LEAF,
@@ -41,7 +42,7 @@ from scoremachine.search.draw import (
 from scoremachine.search.floats import LANES, by_fours
 from scoremachine.search.index import Index, Source
 from scoremachine.search.rounds import Purse
-from scoremachine.search.seek import FAR, LEAST, LOG2E, in_vectors
+from scoremachine.search.seek import LOG2E
 from scoremachine.search.tree import LEAF
 from scoremachine.windows import Class
 

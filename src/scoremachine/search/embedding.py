@@ -29,8 +29,8 @@ from scoremachine.search.floats import LANES, WHOLE, by_fours, halves
 from scoremachine.search.patches import Windows
 
 SAMPLE, LEAST, ONE_OF = 30_000, 5_000, 60  # patches that the components are computed from
-LEADING = 16  # components that with all the norms bound a distance by themselves
-WIDE = 60  # kept components from which on fewer others have norms of their own
+LEADING, MORE = 16, 28  # components that with all the norms bound a distance by themselves
+WIDE = 60  # kept components from which on these are more, and fewer others have norms of their own
 FEW = 2_000  # patches for which a library's threads are too much: they look for work long after
 ROUNDING = 1e-6  # what rounding may do to e(s), relative to |s - mean|
 PARTS = 127  # of a step of a pixel: what the mean is told in
@@ -80,7 +80,7 @@ class Embedding:
     @property
     def leading(self) -> int:
         """How many components are among the `first`."""
-        return min(LEADING, self.kept)
+        return min(LEADING if self.kept < WIDE else MORE, self.kept)
 
     @cached_property
     def edges(self) -> np.ndarray:

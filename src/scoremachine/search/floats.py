@@ -28,6 +28,7 @@ Products are of numbers from -32,512 to 32,512, a high and a low byte each (`hal
     add_products(sums, a, i, b, j) adds the sum of a[i + 4 l + k] b[j + k] over k < 4 in lane l
     add_each(sums, a, i, b, j)     the same of 64 bytes from b[j] on, four in a lane
     add_squares(sums, a, i, b, j)  adds the sums of x (x - 128), x being a[i + k] & b[j + k]
+    no_fours(), add_fours(sums, a, i, b, j)    the same for b[j[r]], r < 4, at once
     joined(high, low)              256 high + low, as floats
     isum(sums)                     the sum of the lanes, an integer
 
@@ -56,7 +57,6 @@ from scoremachine.kernels.vectors import (
     each,
     llvm,
     loads,
-    maxima,
     pointer,
     splats,
     splatted,
@@ -91,7 +91,6 @@ store = stores(floats, 4)
 splat = splats(floats)
 broadcast = broadcasts(floats)
 hsum = totals(floats)
-hmax = maxima(floats)
 root = each(floats, "sqrt")
 nearest = each(floats, "rint")
 floor = each(floats, "floor")
@@ -116,6 +115,26 @@ def smaller(typing: Any, u: Any, v: Any) -> Any:
         return builder.select(builder.fcmp_ordered("<", *args), *args)
 
     return floats(floats, floats), generate
+
+
+@intrinsic
+def hmax(typing: Any, v: Any) -> Any:
+    """The largest lane."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        v, width = args[0], LANES
+        while width > 1:
+            width //= 2
+            low, high = (
+                builder.shuffle_vector(
+                    v, v, ir.Constant(ir.VectorType(ir.IntType(32), width), some)
+                )
+                for some in (list(range(width)), list(range(width, 2 * width)))
+            )
+            v = builder.select(builder.fcmp_ordered(">", low, high), low, high)
+        return builder.extract_element(v, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(floats), generate
 
 
 @intrinsic
@@ -285,18 +304,41 @@ def joined(typing: Any, high: Any, low: Any) -> Any:
     return floats(integers, integers), generate
 
 
+_FOURS = types.UniTuple(integers, 4)
 _SUMS = types.UniTuple(integers, 4 * ROWS)
 
 
+def _zeros(kind: Any) -> Any:
+    """Makes a function that returns sums of products that are 0."""
+
+    @intrinsic
+    def zeros(typing: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return context.make_tuple(
+                builder, kind, [ir.Constant(INTEGERS, [0] * LANES)] * len(kind)
+            )
+
+        return kind(), generate
+
+    return zeros
+
+
+no_fours, no_sums = _zeros(_FOURS), _zeros(_SUMS)
+
+
 @intrinsic
-def no_sums(typing: Any) -> Any:
-    """Sums of products of rows and columns that are 0."""
+def add_fours(typing: Any, sums: Any, a: Any, i: Any, b: Any, j: Any) -> Any:
+    """Adds the products of 64 bytes from a[i] on with four bytes from b[j[r]] on, r < 4."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        zeros = [ir.Constant(INTEGERS, [0] * LANES)] * len(_SUMS)
-        return context.make_tuple(builder, _SUMS, zeros)
+        sums, places = (cgutils.unpack_tuple(builder, args[k]) for k in (0, 4))
+        u = _words(context, builder, a, *args[1:3], INTEGERS)
+        for r, place in enumerate(places):
+            v = _words(context, builder, b, args[3], place, ir.IntType(32))
+            sums[r] = _multiplied(context, builder, sums[r], u, splatted(builder, integers, v))
+        return context.make_tuple(builder, _FOURS, sums)
 
-    return _SUMS(), generate
+    return _FOURS(_FOURS, a, types.intp, b, types.UniTuple(types.int64, 4)), generate
 
 
 @intrinsic

@@ -28,14 +28,14 @@ from scoremachine.kernels.parts import fill
 from scoremachine.progress import Bar, bar, say
 from scoremachine.search import tree
 from scoremachine.search.components import Columns
+from scoremachine.search.distances import FAR, Tree
 from scoremachine.search.embedding import ROUNDING, Embedding, sampled
 from scoremachine.search.floats import LANES
 from scoremachine.search.patches import Windows, count_equal, cut_out, hashes
-from scoremachine.search.seek import FAR, Tree
 from scoremachine.search.tree import LEAF, NODE
 from scoremachine.windows import Class, Collection, Patches, classes
 
-VERSION = 3  # of the format; another number is another index
+VERSION = 4  # of the format; another number is another index
 BUCKET = 12_000  # patches that are arranged together
 ROOM = 2**28  # bytes of patches in memory at once
 SHORT = 300  # numbers of a patch up to which the components that are kept say most

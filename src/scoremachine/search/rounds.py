@@ -13,14 +13,17 @@ from scoremachine.kernels import simd
 from scoremachine.kernels.parts import PARTS, fill
 from scoremachine.kernels.whole import NOTHING
 from scoremachine.posterior import Fold, Question
+from scoremachine.search.distances import Queries, in_vectors
 from scoremachine.search.embedding import ROUNDING
 from scoremachine.search.floats import LANES, MOST, WHOLE, halves
+from scoremachine.search.guess import beside, guess
 from scoremachine.search.index import Index
 from scoremachine.search.patches import Windows
-from scoremachine.search.seek import COSTS, Queries, in_vectors, seek
+from scoremachine.search.seek import COSTS, seek
 from scoremachine.windows import Class
 
-BOXES, PATCHES = 22.0, 18.0  # nats below the nearest known patch at which the first round skips
+BOXES, PATCHES = 23.0, 19.0  # nats below the nearest known patch at which the first round skips
+PASSES = 2  # from windows to those beside them
 DEVIATIONS = 0.75  # of the noise, that a statistical bound allows for in a group of components
 FOR_A_PART = 0.125  # of what a query may cost, while nobody knows what all will
 SURVEYED = 2  # parts of a search that are done first, to see what all will cost
@@ -42,6 +45,25 @@ class Purse:
 
     left: float
     lots: bool = True
+
+
+def guessed(q: Queries, opened: Index, w: Windows, of: Class) -> tuple[np.ndarray, np.ndarray]:
+    """What is known of the queries of a class before they are searched for.
+
+    Returns:
+        |q - s|^2 of the nearest patch that is easily found, float64 (Q,), and a guess at log Z,
+        mostly too small, in units of its weight, (Q,).
+    """
+    Q = len(q.half)
+    best, known, places = np.zeros(Q), np.zeros(Q), np.zeros(Q, np.int64)
+    fill(guess, (opened.tree, w, q, best, known, places))
+    for _ in range(PASSES):
+        nearer, there = best.copy(), places.copy()
+        fill(beside, (w, q, of.shape[1], best, places, nearer, there))
+        weight = 1 + known * np.exp((nearer - best) * q.half)  # a new nearest one, and those known
+        known = np.where(nearer < best, weight, known)
+        best, places = nearer, there
+    return best, np.log(known)
 
 
 def sought(
@@ -87,7 +109,8 @@ def sought(
         """Does some parts, of queries that cost at most `most` in each; returns whether all."""
         nonlocal left
         filled = tuple(a[of] for a in parts)
-        fill(seek, (of.start, count, t, w, q, asked, *reach, pace, 3 * left / count, most), filled)
+        at = asked.astype(np.uint32)
+        fill(seek, (of.start, count, t, w, q, at, *reach, pace, 3 * left / count, most), filled)
         spent = float(filled[-2].sum())
         left -= spent
         purse.left -= 1e-9 * spent
@@ -164,8 +187,9 @@ def nearby(
     Q, C, count = len(q.half), w.shape[2], _count(opened)
     parts = _parts(count, best, Q, C, 0)
     reach, left = nats / q.half, 1e9 * purse.left  # nanoseconds
-    asked = q._replace(fixed=True), at, reach, reach, _pace(opened), 3 * left / count, math.inf
-    fill(seek, (0, count, opened.tree, w, *asked), parts)
+    asked = q._replace(fixed=True), at.astype(np.uint32)
+    within = reach, reach, _pace(opened), 3 * left / count, math.inf
+    fill(seek, (0, count, opened.tree, w, *asked, *within), parts)
     spent = float(parts[-2].sum())
     purse.left -= 1e-9 * spent
     if spent > left or not parts[-1].all():
@@ -228,9 +252,9 @@ def queries(question: Question, opened: Index, of: Class, kind: str) -> tuple[Qu
         rest = (own**2 - common**2) * (1 - ROUNDING)
         tails[:, 0], tails[:, 1] = rest.sum(1), rest[:, : len(e.edges) - 1].sum(1)
     E = in_vectors(E, e.first).reshape(-1)
-    whole, inside, ones, unit, known = _in_bytes(windows)
+    whole, inside, unit, known = _in_bytes(windows)
     q = Queries(
-        E, filled.reshape(-1), mask, half, fuzz, tails, whole, inside, ones, unit, known, False
+        E, filled.reshape(-1), mask, half, fuzz, tails, whole, inside, unit, known, False
     )  # fmt: skip
     return q, centred
 
@@ -239,17 +263,18 @@ def _in_bytes(windows: np.ndarray) -> tuple[np.ndarray, ...]:
     """Windows (Q, h, row) as whole multiples of a unit: see `Queries`."""
     Q, h, row = windows.shape
     wide = -(-row // 64) * 64
-    inside = (np.arange(wide) < row).astype(np.uint8)
+    inside = (255 * (np.arange(wide) < row)).astype(np.uint8)
     if not WORTHWHILE <= h * row < MOST:
-        return np.zeros(0, np.int8), 255 * inside, inside.astype(np.int8), np.zeros(0), np.zeros(0)
-    unit = np.abs(windows).max((1, 2)) / WHOLE + 1e-30
-    n = np.rint(windows / unit[:, None, None])
-    off = np.maximum(windows - n * unit[:, None, None], 0).sum((1, 2))
+        return np.zeros(0, np.int8), inside, np.zeros(0), np.zeros(0)
+    factors = windows + (1 - 64 / 127.5)
+    unit = np.abs(factors).max((1, 2)) / WHOLE + 1e-30
+    n = np.rint(factors / unit[:, None, None])
+    off = np.maximum(factors - n * unit[:, None, None], 0).sum((1, 2))
     bytes_ = np.zeros((Q, h, 2, wide), np.int8)
     bytes_[..., :row] = np.stack(halves(n), 2)
-    known = (windows**2 + 2 * windows).sum((1, 2)) + h * row - 2 / 127.5 * 255 * off
+    known = ((windows + 1) ** 2).sum((1, 2)) - 2 / 127.5 * 255 * off
     known -= 1e-12 * (np.abs(known) + h * row)
-    return bytes_.reshape(-1), 255 * inside, inside.astype(np.int8), unit, known
+    return bytes_.reshape(-1), inside, unit, known
 
 
 def _parts(count: int, best: np.ndarray, Q: int, C: int, leaders: int) -> tuple[np.ndarray, ...]:

@@ -12,48 +12,46 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import float32, int64, njit
-from numba.extending import register_jitable
 
-from scoremachine.kernels import simd
 from scoremachine.kernels.whole import FLAGS, NOTHING, keep
+from scoremachine.search.distances import (
+    distance,
+    filled_up,
+    frame_of,
+    from_node,
+    in_bytes,
+    norms_of,
+    others_at,
+    to_boxes,
+)
 from scoremachine.search.floats import (
     BORROWED,
     LANES,
-    WHOLE,
     add_each,
-    add_products,
+    add_fours,
     add_squares,
     broadcast,
-    hmax,
-    hsum,
+    by_fours,
     isum,
     joined,
-    larger,
     load,
     load_bytes,
     load_counts,
     load_every,
     lowest,
-    nearest,
+    no_fours,
     none,
     prefetch,
     reaching,
-    smaller,
     splat,
     store,
-    store_halves,
     weights,
 )
 from scoremachine.search.patches import bring, middle_of, origin
 from scoremachine.search.tree import LEAF, NODE
 
 ALL_BUT_ONE = 0xFFFE  # lanes
-FAR = np.float32(1e15)  # where boxes of nothing lie
-COMPARED, NEAR = 2_000, 2.0  # patches compared for it at most, and within how many nats
-ENOUGH = 200.0  # patches as heavy as the nearest known, from which on it need not be known better
-GUESSED = 64  # nodes that are looked into for a first guess
 SLACK = 1e-6  # what rounding may do to a squared distance in float32, relatively, per 8 numbers
-LEAST = 1e-30  # numbers up to this are not multiplied
 WAITING = 64  # patches that are compared together, at least: most of the time goes into memory
 LOG2E = 1.4426950408889634
 FAINT = 8.0  # nats below what may be skipped, from which on weights are not told apart
@@ -64,74 +62,6 @@ SCALE, TWICE, START, UNIT, START_AGAIN, UNIT_AGAIN, X2, MORE, LESS, FAR_OFF, LIM
 COSTS = np.array([40.0, 16.0, 25.0, 40.0])  # ns of a node, a leaf, a second look, a comparison
 
 
-class Tree(NamedTuple):
-    """An index as compiled code takes it, arrays flat where lanes are read from them.
-
-    Attributes:
-        m, first: How many numbers an embedding has, and how many bound a distance by themselves.
-        codes: uint8 (nodes, 16 leaves, m / 4, 16 patches, 4).
-        boxes: uint8 (nodes, low and high, first, 16 leaves), in the units of codes.
-        ids, times: uint32 (nodes, 256): the patches' places, and how often each is there.
-        frames: float32 (nodes, 2, m): what code 0 stands for, and a step.
-        radii: float32 (nodes): no patch is further from its code.
-        node_boxes: float32 (supers, low and high, first, 16 nodes).
-        super_boxes: float32 (groups, low and high, first, 16 supers).
-        widest: float32 (supers): the largest radius of its nodes.
-        leaf_counts, node_counts, super_counts: float32 (nodes, 16), (supers, 16), (groups, 16):
-            how many patches each holds, copies counted.
-    """
-
-    m: int
-    first: int
-    codes: np.ndarray
-    boxes: np.ndarray
-    ids: np.ndarray
-    times: np.ndarray
-    frames: np.ndarray
-    radii: np.ndarray
-    node_boxes: np.ndarray
-    super_boxes: np.ndarray
-    widest: np.ndarray
-    leaf_counts: np.ndarray
-    node_counts: np.ndarray
-    super_counts: np.ndarray
-
-
-class Queries(NamedTuple):
-    """What is searched for.
-
-    Attributes:
-        E: Embeddings, float32 (Q, `filled_up`) flat: the first numbers, and from `others_at` on
-            the others, both filled up to whole vectors.
-        y: The windows, float64 (Q, h, row) flat, rows filled up to whole vectors.
-        mask: Ones, and zeros where filled up, float64 (row).
-        half: 1 / (2 sigma^2), float64 (Q).
-        fuzz: What rounding may do to a distance between embeddings, float32 (Q).
-        tails: What the components that are not looked at add to a squared distance beyond the
-            differences of their norms, in the first look and in the second, float32 (Q, 2).
-        bytes: The windows in whole multiples of `unit`, high and low bytes, rows filled up to 64,
-            int8 (Q, h, 2, wide) flat; empty where patches are too small for that to pay.
-        inside, ones: 255 and 1, and zeros where filled up, uint8 and int8 (wide).
-        unit: float64 (Q).
-        known: What |q - s|^2 is at least, but for products with the bytes of s, float64 (Q).
-        fixed: Whether reach is from the nearest patch known at first, and only what is within it
-            enters the fold; otherwise it is from the nearest patch met.
-    """
-
-    E: np.ndarray
-    y: np.ndarray
-    mask: np.ndarray
-    half: np.ndarray
-    fuzz: np.ndarray
-    tails: np.ndarray
-    bytes: np.ndarray
-    inside: np.ndarray
-    ones: np.ndarray
-    unit: np.ndarray
-    known: np.ndarray
-    fixed: bool
-
-
 class Room(NamedTuple):
     """What a thread writes on."""
 
@@ -139,59 +69,46 @@ class Room(NamedTuple):
     step: np.ndarray  # and what a step of its codes is (`filled_up`)
     boxes: np.ndarray  # of its leaves, from there (low and high, first, 16)
     row: np.ndarray  # a query from there (`filled_up`)
-    bytes: np.ndarray  # that times the steps, of Q queries: high and low bytes (Q, 2 `filled_up`)
-    again: np.ndarray  # the last four of the first ones, without the norm of the others (Q, 8)
-    of: np.ndarray  # what else is known of them: see the names of columns (Q, 16)
-    in_leaves: np.ndarray  # the queries that reach each leaf (leaves, Q)
-    numbers: np.ndarray  # how many these are (leaves)
-    close: np.ndarray  # those to which something in a leaf is not faint (Q)
-    bounds: np.ndarray  # of its patches (Q, 16)
+    # of Q queries, and of one that reaches nothing:
+    bytes: np.ndarray  # the first numbers of `row` times the steps: high and low bytes, flat
+    again: np.ndarray  # the same without the norm of the others
+    others: np.ndarray  # and these
+    of: np.ndarray  # what else is known: see the names of columns (Q + 1, 16)
+    in_leaves: np.ndarray  # who reaches each leaf, filled up to fours (leaves, Q + 3)
+    numbers: np.ndarray  # how many do (leaves)
+    close: np.ndarray  # those to which something in a leaf is not faint (Q + 4)
+    reached: np.ndarray  # which of its patches can matter, a bit for each (Q + 4)
+    bounds: np.ndarray  # of its patches (Q + 1, 16)
     waiting: np.ndarray  # how many patches are to be compared (1)
     places: np.ndarray  # where they are in the tree
     starts: np.ndarray  # where they begin in the images
     owners: np.ndarray  # the queries
 
 
-@register_jitable
-def others_at(first):
-    """Where the numbers begin that follow the first ones, in whole vectors."""
-    return (first + LANES - 1) // LANES * LANES
-
-
-@register_jitable
-def filled_up(first, m):
-    """How many numbers whole vectors of an embedding have."""
-    return others_at(first) + (m - first + LANES - 1) // LANES * LANES
-
-
-def in_vectors(E: np.ndarray, first: int) -> np.ndarray:
-    """Embeddings (n, m), the first numbers and the others filled up to whole vectors."""
-    at = others_at(first)
-    filled = np.zeros((len(E), filled_up(first, E.shape[1])), np.float32)
-    filled[:, :first], filled[:, at : at + E.shape[1] - first] = E[:, :first], E[:, first:]
-    return filled
-
-
 @njit
 def _room(t, Q):
-    n = filled_up(t.first, t.m)
-    return Room(
+    at, n = others_at(t.first), filled_up(t.first, t.m)
+    room = Room(
         np.zeros(n, np.float32),
         np.zeros(n, np.float32),
         np.empty(2 * t.first * LANES, np.float32),
         np.empty(n, np.float32),
-        np.empty((Q, 2 * n), np.int8),
-        np.empty((Q, 8), np.int8),
-        np.empty((Q, 16), np.float32),
-        np.empty((LEAF, Q), np.int64),
+        np.zeros((Q + 1) * 2 * at, np.int8),
+        np.zeros((Q + 1) * 2 * at, np.int8),
+        np.zeros((Q + 1) * 2 * (n - at), np.int8),
+        np.zeros((Q + 1, 16), np.float32),
+        np.empty((LEAF, Q + 3), np.uint32),
         np.empty(LEAF, np.int64),
-        np.empty(Q, np.int64),
-        np.empty(Q * LANES, np.float32),
+        np.empty(Q + 4, np.uint32),
+        np.empty(Q + 4, np.uint32),
+        np.empty((Q + 1) * LANES, np.float32),
         np.zeros(1, np.int64),
         np.empty(WAITING + Q * LEAF, np.int64),
         np.empty(WAITING + Q * LEAF, np.int64),
         np.empty(WAITING + Q * LEAF, np.int64),
     )
+    room.of[Q, FAR_OFF] = -np.inf  # nothing is as near
+    return room
 
 
 @njit(fastmath=FLAGS, **BORROWED)
@@ -204,28 +121,13 @@ def fetch(t, w, room):
 
 
 @njit(fastmath=FLAGS, inline="always")
-def _distance(w, q, query, start):
-    """|q - s|^2, exactly."""
-    h = w.size[0]
-    row, stride = len(q.mask), w.shape[1] * w.shape[2]
-    total = simd.splat(0.0)
-    o = query * h * row
-    for a in range(h):
-        for b in range(0, row, simd.LANES):
-            s = simd.load_bytes(w.flat, start + a * stride + b) * (1.0 / 127.5) - 1.0
-            d = (s - simd.load(q.y, o + a * row + b)) * simd.load(q.mask, b)
-            total = total + d * d
-    return simd.hsum(total)
-
-
-@njit(fastmath=FLAGS, inline="always")
 def _at_least(w, q, query, start):
     """|q - s|^2 or very little less, from products of bytes.
 
-    With s = bytes / 127.5 - 1 it is |q|^2 + 2 sum q + sum 1 - (2 / 127.5) sum q bytes
-    + sum (bytes^2 - 255 bytes) / 127.5^2.
+    With s = bytes / 127.5 - 1 it is |q + 1|^2 - (2 / 127.5) sum (q + 1 - 64 / 127.5) bytes
+    + sum bytes (bytes - 128) / 127.5^2.
     """
-    high, low, squares, sums = none(), none(), none(), none()
+    high, low, squares = none(), none(), none()
     wide, stride = len(q.inside), w.shape[1] * w.shape[2]
     o = query * w.size[0] * 2 * wide
     for a in range(w.size[0]):
@@ -234,120 +136,9 @@ def _at_least(w, q, query, start):
             high = add_each(high, w.flat, p, q.bytes, o + b)
             low = add_each(low, w.flat, p, q.bytes, o + wide + b)
             squares = add_squares(squares, w.flat, p, q.inside, b)
-            sums = add_each(sums, w.flat, p, q.ones, b)
         o += 2 * wide
     product = q.unit[query] * (256 * isum(high) + isum(low))
-    return (
-        q.known[query] - product * (2 / 127.5) + (isum(squares) - 127 * isum(sums)) * (1 / 127.5**2)
-    )
-
-
-@njit(fastmath=FLAGS, inline="always")
-def _to_boxes(rows, r, boxes, o, first):
-    """The squared distances of `first` numbers at rows[r] to sixteen boxes."""
-    even, odd = splat(float32(0)), splat(float32(0))
-    for j in range(0, first, 2):
-        x, y = broadcast(rows, r + j), broadcast(rows, r + j + 1)
-        p, h = o + j * LANES, o + (first + j) * LANES
-        d = x - smaller(larger(x, load(boxes, p)), load(boxes, h))
-        e = y - smaller(larger(y, load(boxes, p + LANES)), load(boxes, h + LANES))
-        even, odd = even + d * d, odd + e * e
-    return even + odd
-
-
-@njit(fastmath=FLAGS, inline="always")
-def _to_codes(t, room, node, leaf, lo, hi, at):
-    """sum_j (row[at + j - lo] - codes[j])^2 over lo <= j < hi, of a leaf's patches."""
-    a, b = splat(float32(0)), splat(float32(0))
-    o = (node * LEAF + leaf) * t.m * LANES
-    for j in range(lo, hi, 4):
-        p, k = o + j * LANES, at + j - lo
-        u = broadcast(room.row, k) - broadcast(room.step, k) * load_every(t.codes, p, 0)
-        v = broadcast(room.row, k + 1) - broadcast(room.step, k + 1) * load_every(t.codes, p, 1)
-        x = broadcast(room.row, k + 2) - broadcast(room.step, k + 2) * load_every(t.codes, p, 2)
-        y = broadcast(room.row, k + 3) - broadcast(room.step, k + 3) * load_every(t.codes, p, 3)
-        a, b = a + u * u + v * v, b + x * x + y * y
-    return a + b
-
-
-@njit(fastmath=FLAGS, inline="always")
-def norms_of(t, step, node, leaf, lo, hi, at):
-    """sum_j (step[at + j - lo] codes[j])^2 over lo <= j < hi, of a leaf's patches."""
-    a, b = splat(float32(0)), splat(float32(0))
-    o = (node * LEAF + leaf) * t.m * LANES
-    for j in range(lo, hi, 4):
-        p, k = o + j * LANES, at + j - lo
-        u = broadcast(step, k) * load_every(t.codes, p, 0)
-        v = broadcast(step, k + 1) * load_every(t.codes, p, 1)
-        x = broadcast(step, k + 2) * load_every(t.codes, p, 2)
-        y = broadcast(step, k + 3) * load_every(t.codes, p, 3)
-        a, b = a + u * u + v * v, b + x * x + y * y
-    return a + b
-
-
-@njit(fastmath=FLAGS, inline="always")
-def products_from(codes, o, n, bytes_, at):
-    """sum_j bytes_[at + j] codes[j] over j < n, of sixteen whose codes begin at o."""
-    high, low = none(), none()
-    half = len(bytes_) // 2
-    for j in range(0, n, 4):
-        high = add_products(high, codes, o + j * LANES, bytes_, at + j)
-        low = add_products(low, codes, o + j * LANES, bytes_, half + at + j)
-    return joined(high, low)
-
-
-@njit(fastmath=FLAGS, inline="always")
-def products(t, node, leaf, lo, hi, bytes_, at):
-    """sum_j bytes_[at + j - lo] codes[j] over lo <= j < hi, of a leaf's patches."""
-    o = ((node * LEAF + leaf) * t.m + lo) * LANES
-    return products_from(t.codes, o, hi - lo, bytes_, at)
-
-
-@njit(fastmath=FLAGS, inline="always")
-def in_bytes(row, step, lo, hi, scale, bytes_):
-    """Writes row * step * scale, rounded, as bytes; returns (unit, more).
-
-    With the bytes n, sum_j row_j step_j scale c_j is at most `more` above unit sum_j n_j c_j, for
-    codes c_j of 0 to 255.
-    """
-    most = splat(float32(0))
-    for j in range(lo, hi, LANES):
-        x = load(row, j) * load(step, j)
-        most = larger(most, larger(x, splat(float32(0)) - x))
-    largest = hmax(most) * scale
-    if not largest > float32(LEAST):
-        for j in range(lo, hi, LANES):
-            store_halves(bytes_, j, len(bytes_) // 2 + j, splat(float32(0)))
-        return float32(0), largest * float32(255 * (hi - lo))
-    grow = float32(WHOLE) / largest * scale
-    off = splat(float32(0))
-    for j in range(lo, hi, LANES):
-        x = load(row, j) * load(step, j) * grow
-        n = nearest(x)
-        off = off + larger(x - n, splat(float32(0)))
-        store_halves(bytes_, j, len(bytes_) // 2 + j, n)
-    unit = largest / float32(WHOLE)
-    return unit, hsum(off) * unit * float32(255)
-
-
-@njit(fastmath=FLAGS, inline="always")
-def from_node(E, e, low, row, lo, hi):
-    """A query from where a node begins: fills row[lo:hi], and returns its |.|^2."""
-    total = splat(float32(0))
-    for j in range(lo, hi, LANES):
-        x = load(E, e + j) - load(low, j)
-        store(row, j, x)
-        total = total + x * x
-    return hsum(total)
-
-
-@njit(fastmath=FLAGS, inline="always")
-def frame_of(t, node, low, step):
-    """Where the numbers of a node begin and what a step of its codes is, in whole vectors."""
-    at = others_at(t.first)
-    for j in range(t.m):
-        k = j if j < t.first else at + j - t.first
-        low[k], step[k] = t.frames[node * 2 * t.m + j], t.frames[(node * 2 + 1) * t.m + j]
+    return q.known[query] - product * (2 / 127.5) + isum(squares) * (1 / 127.5**2)
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -381,7 +172,7 @@ def _bound(x, a, b):
 @njit(fastmath=FLAGS, inline="always")
 def _absorb(w, q, query, start, times, reach, best, ref, left, m, Z, Z2, S, logits, places):
     """A patch enters the fold of a query, with the logit -|q - s|^2 / 2 sigma^2."""
-    d2 = _distance(w, q, query, start)
+    d2 = distance(w, q, query, start)
     half = q.half[query]
     if q.fixed:
         if d2 > best[query] + reach[query]:
@@ -412,22 +203,6 @@ def _absorb(w, q, query, start, times, reach, best, ref, left, m, Z, Z2, S, logi
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _nearest(values, count, chosen, most):
-    """Fills `chosen` with the places of the `most` smallest of `count` values; returns how many."""
-    n = 0
-    for k in range(count):
-        if n == most and values[k] >= values[chosen[n - 1]]:
-            continue
-        n = min(n + 1, most)
-        at = n - 1
-        while at > 0 and values[chosen[at - 1]] > values[k]:
-            chosen[at] = chosen[at - 1]
-            at -= 1
-        chosen[at] = k
-    return n
-
-
-@njit(fastmath=FLAGS, **BORROWED)
 def _compare(t, w, q, room, patch_reach, best, ref, left, m, Z, Z2, S, logits, places):
     """Compares the patches that wait, by bytes first: what is too far away is skipped."""
     fetch(t, w, room)
@@ -445,72 +220,6 @@ def _compare(t, w, q, room, patch_reach, best, ref, left, m, Z, Z2, S, logits, p
             w, q, query, start, times, patch_reach, best, ref, left, m, Z, Z2, S, logits, places
         )
     room.waiting[0] = 0
-
-
-@njit(fastmath=FLAGS, nogil=True, cache=True)
-def guess(part, parts, t, w, q, best, known):
-    """The nearest nodes are looked into for near patches.
-
-    Fills `best` with the smallest |q - s|^2 met, and `known` with the weight of the patches that
-    were compared, the nearest's being 1.
-    """
-    Q = len(q.half)
-    room = _room(t, 1)
-    values = np.empty(max(len(t.widest), GUESSED * LANES) + LANES, np.float32)
-    near, found = np.empty(GUESSED, np.int64), np.empty(GUESSED, np.int64)
-    for query in range(part * Q // parts, (part + 1) * Q // parts):
-        best[query], known[query] = _guess(t, w, q, query, room, values, near, found)
-
-
-@njit(fastmath=FLAGS, **BORROWED)
-def _guess(t, w, q, query, room, values, near, found):
-    supers, nodes = len(t.widest), len(t.radii)
-    others = others_at(t.first)
-    e = query * filled_up(t.first, t.m)
-    box = 2 * t.first * LANES
-    for g in range((supers + LANES - 1) // LANES):
-        store(values, g * LANES, _to_boxes(q.E, e, t.super_boxes, g * box, t.first))
-    some = _nearest(values, supers, near, GUESSED)
-    for k in range(some):
-        store(
-            values,
-            k * LANES,
-            _to_boxes(q.E, e, t.node_boxes, near[k] * box, t.first),
-        )
-    n = _nearest(values, some * LANES, found, GUESSED)
-    for k in range(n):
-        found[k] = near[found[k] // LANES] * LANES + found[k] % LANES
-    # compared are the patches whose codes are about as near as the nearest yet
-    best, bound = np.inf, np.float32(np.inf)
-    known, compared = 0.0, 0
-    half = q.half[query]
-    for k in range(n):
-        node = found[k]
-        if node >= nodes or compared > COMPARED or known > ENOUGH:
-            continue
-        frame_of(t, node, room.low, room.step)
-        from_node(q.E, e, room.low, room.row, 0, filled_up(t.first, t.m))
-        if t.m > t.first:  # the others stand in the place of their norm
-            room.row[t.first - 1], room.step[t.first - 1] = 0, 0
-        for leaf in range(LEAF):
-            d = _to_codes(t, room, node, leaf, 0, t.first, 0)
-            if t.m > t.first:
-                d = d + _to_codes(t, room, node, leaf, t.first, t.m, others)
-            bits = reaching(d, splat(bound))
-            store(values, 0, d)
-            while bits:
-                lane = lowest(bits)
-                bits &= bits - 1
-                o = node * NODE + leaf * LEAF + lane
-                if t.times[o] > 0 and values[lane] <= bound:
-                    d2 = _distance(w, q, query, origin(w, np.int64(t.ids[o])))
-                    compared += 1
-                    if d2 < best:
-                        known *= math.exp((d2 - best) * half)
-                        best = d2
-                    known += t.times[o] * math.exp((best - d2) * half)
-                    bound = min(bound, values[lane] + np.float32(NEAR / half))
-    return best, known
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -534,7 +243,7 @@ def _narrow(
     held = load(counts, g * LANES)
     real = ~reaching(held, splat(float32(0)))
     for k in range(count):
-        query = asked[k]
+        query = int64(asked[k])
         if cost[query] > most:
             continue
         half = q.half[query]
@@ -543,7 +252,7 @@ def _narrow(
         a, b = _shrunk(limit - tail, radius + q.fuzz[query], t.first)
         o = g * 2 * t.first * LANES
         e = query * filled_up(t.first, t.m)
-        d = _bound(_to_boxes(q.E, e, boxes, o, t.first), a, b - tail)
+        d = _bound(to_boxes(q.E, e, boxes, o, t.first), a, b - tail)
         near = reaching(d, splat(float32(limit * (1 + SLACK)))) & real
         v = load(left, query * LANES) + _skipped(d, near, ref[query], half) * held
         store(left, query * LANES, v)
@@ -575,18 +284,20 @@ def _node(
         room.numbers[leaf] = 0
     spent = 0.0
     for k in range(count):
-        query, of = asked[k], room.of[k]
+        query, of = int64(asked[k]), room.of[k]
         half = q.half[query]
         x2 = from_node(q.E, query * filled_up(first, t.m), room.low, room.row, 0, others)
         limit = best[query] + reach[query]
         tail = q.tails[query, 0]
         a, b = _shrunk(limit - tail, t.radii[node] + q.fuzz[query], t.m)
-        d = _bound(_to_boxes(room.row, 0, room.boxes, 0, first), a, b - tail)
+        d = _bound(to_boxes(room.row, 0, room.boxes, 0, first), a, b - tail)
         leaves = reaching(d, splat(float32(limit * (1 + SLACK))))
         total = load(left, query * LANES) + _skipped(d, leaves, ref[query], half) * counts
         store(left, query * LANES, total)
         of[SCALE], of[TWICE], of[LESS], of[X2] = a * exact, 2 * a, b, x2
-        of[UNIT], of[MORE] = in_bytes(room.row, room.step, 0, others, of[TWICE], room.bytes[k])
+        o = k * 2 * others
+        bytes_ = room.bytes[o : o + 2 * others]
+        of[UNIT], of[MORE] = in_bytes(room.row, room.step, 0, others, of[TWICE], bytes_)
         of[START] = of[SCALE] * x2 - of[MORE] - float32(b - tail)
         of[FAR_OFF] = (limit + FAINT / half) * (1 + SLACK)
         of[LIMIT] = (best[query] + patch_reach[query]) * (1 + SLACK)
@@ -608,11 +319,35 @@ def _node(
         if room.waiting[0] >= WAITING:
             _compare(t, w, q, room, patch_reach, best, ref, left, m, Z, Z2, S, logits, places)
     for k in range(count):
-        query, of = asked[k], room.of[k]
+        query, of = int64(asked[k]), room.of[k]
         weight = _skipped(splat(of[FAR_OFF]), int64(0), ref[query], q.half[query])
         total = load(left, query * LANES) + weight * (of[FAINTS] / float32(LEAF))
         store(left, query * LANES, total)
     return spent
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _of_four(codes, o, n, bytes_, wide, a, b, c, d):
+    """`products_from` for the queries a, b, c and d, whose bytes lie 2 `wide` apart."""
+    high, low = no_fours(), no_fours()
+    for j in range(0, n, 4):
+        i, p = 2 * wide * a + j, 2 * wide * b + j
+        k, q = 2 * wide * c + j, 2 * wide * d + j
+        high = add_fours(high, codes, o + j * LANES, bytes_, (i, p, k, q))
+        low = add_fours(low, codes, o + j * LANES, bytes_, (i + wide, p + wide, k + wide, q + wide))
+    return (
+        joined(high[0], low[0]),
+        joined(high[1], low[1]),
+        joined(high[2], low[2]),
+        joined(high[3], low[3]),
+    )
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _filled_up(who, n, room):
+    """Fills the first n of `who` up to fours."""
+    for i in range(n, by_fours(n)):
+        who[i] = len(room.of) - 1
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -622,73 +357,121 @@ def _faint(t, node, leaf, room):
     Returns for how many queries they are not; these, and bounds, are in the room.
     """
     norms = norms_of(t, room.step, node, leaf, 0, t.first, 0)
-    held = t.leaf_counts[node * LEAF + leaf]
+    held, who, n = t.leaf_counts[node * LEAF + leaf], room.in_leaves[leaf], room.numbers[leaf]
+    _filled_up(who, n, room)
+    o, wide = (node * LEAF + leaf) * t.m * LANES, others_at(t.first)
     close = 0
-    for i in range(room.numbers[leaf]):
-        k = room.in_leaves[leaf, i]
-        of = room.of[k]
-        bound = norms * of[SCALE] + of[START]
-        bound = bound - products(t, node, leaf, 0, t.first, room.bytes[k], 0) * of[UNIT]
-        store(room.bounds, close * LANES, bound)
-        room.close[close] = k
-        near = reaching(bound, splat(of[FAR_OFF])) != 0
-        of[FAINTS] += float32(0) if near else held
-        close += near
+    for i in range(0, n, 4):
+        a, b, c, d = int64(who[i]), int64(who[i + 1]), int64(who[i + 2]), int64(who[i + 3])
+        x, y, u, v = _of_four(t.codes, o, t.first, room.bytes, wide, a, b, c, d)
+        close = _close(room, a, norms, x, held, close)
+        close = _close(room, b, norms, y, held, close)
+        close = _close(room, c, norms, u, held, close)
+        close = _close(room, d, norms, v, held, close)
     return close
 
 
 @njit(fastmath=FLAGS, inline="always")
+def _close(room, k, norms, product, held, close):
+    """What `_faint` does for a query when it knows the products; returns how many are close."""
+    of = room.of[k]
+    bound = norms * of[SCALE] + of[START] - product * of[UNIT]
+    store(room.bounds, close * LANES, bound)
+    room.close[close] = k
+    near = reaching(bound, splat(of[FAR_OFF])) != 0
+    of[FAINTS] += float32(0) if near else held
+    return close + near
+
+
+@njit(fastmath=FLAGS, inline="always")
 def _leaf(t, q, node, leaf, asked, close, pace, room, ref, left, cost):
-    """A second look at the patches of a leaf; has those compared that can matter."""
-    first, M = t.first, t.m
-    others, end = others_at(first), filled_up(first, M)
+    """Has those patches of a leaf compared that can matter to the queries that are close."""
     copies = load_counts(t.times, node * NODE + leaf * LEAF)
-    ready, norms = False, splat(float32(0))
-    spent = 0.0
+    n = 0
     for i in range(close):
-        k = room.close[i]
-        query, of = asked[k], room.of[k]
-        half = q.half[query]
-        limits = splat(of[LIMIT])
+        k = int64(room.close[i])
+        query = int64(asked[k])
         bound = load(room.bounds, i * LANES)
-        bits = reaching(bound, limits)
-        total = load(left, query * LANES) + _skipped(bound, bits, ref[query], half) * copies
-        price = 0.0
-        if bits and first < M:
-            if of[UNIT_AGAIN] < 0:  # the others stand in the place of their norm
-                y2 = from_node(q.E, query * end, room.low, room.row, others, end)
-                norm = q.E[query * end + first - 1] - room.low[first - 1]
-                unit, more = in_bytes(room.row, room.step, others, end, of[TWICE], room.bytes[k])
-                y2 = of[SCALE] * (of[X2] + y2 - norm * norm)
-                of[UNIT_AGAIN] = unit
-                of[START_AGAIN] = y2 - of[MORE] - more - of[LESS] + q.tails[query, 1]
-                for j in range(4):
-                    room.again[k, j] = room.bytes[k, first - 4 + j]
-                    room.again[k, 4 + j] = room.bytes[k, end + first - 4 + j]
-                room.again[k, 3], room.again[k, 7] = 0, 0
-            if not ready:
-                ready, norms = True, _norms_again(t, room, node, leaf, others)
-            d = products(t, node, leaf, 0, first - 4, room.bytes[k], 0)
-            d = d + products(t, node, leaf, first - 4, first, room.again[k], 0)
-            bound = norms * of[SCALE] + of[START_AGAIN] - d * of[UNIT]
-            d = products(t, node, leaf, first, M, room.bytes[k], others)
-            bound = bound - d * of[UNIT_AGAIN]
-            again = reaching(bound, limits)
-            price += pace[2]
-            total = total + _skipped(bound, again | ~bits, ref[query], half) * copies
-            bits &= again
+        bits = reaching(bound, splat(room.of[k, LIMIT]))
+        total = (
+            load(left, query * LANES) + _skipped(bound, bits, ref[query], q.half[query]) * copies
+        )
         store(left, query * LANES, total)
+        room.close[n], room.reached[n] = k, bits
+        n += bits != 0
+    price = 0.0
+    if t.first < t.m and n > 0:
+        price = pace[2]
+        _again(t, q, node, leaf, asked, n, copies, room, ref, left)
+    spent = n * price
+    for i in range(n):
+        query, bits = int64(asked[room.close[i]]), int64(room.reached[i])
+        cost[query] += price
         while bits:
             o = node * NODE + leaf * LEAF + lowest(bits)
             bits &= bits - 1
             if t.times[o] > 0:
-                price += pace[3]
+                cost[query] += pace[3]
+                spent += pace[3]
                 prefetch(t.ids, o)
                 room.places[room.waiting[0]], room.owners[room.waiting[0]] = o, query
                 room.waiting[0] += 1
-        cost[query] += price
-        spent += price
     return spent
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _again(t, q, node, leaf, asked, n, copies, room, ref, left):
+    """A second look at the patches of a leaf, for the first n that are close."""
+    first, others, end = t.first, others_at(t.first), filled_up(t.first, t.m)
+    for i in range(n):
+        k = int64(room.close[i])
+        if room.of[k, UNIT_AGAIN] < 0:
+            _set_again(t, q, int64(asked[k]), k, room)
+    _filled_up(room.close, n, room)
+    norms = _norms_again(t, room, node, leaf, others)
+    o = (node * LEAF + leaf) * t.m * LANES
+    for i in range(0, n, 4):
+        a, b = int64(room.close[i]), int64(room.close[i + 1])
+        c, d = int64(room.close[i + 2]), int64(room.close[i + 3])
+        xs = _of_four(t.codes, o, first, room.again, others, a, b, c, d)
+        p = o + first * LANES
+        ys = _of_four(t.codes, p, t.m - first, room.others, end - others, a, b, c, d)
+        _near(q, asked, i, n, norms, xs[0], ys[0], copies, room, ref, left)
+        _near(q, asked, i + 1, n, norms, xs[1], ys[1], copies, room, ref, left)
+        _near(q, asked, i + 2, n, norms, xs[2], ys[2], copies, room, ref, left)
+        _near(q, asked, i + 3, n, norms, xs[3], ys[3], copies, room, ref, left)
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _near(q, asked, i, n, norms, x, y, copies, room, ref, left):
+    """What `_again` does for the i-th query when it knows the products."""
+    if i >= n:
+        return
+    k = int64(room.close[i])
+    query, of, bits = int64(asked[k]), room.of[k], int64(room.reached[i])
+    bound = norms * of[SCALE] + of[START_AGAIN] - x * of[UNIT] - y * of[UNIT_AGAIN]
+    again = reaching(bound, splat(of[LIMIT]))
+    skipped = _skipped(bound, again | ~bits, ref[query], q.half[query]) * copies
+    store(left, query * LANES, load(left, query * LANES) + skipped)
+    room.reached[i] = bits & again
+
+
+@njit(fastmath=FLAGS, inline="always")
+def _set_again(t, q, query, k, room):
+    """What a second look needs of a query: the others stand in the place of their norm."""
+    of, others, end = room.of[k], others_at(t.first), filled_up(t.first, t.m)
+    y2 = from_node(q.E, query * end, room.low, room.row, others, end)
+    norm = q.E[query * end + t.first - 1] - room.low[t.first - 1]
+    wide = end - others
+    bytes_ = room.others[2 * wide * k : 2 * wide * (k + 1)]
+    unit, more = in_bytes(room.row, room.step, others, end, of[TWICE], bytes_)
+    y2 = of[SCALE] * (of[X2] + y2 - norm * norm)
+    of[UNIT_AGAIN] = unit
+    of[START_AGAIN] = y2 - of[MORE] - more - of[LESS] + q.tails[query, 1]
+    o = 2 * others * k
+    for j in range(2 * others):
+        room.again[o + j] = room.bytes[o + j]
+    room.again[o + t.first - 1], room.again[o + others + t.first - 1] = 0, 0
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -753,7 +536,7 @@ def seek(
     A = len(asked)
     whole[0] = _groups(
         part + begun, parts, t, w, q, asked, reach, patch_reach, pace, budget, most, _room(t, A),
-        np.empty((LANES, A), np.int64), np.empty(LANES, np.int64),
-        np.empty((LANES, A), np.int64), np.empty(LANES, np.int64),
+        np.empty((LANES, A), np.uint32), np.empty(LANES, np.int64),
+        np.empty((LANES, A), np.uint32), np.empty(LANES, np.int64),
         best, ref, left, m, Z, Z2, S, logits, places, cost,
     )  # fmt: skip
