@@ -546,6 +546,39 @@ def test_patches_that_are_known_make_no_levels_unlike():
         assert (unlike[:, 2] == 1).all() == (near is everything)
 
 
+def test_lots_that_have_missed_the_nearest_patch_known_tell_nothing():
+    images = smooth_images(6, 400, 16)
+    machine, _ = searching(images, 7, bound="auto")
+    y, sigma = torch.from_numpy(images[7] / 127.5 - 1), 3.0
+    y = y + sigma * torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+    _, asked = asking(machine, y, sigma, np.arange(400))
+    asked.best[:], _ = rounds_module.guessed(*asking_a_search(machine, y[None].double(), sigma))
+    told = drawn_module.drawn(asked, 0.02, Purse(np.inf))
+    some = (told.error <= 0.02) & (told.Z**2 > 200 * told.Z2)  # many matter
+    assert some.sum() > 10
+    # as if one were known whose square is twice that of all others together
+    nearer = asked.best - np.log(2 * told.Z2) / (2 * asked.half)
+    closer = asked._replace(best=np.where(some, nearer, asked.best))
+    assert (drawn_module.drawn(closer, 0.02, Purse(np.inf)).error[some] == np.inf).all()
+
+
+def test_near_patches_without_the_nearest_known_tell_nothing():
+    images = smooth_images(6, 400, 16)
+    machine, _ = searching(images, 7, bound="auto")
+    y, sigma = torch.from_numpy(images[7] / 127.5 - 1).double(), 0.5
+    q, opened, windows, of = asking_a_search(machine, y[None], sigma)
+    _, asked = asking(machine, y, sigma, np.arange(400))
+    asked.best[:], _ = rounds_module.guessed(q, opened, windows, of)
+    at, nats = np.arange(len(asked.windows)), np.full(len(asked.windows), 9.0)
+    for step, finite in ((0.0, True), (1e-3, False)):
+        best = asked.best - step  # of one that is there, or would be
+        fold = rounds_module.nearby(q, opened, windows, at, best.copy(), nats, Purse(np.inf))
+        near = drawn_module.Near.of(fold, asked._replace(best=best), nats)
+        assert (np.isfinite(near.Z) == finite).all()
+        told = drawn_module.drawn(asked._replace(best=best), 0.5, Purse(np.inf), near)
+        assert np.isfinite(told.error).any() == finite
+
+
 def test_where_lots_do_for_none_of_a_sample_no_more_are_drawn(monkeypatch):
     asked, whole = [], bounded_module.drawn
 

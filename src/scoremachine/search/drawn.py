@@ -64,6 +64,7 @@ UNSURE = 1.0  # nats by which a sum may be wrong whose error is large
 UNLIKE = np.array([4.0, 100.0, 6.0])  # levels (see `Round`) at most, for lots not to miss anything
 EVEN = 1.1  # levels at most as unlike, for few lots to tell enough
 STANDARD_ERRORS = 3.3  # in the bound of an error
+ROUNDED = 1e-6  # of a weight, by which the nearest patch may seem not to be the nearest known
 FLAT = 8.0  # patches as heavy as the nearest known one, from which on a posterior may be flat
 
 
@@ -171,6 +172,7 @@ class Near(NamedTuple):
         reach = asked.best + nats / asked.half
         with np.errstate(over="ignore", invalid="ignore"):  # then nothing is told
             scale = np.exp(m + asked.best * asked.half)
+            scale[scale < 1 - ROUNDED] = np.nan  # nor where the nearest known has been missed
             return cls(reach, Z * scale, Z2 * scale**2, S * scale[:, None])
 
 
@@ -248,8 +250,10 @@ def drawn(asked: Asked, error: float, purse: Purse, near: Near | None = None) ->
         Z, Z2, S = answer.Z * scale, answer.Z2 * scale**2, answer.S * scale[:, None]
         if near is None:
             # so many must matter by what was drawn, too, or else something has been missed; and
-            # more than there are do not: the nearest is not known, or what stands in is far off
+            # more than there are do not: the nearest is not known, or what stands in is far off;
+            # and if all squares together are less than that of the nearest known, that was missed
             seen = (Z > FLAT) & (Z**2 > FLAT * Z2) & (many < math.log(asked.opened.total))
+            seen &= Z2 >= 1
         else:  # or nothing that has been missed weighs much
             Z2 = Z2 + near.Z2
             seen = (asked.best - near.reach) * asked.half <= np.log(MISSED * Z)
