@@ -21,11 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 import setting
-from scoremachine.kernels import device as plain
-from scoremachine.kernels import fused
-from scoremachine.kernels.fused import Launch
-from scoremachine.posterior import Fold, Question
-from scoremachine.windows import Box, Collection
+from scoremachine.core.collection import Collection
+from scoremachine.core.fold import Fold
+from scoremachine.core.posterior import Question
+from scoremachine.core.windows import Box
+from scoremachine.engines import pytorch as plain
+from scoremachine.engines import triton as fused
+from scoremachine.engines.triton import Launch
 
 STEPS = [(3, 0.05), (7, 0.2), (11, 0.4), (15, 0.7), (23, 1.5)]
 HELD_OUT = 64  # images that are denoised and are no source

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import setting
-from scoremachine.progress import quiet
+from scoremachine.runtime.progress import quiet
 
 STATUS = Path("/proc/self/status")
 

@@ -26,9 +26,10 @@ from torch import Tensor
 
 import scoremachine as sm
 import setting
-from scoremachine.progress import quiet
-from scoremachine.sample import EDMSchedule, walk
-from scoremachine.search.bounded import Bounded
+from scoremachine.engines.search.bounded import Bounded
+from scoremachine.runtime.progress import quiet
+from scoremachine.sampling.schedules import EDMSchedule
+from scoremachine.sampling.trajectory import walk
 
 HELD_OUT = 100  # images that are denoised and are no source
 STEPS = [(3, 0.05), (3, 0.1), (7, 0.2), (11, 0.4), (15, 0.7), (23, 1.5)]

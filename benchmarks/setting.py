@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 import scoremachine as sm
-from scoremachine import kernels
-from scoremachine.posterior import posterior
-from scoremachine.progress import quiet
-from scoremachine.windows import Boundary, Box, Collection, Window
+from scoremachine import engines as kernels
+from scoremachine.core.collection import Collection
+from scoremachine.core.posterior import posterior
+from scoremachine.core.windows import Boundary, Box, Window
+from scoremachine.runtime.progress import quiet
 
 CIFAR10 = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10-train.zip"
 RANDOM = (50_000, 3, 32, 32)  # the shape of the images made where there are none

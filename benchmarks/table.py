@@ -28,10 +28,10 @@ from torch import Tensor
 import plain
 import scoremachine as sm
 import setting
+from scoremachine.core.windows import Soft
+from scoremachine.data.moments import moments
 from scoremachine.machines.windowed import stationary
-from scoremachine.moments import moments
-from scoremachine.progress import quiet
-from scoremachine.windows import Soft
+from scoremachine.runtime.progress import quiet
 
 HELD_OUT = 16  # images that are denoised and are no source
 ENOUGH = 3.0  # seconds after which a measurement is not repeated

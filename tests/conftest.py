@@ -10,9 +10,9 @@ import torch
 from hypothesis import settings
 
 import scoremachine as sm
-from scoremachine.corpus import Corpus
-from scoremachine.kernels import fused
-from scoremachine.windows import Collection
+from scoremachine.core.collection import Collection
+from scoremachine.data.corpus import Corpus
+from scoremachine.engines import triton as fused
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -7,8 +7,8 @@ import pytest
 
 import scoremachine as sm
 from conftest import random_corpus
-from scoremachine.ablation import ablation
-from scoremachine.calibration import held_out_pictures, split
+from scoremachine.calibration.heldout import held_out_pictures, split
+from scoremachine.lab.ablation import ablation
 from test_calibration import stripes
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from scoremachine import sources
-from scoremachine.corpus import Corpus, cache_root
+from scoremachine.data import readers as sources
+from scoremachine.data.corpus import Corpus, cache_root
 from test_corpus import Pairs, images, pack, png, save
 
 
@@ -309,7 +309,7 @@ def test_a_foreign_meta_file_is_built_again(tmp_path, text):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError, SystemExit])
 def test_a_stop_in_the_middle_leaves_nothing(tmp_path, monkeypatch, stop):
-    from scoremachine import pixels
+    from scoremachine.data import decoding as pixels
 
     real, met = pixels.to_pixels, []
 
@@ -346,7 +346,7 @@ def test_a_full_disk_is_told_in_a_sentence(tmp_path, monkeypatch):
     def full(*given, **named):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("scoremachine.corpus._read", full)
+    monkeypatch.setattr("scoremachine.data.corpus._read", full)
     with pytest.raises(OSError, match="SCOREMACHINE_CACHE"):
         Corpus.open(good_folder(tmp_path / "set"))
     assert_nothing_kept()

@@ -11,10 +11,10 @@ import torch
 
 import scoremachine as sm
 from conftest import random_corpus
-from scoremachine import calibration
-from scoremachine.calibration import Exchange, parts_for, split
-from scoremachine.comparison.parts import entered
-from scoremachine.networks import Network
+from scoremachine.calibration import heldout as calibration
+from scoremachine.calibration.heldout import Exchange, parts_for, split
+from scoremachine.lab.comparison.parts import entered
+from scoremachine.lab.networks import Network
 
 
 def stripes(N: int, side: int, seed: int = 0) -> sm.Corpus:
@@ -78,7 +78,7 @@ def test_bandwidth_helps_where_the_noise_is_small():
 def test_a_calibration_is_kept_beside_the_corpus(monkeypatch):
     corpus = stripes(50, 6, seed=5)
     first = sm.calibrate(corpus, "ls", sigmas=[0.5], held_out=4)
-    monkeypatch.setattr("scoremachine.calibration._measure", None)
+    monkeypatch.setattr("scoremachine.calibration.heldout._measure", None)
     assert sm.calibrate(corpus, "ls", sigmas=[0.5], held_out=4) == first
 
 
@@ -224,7 +224,7 @@ def test_a_machine_chosen_towards_no_network():
 
 
 def test_calibrate_towards_a_network_prints_what_either_costs(tmp_path):
-    from scoremachine.run import calibrate_corpus
+    from scoremachine.app.runs import calibrate_corpus
 
     corpus = sm.Corpus.open("digits", limit=80)
     network = Network(sm.build("gaussian", corpus), corpus.shape, "wiener")

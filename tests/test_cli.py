@@ -17,8 +17,8 @@ from PIL import Image
 
 import scoremachine as sm
 from conftest import random_corpus
-from scoremachine import cli
-from scoremachine.run import Run
+from scoremachine.app import cli
+from scoremachine.app.runs import Run
 
 
 def run(*words, **options):
@@ -147,7 +147,7 @@ def test_unwritable_output_is_exit_code_2_before_any_work(inside, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk_leaves_no_half_written_file(tmp_path, monkeypatch):
     """The write fails in the middle: the old file stays, nothing else does."""
-    from scoremachine.files import written
+    from scoremachine.runtime.files import written
 
     target = tmp_path / "samples.npz"
     target.write_bytes(b"old")

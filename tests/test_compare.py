@@ -15,9 +15,10 @@ from sklearn.metrics import r2_score
 
 import scoremachine as sm
 from conftest import random_corpus
-from scoremachine.comparison import Entrant, Summary, agreement, compare, parts, report, shared_bias
+from scoremachine.app import report
+from scoremachine.lab.comparison import Entrant, Summary, agreement, compare, parts, shared_bias
+from scoremachine.lab.networks import Network
 from scoremachine.machines import spelled
-from scoremachine.networks import Network
 
 
 def as_network(machine):

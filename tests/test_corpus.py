@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scoremachine.corpus import Corpus, cache_root
+from scoremachine.data.corpus import Corpus, cache_root
 
 
 @pytest.fixture(autouse=True)

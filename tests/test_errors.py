@@ -10,10 +10,10 @@ import torch
 
 import scoremachine as sm
 from conftest import SMALL, random_corpus
-from scoremachine import errors as errors_module
-from scoremachine.calibration import denoising_error, held_out_pictures, split
-from scoremachine.errors import Errors, denoising_errors, ties
-from scoremachine.schedules import WeightSchedule
+from scoremachine.calibration.heldout import denoising_error, held_out_pictures, split
+from scoremachine.core.schedules import WeightSchedule
+from scoremachine.lab import denoising_error as errors_module
+from scoremachine.lab.denoising_error import Errors, denoising_errors, ties
 from test_calibration import stripes
 
 

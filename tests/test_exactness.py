@@ -10,9 +10,10 @@ from scipy.stats import multivariate_normal
 
 import scoremachine as sm
 from conftest import compared, noised, random_corpus
-from scoremachine import posterior as fold_module
-from scoremachine.kernels import choose
-from scoremachine.windows import Box, Collection, Masks, Soft, Variant
+from scoremachine.core import posterior as fold_module
+from scoremachine.core.collection import Collection
+from scoremachine.core.windows import Box, Masks, Soft, Variant
+from scoremachine.engines import choose
 
 SIGMAS = [0.002, 0.02, 0.2, 1.0, 10.0, 80.0]  # one batch: its members differ wildly
 SHAPES = [(1, 7, 7), (3, 8, 11), (4, 9, 5), (3, 8, 8)]
@@ -216,8 +217,8 @@ def test_tiles_change_nothing(c, kernel, monkeypatch):
     asked = choose(kernel), corpus.images, np.arange(50), y.double(), sigma, c, 2
     whole, D = fold_module.posterior(*asked)
     monkeypatch.setattr(fold_module, "TILE", 2000)
-    monkeypatch.setattr("scoremachine.kernels.cpu.TILE", 2000)
-    monkeypatch.setattr("scoremachine.kernels.device._room", lambda device: 3000)
+    monkeypatch.setattr("scoremachine.engines.cpu.TILE", 2000)
+    monkeypatch.setattr("scoremachine.engines.pytorch._room", lambda device: 3000)
     pieces, D_pieces = fold_module.posterior(*asked)
     assert (D - D_pieces).abs().max() < 2e-5
     torch.testing.assert_close(pieces.logits, whole.logits)

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 import scoremachine as sm
 from conftest import noised, random_corpus
-from scoremachine.kernels import choose, device, fused
-from scoremachine.posterior import Question, posterior, wrap
-from scoremachine.windows import Augment, Box, Collection, Soft
+from scoremachine.core.collection import Collection
+from scoremachine.core.posterior import Question, posterior, wrap
+from scoremachine.core.windows import Augment, Box, Soft
+from scoremachine.engines import choose
+from scoremachine.engines import pytorch as device
+from scoremachine.engines import triton as fused
 
 SIGMAS = [0.002, 0.02, 0.2, 1.0, 10.0, 80.0]
 seeds = st.integers(0, 2**31)

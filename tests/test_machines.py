@@ -11,13 +11,13 @@ from azula.sample import DDIMSampler
 
 import scoremachine as sm
 from conftest import SMALL, noised, random_corpus, random_images, small
-from scoremachine import moments as moments_module
-from scoremachine.kernels import choose
-from scoremachine.machines.composite import holding
+from scoremachine.core.windows import Augment
+from scoremachine.data import moments as moments_module
+from scoremachine.data.moments import leading_moments_of, moments, moments_of
+from scoremachine.engines import choose
+from scoremachine.machines.patch_composite import holding
 from scoremachine.machines.windowed import stationary
-from scoremachine.moments import leading_moments_of, moments, moments_of
-from scoremachine.sample import EDMSchedule, time_of
-from scoremachine.windows import Augment
+from scoremachine.sampling.schedules import EDMSchedule, time_of
 
 SIGMAS = [0.02, 0.3, 2.0, 20.0]
 

@@ -11,11 +11,13 @@ from scipy.stats import multivariate_normal
 
 import scoremachine as sm
 from conftest import SMALL, noised, random_corpus, small
-from scoremachine import mixtures
-from scoremachine.calibration import held_out_pictures, split
-from scoremachine.mixtures import Clusters, Mixture, budget_of, compress
-from scoremachine.sizes import sizes
-from scoremachine.windows import Box, Collection
+from scoremachine.calibration.heldout import held_out_pictures, split
+from scoremachine.core.collection import Collection
+from scoremachine.core.windows import Box
+from scoremachine.lab.sizes import sizes
+from scoremachine.sources import mixture as mixtures
+from scoremachine.sources.compression import budget_of, compress
+from scoremachine.sources.mixture import Clusters, Mixture
 from test_machines import smooth_corpus
 
 SIGMAS = [0.05, 0.4, 3.0]
@@ -315,7 +317,7 @@ def test_sizes_are_errors_of_the_exact_machine_and_of_mixtures(tmp_path, monkeyp
     for k, s in enumerate(found.smallest()):
         assert found.ratios[s, k] <= 1.05
         assert all(found.ratios[o, k] > 1.05 for o in range(3) if found.nbytes[o] < found.nbytes[s])
-    monkeypatch.setattr("scoremachine.sizes.compress", None)  # all is known
+    monkeypatch.setattr("scoremachine.lab.sizes.compress", None)  # all is known
     again = sizes(corpus, "ls", ["10%", 20, "0.001%"], [0.2, 2.0], held_out=8, patch_size=5)
     assert np.array_equal(again.errors, found.errors)
 

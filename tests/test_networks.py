@@ -12,8 +12,8 @@ from azula.noise import CosineSchedule, VPSchedule
 
 import scoremachine as sm
 from conftest import noised, random_corpus
-from scoremachine.networks import ARCHITECTURES, Network, Training, foreign, train, training
-from scoremachine.networks.network import BUILT_IN, built_in
+from scoremachine.lab.networks import ARCHITECTURES, Network, Training, foreign, train, training
+from scoremachine.lab.networks.network import BUILT_IN, built_in
 
 SMALL = {
     "resnet": {"width": 8, "depth": 1},

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from conftest import random_corpus, small
-from scoremachine.kept import Kept
-from scoremachine.kernels.parts import fill, side_by_side
+from scoremachine.engines.chunks import fill, side_by_side
+from scoremachine.runtime.lru import Kept
 
 
 class Compiled:

@@ -10,9 +10,16 @@ from azula.sample import DDIMSampler
 
 import scoremachine as sm
 from conftest import SMALL, random_corpus, random_images, small
-from scoremachine.machines.through import Through
-from scoremachine.processes import PROCESSES, HeatDissipation, Process, Pyramid, haar, process_of
-from scoremachine.sample import EDMSchedule
+from scoremachine.core.processes import (
+    PROCESSES,
+    HeatDissipation,
+    Process,
+    Pyramid,
+    haar,
+    process_of,
+)
+from scoremachine.sampling.process_denoiser import Through
+from scoremachine.sampling.schedules import EDMSchedule
 from test_machines import smooth_corpus
 
 SHAPE = (4, 8)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import scoremachine as sm
-from scoremachine import progress
+from scoremachine.runtime import progress
 
 
 @pytest.fixture

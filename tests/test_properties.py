@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import scoremachine as sm
 from conftest import SMALL, noised, random_images, small
-from scoremachine.posterior import Fold
+from scoremachine.core.fold import Fold
 
 shapes = st.tuples(
     st.integers(1, 12), st.sampled_from([1, 3]), st.integers(3, 8), st.integers(3, 8)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import scoremachine as sm
-from scoremachine import drawing
-from scoremachine.comparison import qualities, report
-from scoremachine.comparison.quality import features, kernel_distance, variety
-from scoremachine.networks import Network, Training, train
+from scoremachine.app import figures as drawing
+from scoremachine.app import report
+from scoremachine.lab.comparison import qualities
+from scoremachine.lab.comparison.quality import features, kernel_distance, variety
+from scoremachine.lab.networks import Network, Training, train
 
 BRIEF = Training(steps=4, seconds=None, batch=8, precision="float32")
 

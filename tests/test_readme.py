@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from scoremachine.core.schedules import PatchSchedule
 from scoremachine.machines import MACHINES
-from scoremachine.schedules import PatchSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

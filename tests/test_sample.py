@@ -12,9 +12,10 @@ from azula.sample import DDIMSampler
 
 import scoremachine as sm
 from conftest import SMALL, noised, random_corpus, small
+from scoremachine.core.schedules import edm_sigmas
 from scoremachine.machines import MACHINES
-from scoremachine.sample import SAMPLERS, SCHEDULES, EDMSchedule, schedule_of
-from scoremachine.schedules import edm_sigmas
+from scoremachine.sampling.samplers import SAMPLERS
+from scoremachine.sampling.schedules import SCHEDULES, EDMSchedule, schedule_of
 
 
 def machine(name="els", schedule=None, **settings):

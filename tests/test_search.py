@@ -19,18 +19,18 @@ from numba import njit
 
 import scoremachine as sm
 from conftest import noised, random_images
-from scoremachine.cli import main
-from scoremachine.kernels.parts import fill
-from scoremachine.posterior import Question
-from scoremachine.search import ahead as ahead_module
-from scoremachine.search import bounded as bounded_module
-from scoremachine.search import draw as draw_module
-from scoremachine.search import drawn as drawn_module
-from scoremachine.search import index as index_module
-from scoremachine.search import rounds as rounds_module
-from scoremachine.search.bounded import Bounded
-from scoremachine.search.embedding import Embedding
-from scoremachine.search.floats import (
+from scoremachine.app.cli import main
+from scoremachine.core.posterior import Question
+from scoremachine.engines.chunks import fill
+from scoremachine.engines.search import ahead as ahead_module
+from scoremachine.engines.search import bounded as bounded_module
+from scoremachine.engines.search import draw as draw_module
+from scoremachine.engines.search import drawn as drawn_module
+from scoremachine.engines.search import index as index_module
+from scoremachine.engines.search import rounds as rounds_module
+from scoremachine.engines.search.bounded import Bounded
+from scoremachine.engines.search.embedding import Embedding
+from scoremachine.engines.search.floats import (
     LANES,
     add_totals,
     hmax,
@@ -40,9 +40,9 @@ from scoremachine.search.floats import (
     running,
     store,
 )
-from scoremachine.search.guess import BESIDE, beside, guess
-from scoremachine.search.index import Index, Patches, Source, build, classes
-from scoremachine.search.rounds import Purse, blank, queries
+from scoremachine.engines.search.guess import BESIDE, beside, guess
+from scoremachine.engines.search.index import Index, Patches, Source, build, classes
+from scoremachine.engines.search.rounds import Purse, blank, queries
 
 seeds = st.integers(0, 2**31)
 sigmas = st.floats(-3, 2).map(lambda e: 10.0**e)

@@ -8,8 +8,8 @@ import torch
 
 import scoremachine as sm
 from conftest import random_corpus
-from scoremachine.networks import Network
-from scoremachine.sensitivity import Sensitivity, sensitivity
+from scoremachine.lab.networks import Network
+from scoremachine.lab.sensitivity import Sensitivity, sensitivity
 
 
 def test_the_map_of_a_convolution_is_its_kernel():

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 import scoremachine as sm
 from conftest import SMALL, random_corpus, random_images, small
-from scoremachine.kernels import cpu, strips
-from scoremachine.posterior import Question, wrap
-from scoremachine.windows import Box, Collection
+from scoremachine.core.collection import Collection
+from scoremachine.core.posterior import Question, wrap
+from scoremachine.core.windows import Box
+from scoremachine.engines import cpu, strips
 
 
 def along(i: int, P: int, seen: int, n: int, boundary: str) -> tuple[list[int], list[list[int]]]:

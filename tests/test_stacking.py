@@ -13,12 +13,12 @@ from sklearn.linear_model import Ridge
 
 import scoremachine as sm
 from conftest import noised, random_corpus
-from scoremachine import stacking
-from scoremachine.calibration import held_out_pictures, split
-from scoremachine.errors import denoising_errors
-from scoremachine.networks import Network
-from scoremachine.schedules import WeightSchedule
-from scoremachine.stacking import stack, weights_of, weights_towards
+from scoremachine.calibration import stacking
+from scoremachine.calibration.heldout import held_out_pictures, split
+from scoremachine.calibration.stacking import stack, weights_of, weights_towards
+from scoremachine.core.schedules import WeightSchedule
+from scoremachine.lab.denoising_error import denoising_errors
+from scoremachine.lab.networks import Network
 from test_calibration import stripes
 
 OF = "gaussian,ls:3,pspc:5"
@@ -295,7 +295,7 @@ def test_its_denoising_error_is_measured_with_calibrated_machines():
 
 
 def test_calibrate_prints_its_weights(tmp_path, capsys):
-    from scoremachine.run import calibrate_corpus
+    from scoremachine.app.runs import calibrate_corpus
 
     corpus = sm.Corpus.open("digits", limit=80)
     found = calibrate_corpus(

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import scoremachine as sm
-from scoremachine.comparison import Cell, report, study
-from scoremachine.comparison import cells as module
-from scoremachine.comparison.cells import cells
-from scoremachine.networks import Training
+from scoremachine.app import report
+from scoremachine.lab.comparison import Cell, study
+from scoremachine.lab.comparison import cells as module
+from scoremachine.lab.comparison.cells import cells
+from scoremachine.lab.networks import Training
 
 TINY = (("width", 8), ("depth", 1))
 CELLS = [

@@ -10,15 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scoremachine.sample import EDMSchedule
-from scoremachine.schedules import (
+from scoremachine.core.collection import Collection
+from scoremachine.core.schedules import (
     BandwidthSchedule,
     PatchSchedule,
     ShareSchedule,
     edm_sigmas,
     kamb_sigmas,
 )
-from scoremachine.windows import Box, Collection, Masks, Soft
+from scoremachine.core.windows import Box, Masks, Soft
+from scoremachine.sampling.schedules import EDMSchedule
 
 
 def test_edm_levels_are_those_of_karras():

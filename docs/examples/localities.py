@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import scoremachine as sm
-from scoremachine import drawing
+from scoremachine.app import figures as drawing
 
 ERROR = 0.01  # about one gray level in 256
 

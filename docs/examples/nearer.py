@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 import scoremachine as sm
-from scoremachine.comparison.parts import apart
-from scoremachine.errors import fewer
-from scoremachine.progress import bar
-from scoremachine.sample import walk
+from scoremachine.lab.comparison.parts import apart
+from scoremachine.lab.denoising_error import fewer
+from scoremachine.runtime.progress import bar
+from scoremachine.sampling.trajectory import walk
 
 PLACES = (1, 4, 6, 8, 10, 12)  # of 20 steps
 SIZES = (5, 7, 9, 11, 13, 15, 17)

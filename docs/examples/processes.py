@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 import scoremachine as sm
-from scoremachine import drawing, tables
-from scoremachine.comparison.quality import features, kernel_distance, variety
+from scoremachine.app import figures as drawing
+from scoremachine.app import tables
+from scoremachine.core.processes import PROCESSES, process_of
+from scoremachine.lab.comparison.quality import features, kernel_distance, variety
 from scoremachine.machines import spelled
-from scoremachine.processes import PROCESSES, process_of
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "china", "coffee", "flower", "rocket")
 TIMES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

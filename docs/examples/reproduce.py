@@ -20,9 +20,9 @@ from typing import NamedTuple
 from PIL import Image
 
 import scoremachine as sm
-from scoremachine.comparison import report
-from scoremachine.networks.network import CARD, WEIGHTS
-from scoremachine.run import train_network
+from scoremachine.app import report
+from scoremachine.app.runs import train_network
+from scoremachine.lab.networks.network import CARD, WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS_OF = ROOT / "src" / "scoremachine" / "networks" / "weights"

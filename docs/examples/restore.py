@@ -19,7 +19,7 @@ from azula.sample import DDIMSampler
 from torch import Tensor
 
 import scoremachine as sm
-from scoremachine import drawing
+from scoremachine.app import figures as drawing
 
 NOISE = 0.05  # standard deviation with which the visible half is taken to be observed
 

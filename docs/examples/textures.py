@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 import scoremachine as sm
-from scoremachine import drawing
-from scoremachine.kernels import choose
-from scoremachine.posterior import posterior
-from scoremachine.windows import Box, Collection
+from scoremachine.app import figures as drawing
+from scoremachine.core.collection import Collection
+from scoremachine.core.posterior import posterior
+from scoremachine.core.windows import Box
+from scoremachine.engines import choose
 
 CASES = (  # and in how many steps
     ("texture/grass", (128, 128), 14),

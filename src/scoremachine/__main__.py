@@ -1,5 +1,5 @@
 """`python -m scoremachine` is the command line."""
 
-from scoremachine.cli import main
+from scoremachine.app.cli import main
 
 main()

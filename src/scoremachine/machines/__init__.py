@@ -9,20 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from scoremachine import calibration
-from scoremachine.calibration import BANDWIDTHS, Calibration, Teacher
-from scoremachine.corpus import Corpus
-from scoremachine.machines.composite import PatchComposite, PatchCompositeFlex
+from scoremachine.calibration import heldout as calibration
+from scoremachine.calibration.heldout import BANDWIDTHS, Calibration, Teacher
+from scoremachine.data.corpus import Corpus
+from scoremachine.machines.composite import Composite
 from scoremachine.machines.equivariant import EquivariantLocalScore
 from scoremachine.machines.gaussian import GaussianScore
 from scoremachine.machines.ideal import EquivariantScore, IdealScore
 from scoremachine.machines.local import LocalScore
 from scoremachine.machines.machine import LocalMachine, Machine
+from scoremachine.machines.patch_composite import PatchComposite, PatchCompositeFlex
 from scoremachine.machines.pca import PCALocality
 from scoremachine.machines.smoothed import SmoothedScore
-from scoremachine.machines.stacked import Composite
 from scoremachine.machines.windowed import WINDOWS, BoxMachine, WindowMachine
-from scoremachine.names import any_number, check_name, unknown
+from scoremachine.runtime.parsing import any_number
+from scoremachine.runtime.validation import check_name, unknown
 
 MACHINES: dict[str, type[Machine]] = {
     machine.name: machine

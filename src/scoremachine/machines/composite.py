@@ -1,116 +1,163 @@
-"""Patch set posterior composites: overlapping windows, each denoised by itself, averaged."""
+"""Other machines mixed, with weights for every noise level."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
+import torch
 from azula.noise import Schedule
+from torch import Tensor
 
-from scoremachine.corpus import Corpus
-from scoremachine.heatmaps import HeatMaps
-from scoremachine.machines.windowed import BoxMachine, WindowMachine
-from scoremachine.schedules import BandwidthSchedule, ShareSchedule
-from scoremachine.windows import Collection, Masks
+from scoremachine import machines
+from scoremachine.calibration.stacking import automatic_weights
+from scoremachine.core.processes import Process
+from scoremachine.core.schedules import BandwidthSchedule, WeightSchedule
+from scoremachine.data.corpus import Corpus
+from scoremachine.machines.machine import Label, Machine, plain, widened
 
-ROWS = 1024  # heat maps sorted at a time
-
-
-class PatchComposite(BoxMachine):
-    """Every P x P box that fits inside, against the images at the same position; boxes averaged.
-
-    PSPC-Square of Niedoba et al. 2411.19339. P may be even, up to the image's longer side; a side
-    of the image shorter than P is covered whole.
-    """
-
-    name = "pspc"
-    odd = False
-
-    def collection(self, P: int, sigma: float, index: np.ndarray) -> Collection:
-        H, W = self.corpus.shape[1:]
-        window = self.tapered((min(P, H), min(P, W)), sigma, index)
-        return Collection((H, W), window, "boxes", "window", **self.wider())
+Members = str | Sequence["str | Machine"] | Mapping[str, Machine]
 
 
-class PatchCompositeFlex(WindowMachine):
-    """A window of any shape for every pixel, against the images at the same position; averaged.
+class Composite(Machine):
+    """Other machines' answers and the noisy picture itself, mixed: D = w_0 y + sum_m w_m D_m.
 
-    PSPC-Flex of Niedoba et al. 2411.19339. Pixel i's window is the smallest set of pixels that
-    holds a given share of its heat map, largest entries first.
+    The weights of a noise level add up to 1 and may be negative. "auto" finds them by ridge least
+    squares on held-out images (`scoremachine.stacking`; Breiman 1996, Stacked regressions). w_0
+    does what a bandwidth does.
 
     Arguments:
-        share: The share in (0, 1], a `ShareSchedule`, the name of a published one, or "auto"
-            (held-out calibration, the default).
-        heat_maps: "wiener" (default): the squared entries of the corpus's own Wiener filter at the
-            same noise level; or `HeatMaps`; or the path of a file of them.
+        of: The machines: names by commas ("gaussian,ls:7,pspc"), or a sequence of names and
+            machines, or machines by label. A name is written as in `machines.spelled`.
+        weights: A `WeightSchedule`, as many numbers as machines (the rest to 1 is w_0), also as
+            a text by commas, or "auto".
         corpus, bandwidth, kernel, schedule: See `Machine`.
+
+    Raises:
+        ValueError: For no machines, two of one label, machines of other shapes, or weights that are
+            no finite numbers or not as many.
     """
 
-    name = "pspc-flex"
-    locality = "share"
-    by_noise = True
-    dearness = 3.0
+    name = "composite"
 
     def __init__(
         self,
         corpus: Corpus,
-        share: float | ShareSchedule | str = "auto",
+        of: Members = "ideal,gaussian,ls,pspc,pspc-flex,pca:auto",
+        weights: WeightSchedule | Sequence[float] | float | str = "auto",
         bandwidth: float | BandwidthSchedule | str = 0.0,
         kernel: str = "auto",
         schedule: Schedule | None = None,
-        heat_maps: HeatMaps | str | Path = "wiener",
     ) -> None:
-        super().__init__(corpus, share, bandwidth, kernel, schedule)
-        if isinstance(heat_maps, str | Path) and heat_maps != "wiener":
-            heat_maps = HeatMaps.load(heat_maps)
-        if isinstance(heat_maps, HeatMaps):
-            heat_maps.check(corpus.shape[1:])
-        elif heat_maps != "wiener":
+        super().__init__(corpus, bandwidth, kernel, schedule)
+        self.members = _members(of, corpus, kernel)
+        self.weights = self._checked(weights)
+        self.equivariant = any(m.equivariant for m in self.members.values())
+        self.dearness = sum(m.dearness for m in self.members.values())
+
+    def _checked(self, weights: Any) -> WeightSchedule | str:
+        if isinstance(weights, str) and weights == "auto":
+            return weights
+        if not isinstance(weights, WeightSchedule):
+            try:
+                each = weights.split(",") if isinstance(weights, str) else weights
+                row = [float(w) for w in (each if isinstance(each, Iterable) else [each])]
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"weights is {weights!r}; expected 'auto', a WeightSchedule or "
+                    f"{len(self.members)} numbers"
+                ) from None
+            weights = WeightSchedule([1.0], [row])
+        if weights.values.shape[1] != len(self.members):
             raise ValueError(
-                f"heat_maps is {heat_maps!r}; expected 'wiener', HeatMaps or the path of a file"
+                f"there are {weights.values.shape[1]} weights at every noise level for the "
+                f"{len(self.members)} machines {', '.join(self.members)}; expected one for each"
             )
-        self.heat_maps = heat_maps
+        return weights
 
-    @property
-    def share(self) -> ShareSchedule | str:
-        """The share at each noise level, or "auto"."""
-        return self.local
+    def weights_at(self, sigma: float) -> np.ndarray:
+        """The machines' weights at noise level `sigma`; the rest to 1 is the noisy picture's."""
+        if isinstance(self.weights, str):
+            self.weights = automatic_weights(self)
+        return self.weights(sigma)
 
-    def candidates(self) -> list[float]:
-        return [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 1.0]
+    def each(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> list[Tensor]:
+        """D_m of every machine, with its own bandwidth."""
+        found = []
+        for member in self.members.values():
+            h = member.bandwidths(level)
+            D = member.mean(y, torch.sqrt(sigma**2 + h**2), index, level)
+            found.append(widened(D, y, sigma, h))
+        return found
 
-    def collection(self, share: float, sigma: float, index: np.ndarray) -> Collection:
-        image = self.corpus.shape[1:]
-        if isinstance(self.heat_maps, HeatMaps):
-            maps = self.heat_maps(sigma)
-        else:
-            maps = self.moments(index).heat_maps(sigma, self.corpus.shape)
-        q = holding(maps, share)
-        if q.all():  # one window, the whole image
-            return Collection.of_images(image)
-        return Collection(image, Masks.of([q], image), "pixels", "window")
+    def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
+        w = torch.tensor(np.stack([self.weights_at(float(s)) for s in level]))
+        D = (1 - w.sum(1))[:, None, None, None] * (y if self.view is None else y / self.view.scale)
+        for m, D_m in enumerate(self.each(y, sigma, index, level)):
+            D = D + w[:, m, None, None, None] * D_m
+        return D
+
+    def through(self, process: Process, t: float) -> Self:
+        other = super().through(process, t)
+        other.members = {label: m.through(process, t) for label, m in self.members.items()}
+        return other
+
+    def smaller(self, corpus: Corpus) -> Machine:
+        return self.remade(
+            corpus, of={label: m.smaller(corpus) for label, m in self.members.items()}
+        )
+
+    def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> None:
+        for member in self.members.values():
+            member.prepare(label, levels)
+        self.weights_at(1.0)
+        super().prepare(label, levels)
+
+    def begin(self, x: Tensor | None) -> None:
+        for member in self.members.values():
+            member.begin(x)
+
+    def bandwidth_at(self, sigma: float) -> float:
+        if self.bandwidth == "auto":  # chosen for the weights that the machine has
+            self.weights_at(sigma)
+        return super().bandwidth_at(sigma)
 
     def arguments(self) -> dict[str, Any]:
-        return {**super().arguments(), "heat_maps": self.heat_maps}
+        return {**super().arguments(), "of": self.members, "weights": self.weights}
 
     def settings(self) -> dict[str, object]:
-        maps = self.heat_maps if isinstance(self.heat_maps, str) else self.heat_maps.key
-        return {**super().settings(), "heat_maps": maps}
+        of = {label: member.settings() for label, member in self.members.items()}
+        return {**super().settings(), "of": of, "weights": plain(self.weights)}
 
 
-def holding(maps: np.ndarray, share: float) -> np.ndarray:
-    """The smallest sets of pixels that hold the share of each map, boolean (H W, H W).
-
-    A pixel whose map is empty, or that no set would hold, is held by its own.
-    """
-    q = np.zeros(maps.shape, dtype=bool)
-    for start in range(0, len(maps), ROWS):
-        some = maps[start : start + ROWS]
-        order = np.argsort(-some, axis=1, kind="stable")
-        total = np.cumsum(np.take_along_axis(some, order, axis=1), axis=1)
-        before = np.concatenate([np.zeros((len(some), 1)), total[:, :-1]], axis=1)
-        np.put_along_axis(q[start : start + ROWS], order, before < share * total[:, -1:], axis=1)
-    alone = ~q.any(axis=0) | ~q.any(axis=1)
-    q[alone, alone] = True
-    return q
+def _members(of: Members, corpus: Corpus, kernel: str) -> dict[str, Machine]:
+    """The machines by label, of a corpus."""
+    if isinstance(of, Mapping):
+        said: list[tuple[str, Any]] = list(of.items())
+    else:
+        texts = of.split(",") if isinstance(of, str) else of
+        try:
+            said = [(getattr(each, "name", str(each)).strip(), each) for each in texts]
+        except TypeError:
+            raise ValueError(
+                f"of is {of!r}; expected machines or their names, as 'gaussian,ls,pspc'"
+            ) from None
+    members: dict[str, Machine] = {}
+    for label, each in said:
+        if isinstance(each, str):
+            name, settings = machines.spelled(each)
+            each = machines.build(name, corpus, **{"kernel": kernel, **settings})
+        if not isinstance(each, Machine):
+            raise ValueError(f"of holds {each!r}; expected machines or their names")
+        if each.corpus.shape != corpus.shape:
+            raise ValueError(
+                f"{label} is made of images {each.corpus.shape}, and the corpus {corpus.name!r} "
+                f"has {corpus.shape}; expected the same"
+            )
+        if label in members:
+            raise ValueError(f"{label} is there twice; give every machine once")
+        members[label] = each if each.corpus is corpus else each.remade(corpus)
+    if not members:
+        raise ValueError("there is no machine to mix; give at least one, as 'gaussian,ls,pspc'")
+    return members

@@ -13,17 +13,19 @@ import torch
 from azula.noise import Schedule
 from torch import Tensor
 
-from scoremachine.corpus import Corpus
-from scoremachine.kernels import device, fused
+from scoremachine.core.collection import Boundary, Collection
+from scoremachine.core.posterior import Kernel
+from scoremachine.core.schedules import BandwidthSchedule, PatchSchedule
+from scoremachine.core.windows import Augment
+from scoremachine.data.corpus import Corpus
+from scoremachine.engines import pytorch as device
+from scoremachine.engines import triton as fused
+from scoremachine.engines.search.bounded import KINDS, Bounded, exact_cost, searchable
 from scoremachine.machines.machine import Label, widened
 from scoremachine.machines.windowed import BoxMachine
-from scoremachine.mixtures import Mixture
-from scoremachine.names import check_name
-from scoremachine.posterior import Kernel
-from scoremachine.progress import say
-from scoremachine.schedules import BandwidthSchedule, PatchSchedule
-from scoremachine.search.bounded import KINDS, Bounded, exact_cost, searchable
-from scoremachine.windows import Augment, Boundary, Collection
+from scoremachine.runtime.progress import say
+from scoremachine.runtime.validation import check_name
+from scoremachine.sources.mixture import Mixture
 
 SEARCHES = ("auto", "exact", "bounded")
 # sides of patches up to which, and seconds of one core for `PIXELS` of a picture: a scan that takes

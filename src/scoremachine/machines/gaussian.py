@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoremachine.data.moments import Moments, moments
 from scoremachine.machines.machine import Label, Machine
-from scoremachine.moments import Moments, moments
 
 
 class GaussianScore(Machine):

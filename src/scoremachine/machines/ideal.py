@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoremachine.core.collection import Collection
+from scoremachine.core.posterior import posterior, with_slope
 from scoremachine.machines.machine import Label, Machine, gaussian_constant
-from scoremachine.mixtures import Mixture
-from scoremachine.posterior import posterior, with_slope
-from scoremachine.progress import bar
-from scoremachine.windows import Collection
+from scoremachine.runtime.progress import bar
+from scoremachine.sources.mixture import Mixture
 
 
 class IdealScore(Machine):

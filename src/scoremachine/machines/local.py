@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from scoremachine.core.collection import Collection
 from scoremachine.machines.windowed import BoxMachine
-from scoremachine.windows import Collection
 
 
 class LocalScore(BoxMachine):

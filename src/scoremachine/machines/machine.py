@@ -15,19 +15,19 @@ from azula.denoise import Denoiser, DiracPosterior
 from azula.noise import Schedule, VPSchedule
 from torch import Tensor
 
-from scoremachine import kernels
-from scoremachine.calibration import automatic_bandwidth, automatic_locality
-from scoremachine.corpus import Corpus
-from scoremachine.mixtures import Mixture
-from scoremachine.moments import Moments, moments
-from scoremachine.processes import Process
-from scoremachine.schedules import (
+from scoremachine import engines as kernels
+from scoremachine.calibration.heldout import automatic_bandwidth, automatic_locality
+from scoremachine.core.processes import Process
+from scoremachine.core.schedules import (
     LOCALITIES,
     BandwidthSchedule,
     ByLevel,
     LevelSchedule,
     check_bandwidth,
 )
+from scoremachine.data.corpus import Corpus
+from scoremachine.data.moments import Moments, moments
+from scoremachine.sources.mixture import Mixture
 
 Label = int | str | Tensor | np.ndarray | Sequence[int | str] | None
 

@@ -8,11 +8,12 @@ import numpy as np
 from azula.noise import Schedule
 from torch import Tensor
 
-from scoremachine.corpus import Corpus
+from scoremachine.core.collection import Collection
+from scoremachine.core.schedules import BandwidthSchedule, ThresholdSchedule
+from scoremachine.core.windows import Masks
+from scoremachine.data.corpus import Corpus
 from scoremachine.machines.windowed import WindowMachine
-from scoremachine.progress import Bar, bar
-from scoremachine.schedules import BandwidthSchedule, ThresholdSchedule
-from scoremachine.windows import Collection, Masks
+from scoremachine.runtime.progress import Bar, bar
 
 
 class PCALocality(WindowMachine):

@@ -11,12 +11,14 @@ import torch
 from azula.noise import Schedule
 from torch import Tensor
 
-from scoremachine.corpus import Corpus
+from scoremachine.core.collection import Collection
+from scoremachine.core.fold import Fold
+from scoremachine.core.posterior import posterior, units_of_x, with_slope
+from scoremachine.core.processes import Process
+from scoremachine.core.schedules import BandwidthSchedule, SmoothingSchedule
+from scoremachine.data.corpus import Corpus
 from scoremachine.machines.machine import LocalMachine
-from scoremachine.posterior import Fold, posterior, units_of_x, with_slope
-from scoremachine.processes import Process
-from scoremachine.schedules import BandwidthSchedule, SmoothingSchedule, check_integer
-from scoremachine.windows import Collection
+from scoremachine.runtime.validation import check_integer
 
 
 class SmoothedScore(LocalMachine):

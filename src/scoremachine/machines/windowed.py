@@ -14,13 +14,15 @@ import torch
 from azula.noise import Schedule
 from torch import Tensor
 
-from scoremachine.corpus import Corpus
-from scoremachine.kept import Kept
+from scoremachine.core.collection import Collection
+from scoremachine.core.fold import Fold
+from scoremachine.core.posterior import Kernel, posterior
+from scoremachine.core.schedules import BandwidthSchedule, PatchSchedule
+from scoremachine.core.windows import Augment, Box, Soft, Window, check_window
+from scoremachine.data.corpus import Corpus
 from scoremachine.machines.machine import LocalMachine
-from scoremachine.mixtures import Mixture
-from scoremachine.posterior import Fold, Kernel, posterior
-from scoremachine.schedules import BandwidthSchedule, PatchSchedule
-from scoremachine.windows import Augment, Box, Collection, Soft, Window, check_window
+from scoremachine.runtime.lru import Kept
+from scoremachine.sources.mixture import Mixture
 
 KEPT_WINDOWS = 64
 WINDOWS = {"box": 1.0, "gaussian": 2.0, "wiener": 10.0}  # how much dearer a logit is

@@ -1,0 +1,367 @@
+"""The commands about machines. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scoremachine.app.cli.words import (
+    GOES_ON,
+    AugmentText,
+    Bandwidth,
+    BoundaryName,
+    ClassName,
+    Data,
+    Grayscale,
+    KernelName,
+    Limit,
+    MachineName,
+    MachineNames,
+    Out,
+    PatchSize,
+    Quiet,
+    ScheduleName,
+    Seed,
+    Settings,
+    Size,
+    Sizes,
+    Strict,
+    WindowName,
+    corpus_of,
+    interruptible,
+    levels_of,
+    machine_of,
+    names_of,
+    networks_and_corpus,
+    pairs,
+    parts_of,
+    resized,
+    settings_of,
+    sizes_of,
+)
+from scoremachine.runtime.parsing import any_number, number
+
+
+def generate(
+    data: Data,
+    out: Out,
+    machine: MachineName = "els",
+    count: Annotated[int, typer.Option(help="How many pictures.")] = 16,
+    steps: Annotated[int, typer.Option(help="How many noise levels to visit.")] = 20,
+    seed: Seed = 0,
+    sampler: Annotated[str, typer.Option(help="ddim, ddpm, euler or heun.")] = "ddim",
+    schedule: ScheduleName = "vp",
+    patch_size: PatchSize = None,
+    bandwidth: Bandwidth = "0",
+    boundary: BoundaryName = None,
+    window: WindowName = None,
+    augment: AugmentText = None,
+    others: Settings = None,
+    label: ClassName = None,
+    batch: Annotated[int, typer.Option(help="Pictures computed together.")] = 8,
+    process: Annotated[
+        str | None,
+        typer.Option(
+            help="Another forward process: heat (pictures blur as they become noisy) or pyramid "
+            "(finer details are noise sooner; begins with small pictures)."
+        ),
+    ] = None,
+    start: Annotated[
+        float,
+        typer.Option(
+            help="Start at this time: 0 is noise; above, training images with noise (1 - T) / T."
+        ),
+    ] = 0.0,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="Also write a GIF of x_t and D.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the pictures already finished.")
+    ] = False,
+    size: Sizes = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    kernel: KernelName = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Generate new pictures: samples.png, samples.npz and run.json in --out."""
+    from scoremachine.app.runs import Run
+    from scoremachine.runtime import progress
+
+    with progress.quiet(quiet):
+        side, drawn = sizes_of(size)
+        corpus = corpus_of(data, side, grayscale, limit, strict)
+        settings = settings_of(patch_size, bandwidth, boundary, window, augment, others, kernel)
+        built = machine_of(machine, corpus, schedule, settings)
+        where = sampler, schedule, label, batch, trajectory, start, drawn, process
+        run = Run(out, built, count, steps, seed, *where)
+        with interruptible(
+            lambda: (
+                f"{run.finished()} of {count} pictures are finished; the same command with "
+                "--resume goes on after them"
+            )
+        ):
+            seconds = run.go(resume)
+    print(f"{count} picture{'s' * (count > 1)} in {seconds:.1f} s: {out / 'samples.png'}")
+
+
+def denoise(
+    file: Annotated[Path, typer.Argument(help="A picture, or a float .npy in [-1, 1].")],
+    sigma: Annotated[float, typer.Option(help="The noise level, in units of [-1, 1].")],
+    data: Data,
+    out: Out = Path("runs/denoise"),
+    machine: MachineName = "ls",
+    noisy: Annotated[
+        bool, typer.Option("--noisy", help="The picture is noisy already: add no noise.")
+    ] = False,
+    seed: Seed = 0,
+    patch_size: PatchSize = None,
+    bandwidth: Bandwidth = "0",
+    boundary: BoundaryName = None,
+    window: WindowName = None,
+    augment: AugmentText = None,
+    others: Settings = None,
+    label: ClassName = None,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    kernel: KernelName = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Denoise a picture: denoised.png (noisy beside denoised) and denoised.npz in --out."""
+    from scoremachine.app.runs import denoise_file
+    from scoremachine.runtime import progress
+
+    with progress.quiet(quiet):
+        corpus = corpus_of(data, size, grayscale, limit, strict)
+        settings = settings_of(patch_size, bandwidth, boundary, window, augment, others, kernel)
+        built = machine_of(machine, corpus, "vp", settings)
+        denoise_file(file, built, sigma, out, noisy=noisy, seed=seed, label=label)
+    print(f"{out / 'denoised.png'}")
+
+
+def calibrate(
+    data: Data,
+    machine: MachineName = "ls",
+    held_out: Annotated[int, typer.Option(help="Images that choose; as many others report.")] = 16,
+    steps: Annotated[int, typer.Option(help="How many EDM noise levels.")] = 18,
+    beside: Annotated[
+        str | None, typer.Option(help="A schedule to print beside: a name, or a file of calibrate.")
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose what is nearest to this trained network's D instead, and print beside it "
+            "what denoises best, and what either costs the other."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for calibration.png and calibration.json.")
+    ] = Path("runs/calibration"),
+    boundary: BoundaryName = None,
+    window: WindowName = None,
+    augment: AugmentText = None,
+    others: Settings = None,
+    seed: Seed = 0,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    kernel: KernelName = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Choose locality and bandwidth per noise level by denoising held-out images."""
+    from scoremachine.app.runs import calibrate_corpus
+    from scoremachine.core.schedules import LOCALITIES
+    from scoremachine.machines import kind_of
+    from scoremachine.runtime import progress
+
+    with progress.quiet(quiet):
+        other = None
+        if beside is not None:
+            other = LOCALITIES[kind_of(machine).locality or "patch_size"].of(beside)
+        settings = settings_of(None, None, boundary, window, augment, others, kernel)
+        where = data, size, grayscale, limit, strict
+        teachers, corpus = networks_and_corpus([network] if network else [], *where)
+        calibrate_corpus(corpus, machine, held_out, steps, seed, other, out, settings, *teachers)
+
+
+def index(
+    data: Data,
+    patch_size: Annotated[
+        str,
+        typer.Option(
+            "--patch-size", help="Sizes, as 3,7,11, a published schedule's name, or auto."
+        ),
+    ],
+    boundary: BoundaryName = None,
+    label: ClassName = None,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build the indexes of patches that els searches, which it would build when it needs them."""
+    from scoremachine.runtime import progress
+
+    with progress.quiet(quiet):
+        corpus = corpus_of(data, size, grayscale, limit, strict)
+        images = corpus.indices(label)
+        settings = {"search": "bounded"} | ({} if boundary is None else {"boundary": boundary})
+        sizes = [any_number(part) for part in parts_of(patch_size) or [""]]
+        for machine in [
+            machine_of("els", corpus, "vp", {"patch_size": P} | settings) for P in sizes
+        ]:
+            machine.local_at(1.0)
+            for each in sorted({int(value) for value in machine.patch_size.values}):
+                folders = machine.index(each, images)
+                files = [file.stat().st_size for folder in folders for file in folder.iterdir()]
+                print(f"{each} x {each}: {sum(files) / 1e6:,.1f} MB in {folders[0].parent}")
+
+
+def zoo(
+    data: Data,
+    out: Out,
+    machines: MachineNames = None,
+    count: Annotated[int, typer.Option(help="How many pictures each.")] = 8,
+    steps: Annotated[int, typer.Option(help="How many noise levels to visit.")] = 18,
+    seed: Seed = 0,
+    sampler: Annotated[str, typer.Option(help="ddim, ddpm, euler or heun.")] = "ddim",
+    schedule: ScheduleName = "edm",
+    label: ClassName = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after what is already finished.")
+    ] = False,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw every machine's samples from the same noise, with the nearest training images."""
+    from scoremachine.app.runs import zoo as draw
+    from scoremachine.runtime import progress
+    from scoremachine.sampling.schedules import schedule_of
+
+    with progress.quiet(quiet):
+        names = names_of(machines)
+        schedule_of(schedule)  # refuses what is none before images are read
+        corpus = corpus_of(data, size, grayscale, limit, strict)
+        settings = count, steps, seed, sampler, schedule, label, resume
+        with interruptible(
+            lambda: "the same command with --resume goes on after the pictures that are finished"
+        ):
+            seconds = draw(corpus, out, names, *settings)
+    print(f"{len(names)} machines in {seconds:.0f} s: {out / 'zoo.png'}")
+
+
+def denoising_error(
+    data: Data,
+    out: Out = Path("runs/denoising-error"),
+    machines: MachineNames = None,
+    steps: Annotated[int, typer.Option(help="How many EDM noise levels.")] = 18,
+    choosing: Annotated[int, typer.Option(help="Held-out images that calibrate.")] = 16,
+    reporting: Annotated[int, typer.Option(help="Other held-out images, that report.")] = 32,
+    published: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MACHINE=SCHEDULE",
+            help="Measure also as published, as pspc=pspc-cifar10. Can be given again.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure every machine's held-out denoising error per noise level: table, CSV and plot."""
+    from scoremachine.app.runs import measure_errors
+    from scoremachine.runtime import progress
+
+    with progress.quiet(quiet):
+        names = names_of(machines)
+        also = [(name, any_number(value)) for name, value in pairs(published)]
+        corpus = corpus_of(data, size, grayscale, limit, strict)
+        measure_errors(corpus, out, names, steps, choosing, reporting, seed, also)
+
+
+def compress(
+    data: Data,
+    out: Out = Path("runs/compress"),
+    machine: Annotated[str, typer.Option(help="ideal, ls or els.")] = "ls",
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes by commas: a share of the images' bytes (1%), bytes (500kB, 10MB), or how "
+            "many clusters (100). From 30% down to 0.01% unless given."
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Also write mixture.safetensors of this size, which --data takes."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="How many EDM noise levels.")] = 18,
+    held_out: Annotated[int, typer.Option(help="Held-out images that report.")] = 32,
+    patch_size: PatchSize = None,
+    boundary: BoundaryName = None,
+    seed: Seed = 0,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find how small a machine can be: images as ever fewer Gaussians, against denoising error."""
+    from scoremachine.app.runs import compress_corpus
+    from scoremachine.lab.sizes import SIZES
+    from scoremachine.runtime import progress
+
+    with progress.quiet(quiet):
+        corpus = corpus_of(data, size, grayscale, limit, strict)
+        settings = settings_of(patch_size, None, boundary, None, None, None, "auto")
+        asked = [number(word, int, word) for word in parts_of(sizes)] or list(SIZES)
+        kept = None if keep is None else number(keep, int, keep)
+        with interruptible(lambda: "the same command goes on after the sizes that are finished"):
+            compress_corpus(corpus, out, machine, asked, kept, steps, held_out, seed, settings)
+
+
+def ablation(
+    data: Annotated[
+        list[str],
+        typer.Option(help="Images, as for generate; can be given again. Of one picture, crops."),
+    ],
+    out: Out = Path("runs/ablation"),
+    sides: Annotated[
+        str | None, typer.Option(help="Sides to resize to, by commas, as 28,32,64.")
+    ] = None,
+    machine: Annotated[
+        str, typer.Option(help="Machines of boxes, by commas, as for compare.")
+    ] = "ls,ls+gaussian,pspc,pspc+gaussian",
+    sigmas: Annotated[str, typer.Option(help="Noise levels, by commas.")] = "5,2,1,0.5,0.2",
+    held_out: Annotated[int, typer.Option(help="Held-out images that report.")] = 16,
+    seed: Seed = 0,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure patch sizes and ways to compose patches, by kind of picture and resolution."""
+    from scoremachine.app.runs import ablate
+    from scoremachine.runtime import progress
+
+    levels = levels_of(sigmas)
+    every: list[int | None] = [number(part, int, None) for part in parts_of(sides)] or [None]
+    if sides is not None and (None in every or min(side or 0 for side in every) < 1):
+        raise ValueError(f"sides are {sides!r}; expected whole numbers of pixels, as 28,32,64")
+    with progress.quiet(quiet):
+        how = grayscale, limit, strict
+        corpora = [resized(name, side, *how) for name in data for side in every]
+        with interruptible(lambda: GOES_ON):
+            ablate(corpora, parts_of(machine), levels, held_out, seed, out)

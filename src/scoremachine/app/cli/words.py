@@ -1,0 +1,272 @@
+"""What the commands have in common: their options, and what the words of them mean."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scoremachine.runtime.parsing import any_number, number
+
+if TYPE_CHECKING:
+    from scoremachine.data.corpus import Corpus
+    from scoremachine.lab.networks import Network
+
+Data = Annotated[
+    str,
+    typer.Option(
+        help="A built-in set (digits, faces, texture/brick, photo/chelsea, ...), a folder, a .zip, "
+        "an .npy or .npz file, or hf:NAME[:SPLIT].",
+        rich_help_panel="Images",
+    ),
+]
+Size = Annotated[
+    int | None,
+    typer.Option(help="Resize and centre-crop to this side.", rich_help_panel="Images"),
+]
+Sizes = Annotated[
+    str | None,
+    typer.Option(
+        help="A number: resize and centre-crop the images to this side. HEIGHTxWIDTH, as 128x256: "
+        "draw pictures of that size (els only). Or both, as 32,128x256.",
+        rich_help_panel="Images",
+    ),
+]
+Grayscale = Annotated[
+    bool, typer.Option("--grayscale", help="Read as grayscale.", rich_help_panel="Images")
+]
+Limit = Annotated[
+    int | None, typer.Option(help="Use this many of the images.", rich_help_panel="Images")
+]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Refuse unreadable files.", rich_help_panel="Images"),
+]
+Out = Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")]
+MachineName = Annotated[
+    str,
+    typer.Option(
+        "--machine",
+        help="ideal, gaussian, es, ls, els, pspc, pspc-flex, pca, smoothed or composite.",
+    ),
+]
+MachineNames = Annotated[
+    str | None,
+    typer.Option("--machines", "--machine", help="Names, by commas; all of them unless given."),
+]
+PatchSize = Annotated[
+    str | None,
+    typer.Option(
+        help="ls, els, pspc: a number, a published schedule's name, what calibrate wrote "
+        "(calibration.json), or auto (held-out choice)."
+    ),
+]
+WindowName = Annotated[
+    str | None, typer.Option("--window", help="ls, els, pspc: box, gaussian or wiener.")
+]
+AugmentText = Annotated[
+    str | None,
+    typer.Option(
+        "--augment", help="ls, els, pspc: flips,shifts=N,brightness=B,contrast=C, any of them."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="What else the machine has: share, heat_maps (pspc-flex), threshold (pca), delta, M, "
+        "neighbours, uniform, perturbations (smoothed), search, error, bound (els), "
+        "of, weights (composite). Can be given again.",
+    ),
+]
+NetworkName = Annotated[
+    str,
+    typer.Option(
+        "--network",
+        help="One that comes along (mnist-resnet, cifar10-resnet), a folder that scoremachine "
+        "train wrote, or one of diffusers with safetensors.",
+    ),
+]
+Bandwidth = Annotated[str, typer.Option(help="The bandwidth h: a number or auto.")]
+BoundaryName = Annotated[
+    str | None, typer.Option("--boundary", help="broken or circular (els only).")
+]
+KernelName = Annotated[str, typer.Option("--kernel", help="auto, numba, torch or reference.")]
+ClassName = Annotated[
+    str | None, typer.Option("--class", help="Use the images of this class alone.")
+]
+Seed = Annotated[int, typer.Option(help="One seed is one result.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Everywhere = Annotated[
+    int,
+    typer.Option(help="Images, at most, of machines that look at every position (els, es)."),
+]
+Machines = Annotated[
+    str,
+    typer.Option(
+        "--machine",
+        help="Machines, by commas: NAME, NAME:SIZE or NAME:SCHEDULE, as ls, els:7 or "
+        "pspc:pspc-cifar10; +h for a calibrated bandwidth, +gaussian or +wiener for a tapered "
+        "window, els+circular for borders that wrap around, as ls+h or els:9+gaussian. compare and "
+        "study also take NAME:network, whose sizes (composite:network: weights) agree best with "
+        "the network.",
+    ),
+]
+ScheduleName = Annotated[
+    str,
+    typer.Option(
+        help="vp, cosine, edm or rectified; edm:8,0.03 is edm from noise level 8 to 0.03."
+    ),
+]
+
+
+GOES_ON = "the same command goes on after what is finished"
+
+
+@contextmanager
+def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C ends the block with a sentence and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted: {sentence()}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def networks_and_corpus(
+    names: Sequence[str], data: str, size: int | None, grayscale: bool, limit: int | None,
+    strict: bool,
+) -> tuple[list[Network], Corpus]:  # fmt: skip
+    """Networks, if any, and a corpus of pictures of the first one's shape."""
+    if not names:
+        return [], corpus_of(data, size, grayscale, limit, strict)
+    from scoremachine.lab.networks import Network
+
+    networks = [Network.load(name) for name in names]
+    C, H, W = networks[0].shape
+    return networks, corpus_of(data, size or (H, W), grayscale or C == 1, limit, strict)
+
+
+def sizes_of(text: str | None) -> tuple[int | None, tuple[int, int] | None]:
+    """The images' side, and height and width of the pictures to draw, where they are said."""
+    side, drawn = None, None
+    for part in parts_of(text):
+        numbers = [number(word, int, 0) for word in part.split("x")]
+        if len(numbers) > 2 or min(numbers) < 1 or (side if len(numbers) == 1 else drawn):
+            raise ValueError(
+                f"size is {text!r}; expected the images' side, as 32, or the size of the pictures "
+                "to draw, as 128x256, or both, as 32,128x256"
+            )
+        if len(numbers) == 1:
+            side = numbers[0]
+        else:
+            drawn = numbers[0], numbers[1]
+    return side, drawn
+
+
+def parts_of(text: str | None) -> list[str]:
+    """Words by commas; none of None or an empty text."""
+    return [word.strip() for word in text.split(",")] if text else []
+
+
+def levels_of(text: str) -> list[float]:
+    """Noise levels, by commas."""
+    levels = [number(part, float, None) for part in text.split(",")]
+    if not levels or any(s is None or not s > 0 for s in levels):
+        raise ValueError(f"sigmas are {text!r}; expected noise levels above 0, as 4,1,0.2")
+    return levels
+
+
+def seconds_of(text: str) -> float:
+    """A duration, as 90s, 10m or 1h."""
+    amount, unit = text[:-1], text[-1:]
+    found = number(amount, float, None)
+    if unit not in ("s", "m", "h") or found is None or not found > 0:
+        raise ValueError(f"budget is {text!r}; expected a number and s, m or h, as 90s, 10m, 1h")
+    return found * {"s": 1, "m": 60, "h": 3600}[unit]
+
+
+def any_value(text: str) -> Any:
+    return {"true": True, "false": False}.get(text.lower(), any_number(text))
+
+
+def corpus_of(
+    data: str,
+    size: int | tuple[int, int] | None,
+    grayscale: bool,
+    limit: int | None,
+    strict: bool,
+) -> Corpus:
+    from scoremachine.data.corpus import Corpus
+
+    return Corpus.open(data, size=size, grayscale=grayscale, limit=limit, strict=strict)
+
+
+def resized(
+    data: str, side: int | None, grayscale: bool, limit: int | None, strict: bool
+) -> Corpus:
+    """Images at a side, if one is said: crops of fewer than three, all resized elsewhere."""
+    if side is None:
+        return corpus_of(data, None, grayscale, limit, strict)
+    try:
+        corpus = corpus_of(data, None, grayscale, limit, strict)
+    except ValueError:  # of several sizes, or nothing at all, which is said below
+        return corpus_of(data, side, grayscale, limit, strict)
+    if len(corpus) < 3 and min(corpus.shape[1:]) > side:
+        return corpus.crops(side)
+    return corpus_of(data, side, grayscale, limit, strict)
+
+
+def machine_of(name: str, corpus: Corpus, schedule: str, settings: dict[str, Any]) -> Any:
+    from scoremachine.machines import build
+    from scoremachine.sampling.schedules import schedule_of
+
+    return build(name, corpus, schedule=schedule_of(schedule), **settings)
+
+
+def names_of(machines: str | None) -> list[str]:
+    from scoremachine.machines import MACHINES, kind_of
+
+    if machines is None:
+        return list(MACHINES)
+    return [kind_of(name.strip()).name for name in machines.split(",")]
+
+
+def settings_of(
+    patch_size: str | None,
+    bandwidth: str | None,
+    boundary: str | None,
+    window: str | None,
+    augment: str | None,
+    others: list[str] | None,
+    kernel: str,
+) -> dict[str, Any]:
+    """What was said of a machine, by the names of its arguments."""
+    said = {"boundary": boundary, "window": window, "augment": augment}
+    if patch_size is not None:
+        said["patch_size"] = any_number(patch_size)
+    if bandwidth is not None:
+        said["bandwidth"] = number(bandwidth, float, bandwidth)
+    for name, value in pairs(others):
+        if name in (*said, "patch_size", "bandwidth", "kernel", "schedule"):
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{name} has an option of its own, {option}: use that instead of --set"
+            )
+        said[name] = any_number(value)
+    return {"kernel": kernel} | {name: value for name, value in said.items() if value is not None}
+
+
+def pairs(texts: list[str] | None) -> list[tuple[str, str]]:
+    pairs = []
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r} names no value; expected NAME=VALUE")
+        pairs.append((name.strip(), value.strip()))
+    return pairs

@@ -1,0 +1,533 @@
+"""Held-out calibration: the locality and the bandwidth that denoise unseen images best.
+
+A network generalizes because it was trained to denoise; the locality it ends up with is the one
+that denoises best. So no network is needed to find it: leave images out of the source, add noise,
+and take at each noise level the patch size (or what else says how far a machine sees) whose D is
+nearest to the clean image.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from scoremachine.core.schedules import (
+    LOCALITIES,
+    BandwidthSchedule,
+    LevelSchedule,
+    PatchSchedule,
+    edm_sigmas,
+)
+from scoremachine.data.corpus import Corpus
+from scoremachine.runtime.files import write_text
+from scoremachine.runtime.progress import Bar, bar, say
+from scoremachine.runtime.validation import check_integer
+
+BANDWIDTHS = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2)
+AUTO_SIGMAS = tuple(float(s) for s in np.geomspace(0.02, 20.0, 10))
+TOWARDS_SIGMAS = tuple(float(s) for s in np.geomspace(0.05, 20.0, 16))
+BUDGET = 1e10  # logits of an automatic calibration: half a minute; a quarter as dear each in ELS
+TOWARDS = 4  # times that for a choice towards a network, which is measured by it
+CROPS = 96  # at most, of one picture
+LAYOUT = 2  # of the files beside the corpus
+
+
+# a corpus, and the positions in it of the source, of the images that choose, and that report
+Parts = tuple[Corpus, np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass
+class Calibration:
+    """What was found, per noise level. Errors are mean squared, in units of x in [-1, 1].
+
+    Attributes:
+        machine: The machine's name.
+        setting: The setting that was chosen, as "patch_size"; None for a machine without any.
+        sigmas: The K noise levels, falling.
+        values: The S values of it that were tried; empty without a setting.
+        bandwidths: The M bandwidths tried.
+        value_errors: (K, S): error of each value with h = 0, on the images for choosing.
+        bandwidth_errors: (K, M): error of each bandwidth at the chosen value, on the same images.
+        chosen: (K,): the best value at each level.
+        chosen_bandwidths: (K,): the best bandwidth at that value.
+        errors: (K, R): error with chosen value and bandwidth on R other images, one by one.
+        plain_errors: (K, R): the same with h = 0.
+        source: How many images the machine was made of.
+        held_out: How many images chose.
+    """
+
+    machine: str
+    setting: str | None
+    sigmas: list[float]
+    values: list[Any]
+    bandwidths: list[float]
+    value_errors: list[list[float]]
+    bandwidth_errors: list[list[float]]
+    chosen: list[Any]
+    chosen_bandwidths: list[float]
+    errors: list[list[float]]
+    plain_errors: list[list[float]]
+    source: int
+    held_out: int
+
+    @property
+    def locality(self) -> LevelSchedule:
+        """The chosen values as a schedule."""
+        if self.setting is None or not self.chosen:
+            raise ValueError(f"machine {self.machine!r} has no locality to choose")
+        return LOCALITIES[self.setting](self.sigmas, self.chosen, name="held-out")
+
+    @property
+    def bandwidth(self) -> BandwidthSchedule:
+        """The chosen bandwidths as a schedule."""
+        return BandwidthSchedule(self.sigmas, self.chosen_bandwidths)
+
+
+class Calibrated(Protocol):
+    """What calibration asks of a machine."""
+
+    name: str
+    equivariant: bool  # whether its source is every position, so that crops make a corpus
+    locality: str | None  # the setting that says how far it sees
+    dearness: float  # how much dearer a logit is than one of a plain box
+    corpus: Corpus
+
+    def remade(self, corpus: Corpus, **changes: Any) -> Calibrated:
+        """The same kind of machine with other images, locality or bandwidth."""
+
+    def denoise_from(self, y: torch.Tensor, sigma: torch.Tensor, index: np.ndarray) -> torch.Tensor:
+        """D of float64 pictures, the images at `index` being the source."""
+
+    def prepare(self) -> None:
+        """Decides what "auto" stands for."""
+
+    def candidates(self) -> list[Any]:
+        """The values of its locality to try."""
+
+    def takes(self, value: Any) -> bool:
+        """Whether there is such a machine with this value of its locality."""
+
+    def settings(self) -> dict[str, object]:
+        """What distinguishes the machine, as JSON can hold it."""
+
+
+class Teacher(Protocol):
+    """A trained network, as calibration towards it sees it."""
+
+    key: str  # what identifies it
+    name: str
+
+    def levels(self) -> tuple[float, float]:
+        """The least and the greatest noise level that it knows."""
+
+    def denoise(self, y: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Its D."""
+
+    def unseen(self, corpus: Corpus) -> np.ndarray | None:
+        """Positions of images that it has not been trained on, where that is known."""
+
+
+def calibrate(
+    machine: Calibrated,
+    sigmas: Sequence[float] | np.ndarray | None = None,
+    held_out: int = 16,
+    values: Sequence[float] | None = None,
+    bandwidths: Sequence[float] = BANDWIDTHS,
+    seed: int = 0,
+    parts: Parts | None = None,
+    network: Teacher | None = None,
+) -> Calibration:
+    """Chooses locality (or not, if `values` is empty) and bandwidth per noise level.
+
+    `scoremachine.calibrate` is this by a machine's name, and says what the arguments are. `parts`
+    are the images to use, where not the machine's corpus as `parts_for` cuts it. With a `network`,
+    its D stands where the clean picture would: errors are to what the network says. The levels that
+    an interrupted calibration finished are not measured again.
+    """
+    check_integer("held_out", held_out)
+    levels = np.sort(np.asarray(edm_sigmas() if sigmas is None else sigmas, dtype=float))[::-1]
+    if levels.size == 0 or not (np.isfinite(levels).all() and (levels > 0).all()):
+        raise ValueError(f"noise levels are {levels.tolist()}; expected positive numbers")
+    hs = sorted({0.0, *map(float, bandwidths)})
+    candidates = None
+    if values is not None:
+        if len(values) and machine.locality is None:
+            raise ValueError(f"{machine.name} has no locality to choose: leave values out")
+        check = LOCALITIES[machine.locality].check if machine.locality else float
+        candidates = sorted({check(value) for value in values})
+    what = machine.settings()
+    if candidates is None or candidates:  # whatever it is, it is replaced
+        what.pop(str(machine.locality), None)
+    asked = [LAYOUT, what, levels.tolist(), held_out, candidates, hs, seed]
+    if parts is not None:
+        asked.append(parts[0].key)
+        asked.append([hashlib.sha256(p.tobytes()).hexdigest() for p in parts[1:]])
+    if network is not None:
+        asked.append(network.key)
+    path = machine.corpus.record_path(f"calibration-{machine.name}", asked)
+    if path.exists():
+        try:
+            return Calibration(**json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            path.unlink()
+    if parts is None:
+        parts = parts_for(machine, held_out, seed, network)
+    unfinished = path.with_name(f"{path.stem}-unfinished.json")
+    found = _measure(machine, levels, parts, candidates, hs, seed, unfinished, network)
+    write_text(path, json.dumps(asdict(found)))
+    unfinished.unlink(missing_ok=True)
+    return found
+
+
+Pictures = tuple[torch.Tensor, torch.Tensor]  # clean, and standard noise, float64
+
+
+def held_out_pictures(parts: Parts, seed: int) -> tuple[Pictures, Pictures]:
+    """The pictures that choose and those that report, each with its noise."""
+    corpus, _, choosing, reporting = parts
+    generator = torch.Generator().manual_seed(seed)
+
+    def pictures(index: np.ndarray) -> Pictures:
+        x = torch.from_numpy(np.array(corpus.images[index])).double() / 127.5 - 1
+        return x, torch.randn(x.shape, dtype=torch.float64, generator=generator)
+
+    return pictures(choosing), pictures(reporting)
+
+
+def denoising_error(
+    machine: Calibrated,
+    source: np.ndarray,
+    pictures: Pictures,
+    sigma: float,
+    target: torch.Tensor | None = None,
+) -> np.ndarray:
+    """Mean squared error of D(x + sigma eps, sigma) of every picture, (R,): to x, or a `target`."""
+    x, eps = pictures
+    levels = torch.full((len(x),), sigma, dtype=torch.float64)
+    D = machine.denoise_from(x + sigma * eps, levels, source)
+    return ((D - (x if target is None else target)) ** 2).mean((1, 2, 3)).numpy()
+
+
+def _measure(
+    machine: Calibrated,
+    sigmas: np.ndarray,
+    parts: Parts,
+    values: list[Any] | None,
+    bandwidths: list[float],
+    seed: int,
+    unfinished: Path,
+    network: Teacher | None,
+) -> Calibration:
+    """Measures level by level; what is found of each is kept in the file `unfinished`."""
+    corpus, source, choosing, _ = parts
+    machine = machine.remade(corpus)
+    values = machine.candidates() if values is None else values
+    chooser, reporter = held_out_pictures(parts, seed)
+
+    def errors(value: Any, h: float, sigma: float, pictures: Pictures) -> np.ndarray:
+        local = {} if value is None else {str(machine.locality): value}
+        tried = machine.remade(corpus, bandwidth=h, **local)
+        return denoising_error(tried, source, pictures, sigma, target(pictures, sigma))
+
+    @functools.lru_cache(2)
+    def target(pictures: Pictures, sigma: float) -> torch.Tensor | None:
+        """What D should be, where that is not the clean picture."""
+        x, eps = pictures
+        if network is None:
+            return None
+        with torch.no_grad():
+            return network.denoise(x + sigma * eps, sigma)
+
+    rounds = len(values) + len(bandwidths) + (1 if values else 2)  # h = 0 is known by then
+    with bar(f"Calibrating {machine.name}", total=len(sigmas) * rounds) as progress:
+
+        def mean_error(value: Any, h: float, sigma: float) -> float:
+            progress.advance()
+            return float(errors(value, h, sigma, chooser).mean())
+
+        def level(sigma: float) -> dict[str, Any]:
+            value: Any = None
+            found: dict[str, Any] = {}
+            if values:
+                found["value_errors"] = [mean_error(tried, 0.0, sigma) for tried in values]
+                found["chosen"] = value = values[int(np.argmin(found["value_errors"]))]
+            known = {0.0: min(found["value_errors"])} if values else {}
+            found["bandwidth_errors"] = [
+                known[h] if h in known else mean_error(value, h, sigma) for h in bandwidths
+            ]
+            h = bandwidths[int(np.argmin(found["bandwidth_errors"]))]
+            found["chosen_bandwidths"] = h
+            found["plain_errors"] = plain = errors(value, 0.0, sigma, reporter).tolist()
+            found["errors"] = errors(value, h, sigma, reporter).tolist() if h else plain
+            progress.advance(2)
+            return found
+
+        levels = kept_by_level(unfinished, sigmas, level, "plain_errors", progress, rounds)
+    columns = ("value_errors", "bandwidth_errors", "chosen", "chosen_bandwidths")
+    found = {
+        column: [level[column] for level in levels if column in level]
+        for column in (*columns, "errors", "plain_errors")
+    }
+    return Calibration(
+        machine=machine.name,
+        setting=machine.locality,
+        sigmas=sigmas.tolist(),
+        values=values,
+        bandwidths=bandwidths,
+        source=len(source),
+        held_out=len(choosing),
+        **found,
+    )
+
+
+@dataclass
+class Exchange:
+    """What it costs to take the locality that one calibration chose for the other's purpose.
+
+    Attributes:
+        sigmas: The K noise levels.
+        by_truth, by_network: What denoises best, and what agrees with the network best, (K,).
+        to_network: The error to the network at `by_truth`, over that at `by_network`, (K,).
+        to_truth: The error to the clean picture at `by_network`, over that at `by_truth`, (K,).
+    """
+
+    sigmas: list[float]
+    by_truth: list[Any]
+    by_network: list[Any]
+    to_network: list[float]
+    to_truth: list[float]
+
+    @classmethod
+    def of(cls, truth: Calibration, network: Calibration) -> Exchange:
+        """From the calibrations of a machine on the same images, without and with a network."""
+
+        def cost(own: Calibration, other: Calibration) -> list[float]:
+            return [
+                errors[own.values.index(value)] / min(errors)
+                for errors, value in zip(own.value_errors, other.chosen, strict=True)
+            ]
+
+        return cls(
+            truth.sigmas, truth.chosen, network.chosen, cost(network, truth), cost(truth, network)
+        )
+
+
+def kept_by_level(
+    unfinished: Path,
+    sigmas: np.ndarray,
+    measure: Callable[[float], dict[str, Any]],
+    last: str,
+    progress: Bar,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """What is measured at each noise level; the file `unfinished` holds it after an interruption.
+
+    `last` is a name that every level's findings have; finished levels count as `rounds` of the
+    progress each.
+    """
+    levels: list[dict[str, Any]]
+    try:
+        levels = json.loads(unfinished.read_text())
+        levels = levels if all(last in level for level in levels) else []
+    except (OSError, ValueError):
+        levels = []
+    progress.advance(len(levels) * rounds)
+    for sigma in map(float, sigmas[len(levels) :]):
+        levels.append(measure(sigma))
+        write_text(unfinished, json.dumps(levels))
+    return levels
+
+
+def parts_for(
+    machine: Calibrated, held_out: int, seed: int, network: Teacher | None = None
+) -> Parts:
+    """What calibration uses of a machine's corpus: images that the network has not seen, if known.
+
+    Then the machine is made of none of them either.
+    """
+    corpus = machine.corpus
+    unseen = None if network is None else network.unseen(corpus)
+    if unseen is None or len(unseen) < 2:
+        return split(corpus, held_out, seed, machine.equivariant)
+    held = min(held_out, len(unseen) // 2)
+    source = np.setdiff1d(np.arange(len(corpus)), unseen)
+    return corpus, source, unseen[:held], unseen[held : 2 * held]
+
+
+def split(
+    corpus: Corpus,
+    held_out: int,
+    seed: int,
+    equivariant: bool = False,
+    reporting: int | None = None,
+) -> Parts:
+    """Disjoint images: the corpus, and positions of the source, of choosers and of reporters.
+
+    As many report as choose, unless `reporting` says how many.
+
+    A few large pictures become crops when the machine is equivariant, held-out crops at least a
+    crop's width away from the source's.
+    """
+    N = len(corpus)
+    if N < 3 and equivariant:
+        return _crops(corpus, held_out, seed)
+    if N < 3:
+        raise ValueError(
+            f"calibration needs at least 3 images, one each to make the machine, to choose and to "
+            f"report; the corpus {corpus.name!r} has {N}: give patch_size a number"
+        )
+    held = min(held_out, max(1, N // 4))
+    last = held + min(reporting or held, max(1, N // 4))
+    order = np.random.default_rng(seed).permutation(N)
+    return corpus, np.sort(order[last:]), np.sort(order[:held]), np.sort(order[held:last])
+
+
+def _crop_side(H: int, W: int) -> int:
+    return min(32, H, W // 3)
+
+
+def _crops(corpus: Corpus, held_out: int, seed: int) -> Parts:
+    _, H, W = corpus.shape
+    side = _crop_side(H, W)
+    if side < 3:
+        raise ValueError(
+            f"the {H} x {W} picture is too small to hold a region out; give patch_size a number"
+        )
+    tops = range(0, H - side + 1, side)
+    near = [(a, b) for a in tops for b in range(0, W - 3 * side + 1, side)]
+    near = [near[k] for k in np.unique(np.linspace(0, len(near) - 1, CROPS).astype(int))]
+    far = [(a, W - side) for a in range(0, H - side + 1, max(1, side // 4))]
+
+    def cut(places: list[tuple[int, int]]) -> list[np.ndarray]:
+        return [u[:, a : a + side, b : b + side] for u in corpus.images for a, b in places]
+
+    order = np.random.default_rng(seed).permutation(len(far) * len(corpus))
+    held = min(held_out, max(1, len(order) // 2))
+    source, others = cut(near), cut(far)
+    choosing, reporting = order[:held], order[held : 2 * held]
+    if len(reporting) == 0:
+        reporting = choosing
+    crops = Corpus(np.stack(source + others), name=f"crops of {corpus.name}")
+    n = len(source)
+    return crops, np.arange(n), n + choosing, n + reporting
+
+
+def automatic_locality(machine: Calibrated) -> LevelSchedule:
+    """The patch sizes (shares, thresholds) that "auto" stands for."""
+    N, (_, H, W) = len(machine.corpus), machine.corpus.shape
+    setting = str(machine.locality)
+    if N < 3 and not (machine.equivariant and _crop_side(H, W) >= 3):
+        # nothing can be held out, and the machine of one image gives it back at any size
+        smallest = [value for value in (machine.candidates() or [1]) if machine.takes(value)]
+        return LOCALITIES[setting].constant(smallest[0])
+    values = spread_candidates(machine, _crop_side(H, W) if N < 3 else None)
+    return _automatic(machine, setting.replace("_", " ") + "s", values, (0.0,)).locality
+
+
+def spread_candidates(machine: Calibrated, side: int | None = None) -> list[Any]:
+    """`machine.candidates()`, patch sizes ever further apart and no larger than `side`."""
+    if machine.locality != PatchSchedule.setting:
+        return machine.candidates()
+    sizes = _spread_sizes(side or max(machine.corpus.shape[1:]))
+    return [P for P in sizes if machine.takes(P)] or [1]
+
+
+def automatic_bandwidth(machine: Calibrated) -> BandwidthSchedule:
+    """The bandwidths that bandwidth="auto" stands for, at the machine's own patch sizes."""
+    return _automatic(machine, "bandwidths", [], BANDWIDTHS).bandwidth
+
+
+def towards(
+    network: Teacher, machine: Calibrated, corpus: Corpus, bandwidth: bool = False
+) -> tuple[LevelSchedule, BandwidthSchedule]:
+    """The locality and bandwidth (0 unless asked for) of a machine that agree best with a network.
+
+    Chosen as Kamb & Ganguli (2412.20292) choose theirs, on the last of the images of `corpus` that
+    the network has not seen, so that the first are free to judge the choice; if it is not known
+    which those are, on images of the machine. From one noise level to the next below it, the
+    locality falls by two of its candidates at most, or rises by one.
+    """
+    low, high = network.levels()
+    sigmas = sorted((s for s in TOWARDS_SIGMAS if low <= s <= high), reverse=True)
+    held_out = 4 if machine.equivariant else 8
+    setting, values = str(machine.locality), machine.candidates()
+    if setting == PatchSchedule.setting:
+        sizes = {*_spread_sizes(max(corpus.shape[1:])), 15, 19}
+        values = [P for P in values if P in sizes]
+    hs = BANDWIDTHS if bandwidth else (0.0,)
+    subset = affordable(machine, len(sigmas) * (4 + len(hs)) * held_out, TOWARDS)
+    say(
+        f"choosing {setting.replace('_', ' ')}s for {machine.name!r} by agreement with "
+        f"{network.name} on {held_out} held-out pictures, with {len(subset):,} of "
+        f"{len(machine.corpus):,} images (kept for the next time)"
+    )
+    parts = unseen_parts(network, subset, corpus, held_out)
+    machine = machine.remade(subset, bandwidth=0.0)
+    chosen, chosen_bandwidths, near = [], [], values
+    with bar(f"Choosing towards {network.name}", total=len(sigmas)) as progress:
+        for sigma in sigmas:
+            found = calibrate(machine, [sigma], held_out, near, hs, parts=parts, network=network)
+            chosen += found.chosen
+            chosen_bandwidths += found.chosen_bandwidths
+            place = values.index(found.chosen[0])
+            near = values[max(0, place - 2) : place + 2]
+            progress.advance()
+    locality = LOCALITIES[setting](sigmas, chosen, name="network")
+    return locality, BandwidthSchedule(sigmas, chosen_bandwidths)
+
+
+def unseen_parts(network: Teacher, source: Corpus, corpus: Corpus, held_out: int) -> Parts | None:
+    """A source, and the last images of `corpus` that the network has not seen; None if unknown."""
+    unseen = network.unseen(corpus)
+    if unseen is None or len(unseen) < 2:
+        return None
+    held, n = min(held_out, len(unseen) // 2), len(source)
+    others = corpus.images[unseen[-2 * held :]]
+    joined = Corpus(np.concatenate([source.images, others]), name=corpus.name)
+    return joined, np.arange(n), n + np.arange(held), n + held + np.arange(held)
+
+
+def _automatic(
+    machine: Calibrated, what: str, values: list[Any], bandwidths: Sequence[float]
+) -> Calibration:
+    """A calibration at ten levels, on a subset of the corpus that keeps it under a minute."""
+    held_out = 4 if machine.equivariant else 8
+    rounds = len(AUTO_SIGMAS) * (len(values) + len(bandwidths)) * held_out
+    subset = affordable(machine, rounds)
+    say(
+        f"'auto': choosing {what} for {machine.name!r} by denoising {held_out} held-out pictures "
+        f"with {len(subset):,} of {len(machine.corpus):,} images (kept for the next time)"
+    )
+    return calibrate(machine.remade(subset), AUTO_SIGMAS, held_out, values, bandwidths)
+
+
+def affordable(machine: Calibrated, rounds: int, times: int = 1) -> Corpus:
+    """So many of a machine's images that denoising `rounds` pictures costs `times` `BUDGET`.
+
+    It depends on nothing but shapes, so that one seed stays one result.
+    """
+    corpus = machine.corpus
+    N, (_, H, W) = len(corpus), corpus.shape
+    logits, budget = ((H * W) ** 2, 4 * BUDGET) if machine.equivariant else (H * W, BUDGET)
+    n = max(48, round(times * budget / (logits * rounds * machine.dearness)))
+    return corpus.subset(np.linspace(0, N - 1, n).astype(np.int64)) if n < N else corpus
+
+
+def _spread_sizes(side: int) -> list[int]:
+    """Odd sizes up to `side`, ever further apart: 3 5 7 9 11 13 17 21 27 ..."""
+    sizes = [min(3, side - (side % 2 == 0))]
+    while True:
+        step = max(2, 2 * round(sizes[-1] / 8))
+        if sizes[-1] + step > side:
+            break
+        sizes.append(sizes[-1] + step)
+    largest = side - (side % 2 == 0)
+    return sizes if sizes[-1] == largest else [*sizes, largest]

@@ -1,0 +1,1 @@
+"""The theory: windows, collections, the fold, the posterior and its derivative."""

@@ -1,0 +1,107 @@
+"""The fold: every machine is a softmax mean over a source, and a softmax mean is a monoid."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Fold:
+    """What the sources seen so far say at every site. All float64 but `places`.
+
+    Attributes:
+        m: The largest logit, shape (B, *sites).
+        Z: Sum of e^(l - m), shape (B, *sites).
+        Z2: Sum of e^(2 (l - m)), shape (B, *sites).
+        S: Sum of e^(l - m) v, shape (B, C, *sites); (B, C, H, W) for the one site of a machine
+            that looks at whole images; (B, 0, *sites) where a second pass makes the mean;
+            (B, 1, *sites) where the values are inner products (`Question.u`).
+        logits: The k largest logits, falling, shape (B, k, *sites).
+        places: Where they come from, int64, shape (B, k, *sites): (n H + row) W + column, with n
+            the position in the corpus and (row, column) the source pixel under the site's middle.
+            Variant v of image n is image v N + n of a corpus of N.
+        left: An upper bound of what is missing in Z, shape (B, *sites): 0 where every source has
+            been looked at (and at most `SKIPPED` / 2 Z left out), more after a search.
+    """
+
+    m: Tensor
+    Z: Tensor
+    Z2: Tensor
+    S: Tensor
+    logits: Tensor
+    places: Tensor
+    left: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.left is None:
+            self.left = torch.zeros_like(self.Z)
+
+    @classmethod
+    def batch(cls, folds: Iterable[Fold]) -> Fold:
+        """The folds of several batches of pictures, one after the other."""
+        fields = zip(*(vars(fold).values() for fold in folds), strict=True)
+        return cls(*map(torch.cat, fields))
+
+    @classmethod
+    def of_parts(cls, *fields: np.ndarray) -> Fold:
+        """The fold of all sources, from fields whose first axis is parts of the sources."""
+        folds = (cls(*map(torch.from_numpy, part)) for part in zip(*fields, strict=True))
+        return functools.reduce(cls.merge, folds)
+
+    def merge(self, other: Fold) -> Fold:
+        """The fold of both sets of sources."""
+        m = torch.maximum(self.m, other.m)
+        a, b = _exp(self.m - m), _exp(other.m - m)
+        logits = torch.cat([self.logits, other.logits], dim=1)
+        places = torch.cat([self.places, other.places], dim=1)
+        k = self.logits.shape[1]
+        order = torch.argsort(logits, dim=1, descending=True, stable=True)[:, :k]
+        return Fold(
+            m,
+            a * self.Z + b * other.Z,
+            a**2 * self.Z2 + b**2 * other.Z2,
+            a[:, None] * self.S + b[:, None] * other.S,
+            logits.gather(1, order),
+            places.gather(1, order),
+            a * self.left + b * other.left,
+        )
+
+    def cpu(self) -> Fold:
+        """The fold in the CPU's memory."""
+        return Fold(*(field.cpu() for field in vars(self).values()))
+
+    @property
+    def mean(self) -> Tensor:
+        """S / Z, the softmax mean."""
+        return self.S / self.Z[:, None]
+
+    @property
+    def mass_left_out(self) -> Tensor:
+        """An upper bound of the share of the posterior that is not in the fold, (B, *sites)."""
+        return self.left / (self.Z + self.left)
+
+    @property
+    def log_partition(self) -> Tensor:
+        """log sum e^l, shape (B, *sites)."""
+        return self.m + torch.log(self.Z)
+
+    @property
+    def effective_sources(self) -> Tensor:
+        """Z^2 / Z2: how many equally weighted sources would be as concentrated, >= 1."""
+        return self.Z**2 / self.Z2
+
+    @property
+    def leader_weights(self) -> Tensor:
+        """The posterior weights of the k leading sources, shape (B, k, *sites)."""
+        return torch.exp(self.logits - self.m[:, None]) / self.Z[:, None]
+
+
+def _exp(x: Tensor) -> Tensor:
+    """exp whose bits do not depend on where in the tensor an element lies, as torch's may."""
+    return torch.exp(x) if x.is_cuda else torch.from_numpy(np.exp(x.numpy()))

@@ -1,0 +1,206 @@
+"""The definition, in float64, by brute force: what everything fast is tested against.
+
+Every site and every source window is visited by itself, windows are lists of pixels with their
+weights, and nothing is shared with the fast kernels but the result's type. Only for small corpora.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoremachine.core.collection import Collection
+from scoremachine.core.fold import Fold
+from scoremachine.core.posterior import Question, units_of_x
+from scoremachine.core.posterior import tiles as tiles
+from scoremachine.core.windows import Masks
+
+Pixels = np.ndarray  # positions in a flattened H x W picture
+
+
+@dataclass
+class Site:
+    """One site: its row and column, its window's pixels and weights, its own pixel, its sources.
+
+    A source is a list of pixels, in the order of the window's, and its middle.
+    """
+
+    i: int
+    j: int
+    query: Pixels
+    weights: np.ndarray
+    pixel: int
+    sources: list[tuple[Pixels, int]]
+
+
+def sites(c: Collection) -> Iterator[Site]:
+    """Every site, with every window it is compared with."""
+    (H, W), (P, Q) = c.frame, c.window.shape
+    Hs, Ws = c.grid
+    for i in range(Hs):
+        for j in range(Ws):
+            if isinstance(c.window, Masks):
+                yield _mask(c, i, j)
+                continue
+            if c.sites == "boxes":
+                i0, j0, rows, columns = i + P // 2, j + Q // 2, range(P), range(Q)
+            else:
+                i0, j0 = i, j
+                rows, columns = range(P), range(Q)
+                if not c.wraps:
+                    rows = range(max(0, P // 2 - i), min(P, H + P // 2 - i))
+                    columns = range(max(0, Q // 2 - j), min(Q, W + Q // 2 - j))
+            top, left = i0 - P // 2, j0 - Q // 2
+            query = _pixels([(top + a) % H for a in rows], [(left + b) % W for b in columns], W)
+            weights = c.window.weights[rows.start : rows.stop, columns.start : columns.stop]
+            sources = []
+            (Hi, Wi) = c.image
+            for a in _middles(c, 0, i0, rows):
+                for b in _middles(c, 1, j0, columns):
+                    down = [(top + r + a - i0) % Hi for r in rows]
+                    across = [(left + r + b - j0) % Wi for r in columns]
+                    sources.append((_pixels(down, across, Wi), a % Hi * Wi + b % Wi))
+            yield Site(i, j, query, weights.ravel(), i0 * W + j0, sources)
+
+
+def _middles(c: Collection, axis: int, at: int, seen: range) -> list[int]:
+    """Where along an axis a source's middle may lie, for a window of which `seen` is inside."""
+    n, p = c.image[axis], c.window.shape[axis]
+    if c.source == "rolled":
+        return [at + shift for shift in range(n)]
+    fits = range(p // 2, n - p + 1 + p // 2)
+    if c.wraps:
+        return list(fits)
+    if len(seen) < p:  # as far from the same border
+        return [at if seen.start > 0 else at + n - c.frame[axis]]
+    near = n if c.source == "every" else c.reach
+    return [a for a in fits if abs(a - at) <= near]
+
+
+def _mask(c: Collection, i: int, j: int) -> Site:
+    W = c.image[1]
+    assert isinstance(c.window, Masks)
+    weights = c.window.row(i * W + j).ravel()
+    query = np.flatnonzero(weights)
+    return Site(i, j, query, weights[query], i * W + j, [(query, i * W + j)])
+
+
+def _pixels(rows, columns, W) -> Pixels:  # type: ignore[no-untyped-def]
+    return np.array([r * W + c for r in rows for c in columns])
+
+
+def _read(question: Question) -> tuple[np.ndarray, np.ndarray]:
+    """What is seen of the source, and what it answers with: float64 (V n, C, H W).
+
+    Variant after variant.
+    """
+    seen, told = (units_of_x(x[question.index]) for x in (question.images, question.answers))
+    s, v = (
+        torch.cat([variant.of(x) for variant in question.collection.variants]).flatten(2).numpy()
+        for x in (seen, told)
+    )
+    return s, v
+
+
+def _ids(question: Question) -> np.ndarray:
+    N = len(question.images)
+    V = len(question.collection.variants)
+    return np.concatenate([v * N + question.index for v in range(V)])
+
+
+def _picture(question: Question) -> np.ndarray:
+    """The query as it was before it was continued periodically, (B, C, H W)."""
+    c = question.collection
+    (H, W) = c.frame
+    ry, rx = (p // 2 if c.wraps else 0 for p in c.window.shape)
+    return question.y[:, :, ry : ry + H, rx : rx + W].flatten(2).numpy()
+
+
+def _logits(s, y, sigma, site) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """-1/2 sum_d q[d] (y - s)[d]^2 / sigma^2, as (sources, number of windows)."""
+    columns = [
+        (site.weights * (s[:, :, pixels] - y[:, site.query]) ** 2).sum((1, 2))
+        for pixels, _ in site.sources
+    ]
+    return -np.stack(columns, axis=1) / (2 * sigma**2)
+
+
+def _constant(y, sigma, site) -> float:  # type: ignore[no-untyped-def]
+    """What the other kernels leave out of a site's logits, and `posterior` adds."""
+    return (site.weights * y[:, site.query] ** 2).sum() / (2 * sigma**2)
+
+
+def _inner(s, u, site, pixel: bool) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """The inner products b of every source with u over the response window."""
+    if pixel:
+        values = s[:, :, [middle for _, middle in site.sources]]
+        return np.einsum("nck,c->nk", values, u[:, site.i, site.j])
+    flat = u.reshape(len(u), -1)[:, site.query]
+    columns = [(site.weights * flat * s[:, :, pixels]).sum((1, 2)) for pixels, _ in site.sources]
+    return np.stack(columns, axis=1)
+
+
+def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
+    """The definition of the fold; see `scoremachine.posterior.Kernel`."""
+    c, (s, v), ids, y = question.collection, _read(question), _ids(question), _picture(question)
+    (H, W), grid, (B, C, _) = c.image, c.grid, y.shape  # whole images have no other canvas
+    pixel = c.response == "pixel"
+    values = 1 if question.u is not None else C if pixel else 0
+    m, Z, Z2 = (np.zeros((B, *grid)) for _ in range(3))
+    whole = c.whole and question.u is None
+    S = np.zeros((B, C, H, W) if whole else (B, values, *grid))
+    logits = np.full((B, leaders, *grid), -1e300)
+    places = np.full((B, leaders, *grid), -1, dtype=np.int64)
+    for p in range(B):
+        sigma = float(question.sigma[p])
+        for site in sites(c):
+            i, j = site.i, site.j
+            l = _logits(s, y[p], sigma, site) + _constant(y[p], sigma, site)
+            m[p, i, j] = l.max()
+            w = np.exp(l - l.max())
+            Z[p, i, j] = w.sum()
+            Z2[p, i, j] = (w**2).sum()
+            if question.u is not None:
+                S[p, 0, i, j] = (w * _inner(v, question.u[p].numpy(), site, pixel)).sum()
+            elif c.whole:
+                for column, (pixels, _) in zip(w.T, site.sources, strict=True):
+                    S[p] += np.einsum("n,ncd->cd", column, v[:, :, pixels]).reshape(C, H, W)
+            elif pixel:
+                middles = [middle for _, middle in site.sources]
+                S[p, :, i, j] = np.einsum("nk,nck->c", w, v[:, :, middles])
+            order = np.argsort(-l, axis=None, kind="stable")[:leaders]
+            logits[p, : len(order), i, j] = l.ravel()[order]
+            n, k = np.unravel_index(order, l.shape)
+            middle = np.array([middle for _, middle in site.sources])
+            places[p, : len(order), i, j] = ids[n] * H * W + middle[k]
+    return Fold(*map(torch.from_numpy, (m, Z, Z2, S, logits, places)))
+
+
+def spread(question: Question, known: Fold) -> Tensor:
+    """sum_is q_i a_is s; see `scoremachine.posterior.Kernel`."""
+    c, (s, v), y = question.collection, _read(question), _picture(question)
+    D = np.zeros(y.shape)
+    for p in range(len(y)):
+        sigma = float(question.sigma[p])
+        for site in sites(c):
+            i, j = site.i, site.j
+            l = _logits(s, y[p], sigma, site) + _constant(y[p], sigma, site)
+            a = np.exp(l - float(known.m[p, i, j])) / float(known.Z[p, i, j])
+            if question.u is not None:
+                b = _inner(v, question.u[p].numpy(), site, c.response == "pixel")
+                a *= b - float(known.mean[p, 0, i, j])
+            for column, (pixels, _) in zip(a.T, site.sources, strict=True):
+                source = v if question.u is None else s
+                picture = np.einsum("n,ncd->cd", column, source[:, :, pixels])
+                # no pixel is twice in a window, even where it wraps around
+                D[p][:, site.query] += site.weights * picture
+    # in the frame of a continued query: everything on the original, nothing on the copies
+    total = torch.zeros_like(question.y)
+    ry, rx = (p // 2 if c.wraps else 0 for p in c.window.shape)
+    inside = slice(ry, ry + c.frame[0]), slice(rx, rx + c.frame[1])
+    total[:, :, *inside] = torch.from_numpy(D.reshape(*y.shape[:2], *c.frame))
+    return total

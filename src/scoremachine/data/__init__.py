@@ -1,0 +1,1 @@
+"""Images: reading, decoding, keeping them, and their statistics."""

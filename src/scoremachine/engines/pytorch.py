@@ -1,0 +1,206 @@
+"""The fold in plain PyTorch, on any device: CUDA where found, else the CPU.
+
+Every displacement between query and source is one shifted copy of a piece of the corpus; the rest
+is `Collection.look` and its adjoint `paint`. What a GPU has its own programs for goes to `fused`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoremachine.core import posterior
+from scoremachine.core.collection import Collection
+from scoremachine.core.fold import Fold
+from scoremachine.core.posterior import Question, units_of_x
+from scoremachine.engines import fourier as rolled
+from scoremachine.engines import triton as fused
+from scoremachine.engines.compiled import NOTHING
+
+GPU_TILE = 32 * posterior.TILE
+
+
+def where() -> torch.device:
+    """The device that this kernel computes on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tiles(n: int, collection: Collection) -> Iterator[slice]:
+    """The pieces in which it wants n images; see `scoremachine.posterior.Kernel`."""
+    if where().type == "cuda":
+        return posterior.pieces(n, collection, GPU_TILE)
+    return posterior.tiles(n, collection)
+
+
+def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
+    """The fold over the source; see `scoremachine.posterior.Kernel`."""
+    device = where()
+    if fused.available() and fused.answers(question):
+        return fused.fold(question, leaders, device)
+    if question.collection.source == "rolled":
+        return rolled.fold(question, leaders, device, _room(device))
+    folds: list[Fold] = []
+    for piece in _read(question, device):
+        parts = [_summary(question, p, *piece, leaders) for p in range(len(question.y))]
+        folds = list(map(Fold.merge, folds, parts)) if folds else parts
+    return Fold.batch(folds).cpu()
+
+
+def spread(question: Question, known: Fold) -> Tensor:
+    """sum_is q_i a_is s; see `scoremachine.posterior.Kernel`."""
+    device, c = where(), question.collection
+    if c.source == "rolled":
+        return rolled.spread(question, known, device, _room(device))
+    if fused.available() and fused.answers(replace(question, u=None)):
+        question, known = fused.compared(question, known)
+    m, Z = known.m.to(device), known.Z.to(device)
+    b = None if question.u is None else known.mean[:, 0].to(device)
+    D = torch.zeros_like(question.y, device=device)
+    for s, v, _, shift in _read(question, device):
+        for p in range(len(D)):
+            a = torch.exp(_logits(question, p, s, shift) - m[p]) / Z[p]
+            if b is not None:
+                a *= _inner(question, p, v) - b[p]
+            D[p] += (c.paint(a)[:, None] * (v if b is None else s)).sum(0)
+    return D.cpu()
+
+
+def _room(device: torch.device) -> int:
+    """How many float64 numbers a piece of work may take."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 128
+    return 2**22
+
+
+def _read(
+    question: Question, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[int, int]]]:
+    """The source in pieces (s, v, ids, shift).
+
+    What is seen, s, and what it answers with, v, are float64 in the query's frame, 0 outside the
+    image.
+    """
+    c, images = question.collection, question.images
+    N, C, H, W = images.shape
+    step = max(1, _room(device) // ((C + 8) * H * W))
+    for start in range(0, len(question.index), step):
+        ids = question.index[start : start + step]
+        seen = _sent(images[ids], device)
+        told = seen if question.values is None else _sent(question.values[ids], device)
+        for k, variant in enumerate(c.variants):
+            s = variant.of(seen)
+            v = s if told is seen else variant.of(told)
+            for dy, dx in c.shifts.tolist():
+                s_moved = _shifted(s, dy, dx, c, question.y.shape[2:])
+                v_moved = s_moved if v is s else _shifted(v, dy, dx, c, question.y.shape[2:])
+                yield s_moved, v_moved, torch.from_numpy(ids + k * N).to(device), (dy, dx)
+
+
+def _sent(images: np.ndarray, device: torch.device) -> Tensor:
+    """Images as x on the device, where bytes become float64."""
+    return units_of_x(torch.from_numpy(images).to(device))
+
+
+def _shifted(s: Tensor, dy: int, dx: int, c: Collection, frame: torch.Size) -> Tensor:
+    """s with its pixel (row + dy, column + dx) at (row, column) of the query."""
+    if dy == dx == 0 and tuple(frame) == c.image:
+        return s
+    result = s.new_zeros(*s.shape[:2], *frame)
+    slices = []
+    for shift, n, size in zip((dy, dx), c.image, frame, strict=True):
+        lo, hi = max(0, -shift), min(size, n - shift)
+        slices += [slice(lo, hi), slice(lo + shift, hi + shift)]
+    result[:, :, slices[0], slices[2]] = s[:, :, slices[1], slices[3]]
+    return result
+
+
+def _valid(c: Collection, dy: int, dx: int) -> Tensor:
+    """Which sites may be compared at this displacement, boolean, the grid's shape."""
+    axes = []
+    for shift, n, seen, sites, p in zip(
+        (dy, dx), c.image, c.frame, c.grid, c.window.shape, strict=True
+    ):
+        i = torch.arange(sites)
+        first = i - p // 2 if c.cut else i  # of the window's rows
+        top, bottom = first >= 0, first + p <= seen  # whether they are in the picture there
+        fits = (first + shift >= 0) & (first + shift + p <= n)
+        if not c.wraps:
+            fits &= top & bottom
+            if shift == 0:
+                fits |= ~top & bottom & (first + p <= n)
+            if seen + shift == n:
+                fits |= top & ~bottom & (first + shift >= 0)
+            if seen == n and shift == 0:
+                fits[:] = True
+        axes.append(fits)
+    return axes[0][:, None] & axes[1]
+
+
+def _logits(question: Question, p: int, s: Tensor, shift: tuple[int, int]) -> Tensor:
+    """The logits of a piece at every site, (n, *sites)."""
+    c, y = question.collection, question.y[p].to(s.device)
+    l = c.look((s * (y - s / 2)).sum(1)) / question.sigma[p].item() ** 2
+    if len(c.shifts) > 1:
+        l = l.masked_fill(~_valid(c, *shift).to(s.device), NOTHING)
+    return l
+
+
+def _at_pixels(s: Tensor, c: Collection) -> Tensor:
+    """The values of a piece at the sites' own pixels, (n, C, *sites)."""
+    ry, rx = (p // 2 if c.wraps else 0 for p in c.window.shape)
+    return s[:, :, ry : ry + c.frame[0], rx : rx + c.frame[1]]
+
+
+def _inner(question: Question, p: int, v: Tensor) -> Tensor:
+    """The inner products b of answers with u over the response windows, (n, *sites)."""
+    c = question.collection
+    assert question.u is not None
+    u = question.u[p].to(v.device)
+    if c.response == "pixel":
+        return (u * _at_pixels(v, c)).sum(1)
+    return c.look((u * v).sum(1))
+
+
+def _summary(
+    question: Question,
+    p: int,
+    s: Tensor,
+    v: Tensor,
+    ids: Tensor,
+    shift: tuple[int, int],
+    leaders: int,
+) -> Fold:
+    """The fold of one piece for one picture."""
+    c, n = question.collection, len(s)
+    l = _logits(question, p, s, shift)
+    m = l.max(0).values
+    w = torch.exp(l - m).masked_fill(l == NOTHING, 0.0)
+    if question.u is not None:
+        S = (w * _inner(question, p, v)).sum(0, keepdim=True)
+    elif c.whole:
+        S = torch.einsum("n,nchw->chw", w[:, 0, 0], v)
+    elif c.response == "pixel":
+        S = torch.einsum("nij,ncij->cij", w, _at_pixels(v, c))
+    else:
+        S = s.new_zeros(0, *c.grid)
+    k = min(leaders, n)
+    best = torch.topk(l, k, dim=0)
+    logits = torch.full((leaders, *c.grid), NOTHING, dtype=l.dtype, device=l.device)
+    places = torch.full((leaders, *c.grid), -1, device=l.device)
+    logits[:k], places[:k] = best.values, _places(c, shift, s.device)[None] + 0
+    places[:k] += ids[best.indices] * c.image[0] * c.image[1]
+    places[logits == NOTHING] = -1
+    return Fold(*(x[None] for x in (m, w.sum(0), (w**2).sum(0), S, logits, places)))
+
+
+def _places(c: Collection, shift: tuple[int, int], device: torch.device) -> Tensor:
+    """row W + column of the source pixel under each site's middle."""
+    i, j = (
+        torch.arange(sites, device=device) + by + (0 if c.cut else p // 2)
+        for sites, by, p in zip(c.grid, shift, c.window.shape, strict=True)
+    )
+    return i[:, None] * c.image[1] + j

@@ -1,0 +1,143 @@
+"""A first guess, compiled: a patch near every query, before anything is skipped.
+
+What is known of a query decides how far it is searched. So some nodes are looked into; and since
+windows side by side share most of their pixels, what is near one is, moved alike, mostly near the
+other, and what one of them finds by luck helps all (PatchMatch: Barnes, Shechtman, Finkelstein and
+Goldman 2009).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from scoremachine.engines.compiled import FLAGS
+from scoremachine.engines.search.distances import (
+    distance,
+    filled_up,
+    frame_of,
+    from_node,
+    others_at,
+    to_boxes,
+    to_codes,
+)
+from scoremachine.engines.search.floats import BORROWED, LANES, lowest, reaching, splat, store
+from scoremachine.engines.search.patches import origin
+from scoremachine.engines.search.tree import LEAF, NODE
+
+GUESSED = 64  # nodes that are looked into
+COMPARED, NEAR = 2_000, 2.0  # patches compared for it at most, and within how many nats
+ENOUGH = 200.0  # patches as heavy as the nearest known, from which on it need not be known better
+BESIDE = 2  # pixels from one window to another that is beside it, at most
+
+
+@njit(fastmath=FLAGS, **BORROWED)
+def _nearest(values, count, chosen, most):
+    """Fills `chosen` with the places of the `most` smallest of `count` values; returns how many."""
+    n = 0
+    for k in range(count):
+        if n == most and values[k] >= values[chosen[n - 1]]:
+            continue
+        n = min(n + 1, most)
+        at = n - 1
+        while at > 0 and values[chosen[at - 1]] > values[k]:
+            chosen[at] = chosen[at - 1]
+            at -= 1
+        chosen[at] = k
+    return n
+
+
+@njit(fastmath=FLAGS, nogil=True, cache=True)
+def guess(part, parts, t, w, q, best, known, places):
+    """The nearest nodes are looked into for near patches.
+
+    Fills `best` with the smallest |q - s|^2 met, `places` with where that is, and `known` with the
+    weight of the patches that were compared, the nearest's being 1.
+    """
+    Q = len(q.half)
+    low, step, row = np.zeros((3, filled_up(t.first, t.m)), np.float32)
+    values = np.empty(max(len(t.widest), GUESSED * LANES) + LANES, np.float32)
+    near, found = np.empty(GUESSED, np.int64), np.empty(GUESSED, np.int64)
+    for query in range(part * Q // parts, (part + 1) * Q // parts):
+        best[query], known[query], places[query] = _guess(
+            t, w, q, query, low, step, row, values, near, found
+        )
+
+
+@njit(fastmath=FLAGS, **BORROWED)
+def _guess(t, w, q, query, low, step, row, values, near, found):
+    supers, nodes = len(t.widest), len(t.radii)
+    others = others_at(t.first)
+    e = query * filled_up(t.first, t.m)
+    box = 2 * t.first * LANES
+    for g in range((supers + LANES - 1) // LANES):
+        store(values, g * LANES, to_boxes(q.E, e, t.super_boxes, g * box, t.first))
+    some = _nearest(values, supers, near, GUESSED)
+    for k in range(some):
+        store(values, k * LANES, to_boxes(q.E, e, t.node_boxes, near[k] * box, t.first))
+    n = _nearest(values, some * LANES, found, GUESSED)
+    for k in range(n):
+        found[k] = near[found[k] // LANES] * LANES + found[k] % LANES
+    # compared are the patches whose codes are about as near as the nearest yet
+    best, bound, place = np.inf, np.float32(np.inf), np.int64(0)
+    known, compared = 0.0, 0
+    half = q.half[query]
+    for k in range(n):
+        node = found[k]
+        if node >= nodes or compared > COMPARED or known > ENOUGH:
+            continue
+        frame_of(t, node, low, step)
+        from_node(q.E, e, low, row, 0, filled_up(t.first, t.m))
+        if t.m > t.first:  # the others stand in the place of their norm
+            row[t.first - 1], step[t.first - 1] = 0, 0
+        for leaf in range(LEAF):
+            d = to_codes(t, row, step, node, leaf, 0, t.first, 0)
+            if t.m > t.first:
+                d = d + to_codes(t, row, step, node, leaf, t.first, t.m, others)
+            bits = reaching(d, splat(bound))
+            store(values, 0, d)
+            while bits:
+                lane = lowest(bits)
+                bits &= bits - 1
+                o = node * NODE + leaf * LEAF + lane
+                if t.times[o] > 0 and values[lane] <= bound:
+                    d2 = distance(w, q, query, origin(w, np.int64(t.ids[o])))
+                    compared += 1
+                    if d2 < best:
+                        known *= math.exp((d2 - best) * half)
+                        best, place = d2, np.int64(t.ids[o])
+                    known += t.times[o] * math.exp((best - d2) * half)
+                    bound = min(bound, values[lane] + np.float32(NEAR / half))
+    return best, known, place
+
+
+@njit(fastmath=FLAGS, nogil=True, cache=True)
+def beside(part, parts, w, q, columns, best, places, nearer, there):
+    """What is near a window is compared with those beside it, moved as far as they are.
+
+    Fills `nearer` and `there` as `guess` fills `best` and `places`. Queries come in rows of
+    `columns`.
+    """
+    Q = len(best)
+    for query in range(part * Q // parts, (part + 1) * Q // parts):
+        nearer[query], there[query] = _beside(w, q, query, columns, best, places)
+
+
+@njit(fastmath=FLAGS, **BORROWED)
+def _beside(w, q, query, columns, best, places):
+    """What `beside` does for a query."""
+    nearest, place = best[query], places[query]
+    rows, i, j = len(best) // columns, query // columns, query % columns
+    for k in range(max(i - BESIDE, 0), min(i + BESIDE + 1, rows)):
+        for l in range(max(j - BESIDE, 0), min(j + BESIDE + 1, columns)):
+            p = places[k * columns + l]
+            row, column = p // w.lefts[1] % w.tops[1] + i - k, p % w.lefts[1] + j - l
+            if 0 <= row < w.tops[1] and 0 <= column < w.lefts[1]:
+                p += (i - k) * w.lefts[1] + j - l
+                if p != place:
+                    d2 = distance(w, q, query, origin(w, p))
+                    if d2 < nearest:
+                        nearest, place = d2, p
+    return nearest, place

@@ -1,0 +1,110 @@
+"""Few large images as many narrow ones, which fill the lanes of vectors.
+
+Where no window crosses a border an image is its patches, and cut into strips that overlap by a
+window less one row it has the same ones: eight strips go through the kernel as eight images do.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from scoremachine.core.collection import Collection
+from scoremachine.core.fold import Fold
+from scoremachine.core.posterior import Question
+from scoremachine.core.windows import Variant
+from scoremachine.engines.simd import LANES
+
+WORTHWHILE = 0.8  # of the work
+SITES = 2**14  # of a picture that go together
+
+Folds = Callable[[Question, int, Fold | None], Fold]
+
+
+class Group(NamedTuple):
+    """Strips of one size.
+
+    Attributes:
+        corners: Rows and columns of their first pixels.
+        high: Rows of patches in each.
+        wide: Columns of patches.
+    """
+
+    corners: list[tuple[int, int]]
+    high: int
+    wide: int
+
+
+def groups(c: Collection, k: int) -> list[Group]:
+    """k strips of rows; k strips of columns of the rows left over; and what is left of those."""
+    high, wide = (n - p + 1 for n, p in zip(c.image, c.window.shape, strict=True))
+    (rows, below), (columns, beside) = divmod(high, k), divmod(wide, k)
+    found = [
+        Group([(rows * i, 0) for i in range(k)], rows, wide),
+        Group([(rows * k, columns * j) for j in range(k)], below, columns),
+        Group([(rows * k, columns * k)], below, beside),
+    ]
+    return [group for group in found if group.high and group.wide]
+
+
+def cut(c: Collection, n: int) -> tuple[list[Group], float]:
+    """Into which strips each of n images is cut, and what part of the work is left then.
+
+    No strips and all of the work where cutting does not pay, or is not right.
+    """
+    k = LANES // math.gcd(n, LANES)
+    if not c.wraps or c.variants != (Variant(),) or k == 1:
+        return [], 1.0
+    P, Q = c.window.shape
+    found = groups(c, k)
+    work = sum(-(-n * len(g.corners) // LANES) * (g.high + P - 1) * (g.wide + Q - 1) for g in found)
+    share = work / (-(-n // LANES) * math.prod(c.image))
+    return (found, share) if share < WORTHWHILE else ([], 1.0)
+
+
+def fold(question: Question, leaders: int, into: list[Group], by: Folds) -> Fold:
+    """The fold over the images, `by` a kernel, group by group of those that they are cut into."""
+    c, index = question.collection, question.index
+    (P, Q), (H, W) = c.window.shape, c.image
+    folds: list[Fold] = []
+    for group in into:
+        high, wide = group.high + P - 1, group.wide + Q - 1
+        of = np.repeat(index, len(group.corners))
+        top, left = np.array(group.corners * len(index)).T
+        strips = np.stack(
+            [
+                question.images[i, :, a : a + high, b : b + wide]
+                for i, a, b in zip(of, top, left, strict=True)
+            ]
+        )
+        narrow = replace(c, image=(high, wide), canvas=c.frame)
+        asked = replace(question, images=strips, index=np.arange(len(strips)), collection=narrow)
+        part = _by_columns(asked, leaders, by)
+        known = part.places >= 0
+        strip, place = np.divmod(part.places[known].numpy(), high * wide)
+        row, column = np.divmod(place, wide)
+        place = (of[strip] * H + top[strip] + row) * W + left[strip] + column
+        part.places[known] = torch.from_numpy(place)
+        folds.append(part)
+    return functools.reduce(Fold.merge, folds)
+
+
+def _by_columns(question: Question, leaders: int, by: Folds) -> Fold:
+    """The fold of large pictures, some columns at a time: a site's numbers stay in the cache."""
+    c, Q = question.collection, question.collection.window.shape[1]
+    rows, columns = c.frame
+    step = max(1, SITES // rows)
+    parts = []
+    for start in range(0, columns, step):
+        n = min(step, columns - start)
+        y = question.y[..., start : start + n + Q - 1]
+        asked = replace(question, y=y, collection=replace(c, canvas=(rows, n)))
+        parts.append(by(asked, leaders, None))
+    fields = zip(*(vars(part).values() for part in parts), strict=True)
+    return Fold(*(torch.cat(field, dim=-1) for field in fields))

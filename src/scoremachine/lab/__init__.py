@@ -1,0 +1,1 @@
+"""Machines against networks and held-out images."""

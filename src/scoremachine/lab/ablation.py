@@ -1,0 +1,131 @@
+"""Patch size and composition by resolution and kind of picture: error, and how many sources speak.
+
+A box answers for its middle pixel (`ls`) or for all of itself, and then overlapping boxes are
+averaged (`pspc`); it ends sharply or fades out (`+gaussian`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from scoremachine.calibration.heldout import (
+    held_out_pictures,
+    kept_by_level,
+    split,
+    spread_candidates,
+)
+from scoremachine.data.corpus import Corpus
+from scoremachine.machines import BoxMachine, build, kind_of, spelled
+from scoremachine.runtime.progress import Bar, bar
+from scoremachine.runtime.validation import check_integer
+
+LAYOUT = 1  # of the files beside the corpus
+VARIANTS = ("ls", "ls+gaussian", "pspc", "pspc+gaussian")
+LEVELS = (5.0, 2.0, 1.0, 0.5, 0.2)
+
+
+@dataclass
+class Trial:
+    """One machine of one patch size at one noise level.
+
+    Attributes:
+        corpus, shape: The images' name, and (C, H, W).
+        images: How many the machine was made of.
+        machine: As it was asked for: "pspc+gaussian".
+        patch_size, sigma: P, and the noise level.
+        errors: Mean squared errors on R held-out images, (R,).
+        effective: Effective number of sources, the median over sites and pictures.
+    """
+
+    corpus: str
+    shape: tuple[int, int, int]
+    images: int
+    machine: str
+    patch_size: int
+    sigma: float
+    errors: np.ndarray
+    effective: float
+
+    @property
+    def error(self) -> float:
+        """The mean."""
+        return float(self.errors.mean())
+
+
+def ablation(
+    corpora: Sequence[Corpus],
+    machines: Sequence[str] = VARIANTS,
+    patch_sizes: Sequence[int] | None = None,
+    sigmas: Sequence[float] = LEVELS,
+    held_out: int = 16,
+    seed: int = 0,
+) -> list[Trial]:
+    """Measures machines of boxes at every patch size, on several sets of images.
+
+    What is finished is kept beside the corpora.
+
+    Arguments:
+        corpora: The sets.
+        machines: Names, as `machines.spelled` takes them, of machines of boxes.
+        patch_sizes: P; None: from 3 to the side, ever further apart. Those that do not fit a set
+            are left out of it.
+        sigmas: Noise levels.
+        held_out: How many images of each set report; the others are the source.
+        seed: Of the choice of images and of their noise.
+
+    Raises:
+        ValueError: For a machine without boxes, or a set of fewer than 3 images.
+    """
+    check_integer("held_out", held_out)
+    entered = [(text, *spelled(text)) for text in machines]
+    for text, name, _ in entered:
+        if not issubclass(kind_of(name), BoxMachine):
+            raise ValueError(f"{text} has no boxes to change the size of; use ls, els or pspc")
+    trials = []
+    with bar("Ablating", total=len(corpora) * len(machines) * len(sigmas)) as progress:
+        for corpus in corpora:
+            for text, name, settings in entered:
+                machine = build(name, corpus, **settings)
+                assert isinstance(machine, BoxMachine)
+                values = [P for P in patch_sizes or spread_candidates(machine) if machine.takes(P)]
+                trials += _trials(machine, text, values, sigmas, held_out, seed, progress)
+    return trials
+
+
+def _trials(
+    machine: BoxMachine,
+    text: str,
+    patch_sizes: Sequence[int],
+    sigmas: Sequence[float],
+    held_out: int,
+    seed: int,
+    progress: Bar,
+) -> list[Trial]:
+    """The trials of a machine, at all noise levels and patch sizes."""
+    corpus = machine.corpus
+    _, index, _, reporting = split(corpus, 1, seed, reporting=held_out)
+    (x, eps), _ = held_out_pictures((corpus, index, reporting, reporting[:0]), seed)
+
+    def measured(sigma: float) -> dict[str, Any]:
+        levels = torch.full((len(x),), sigma, dtype=torch.float64)
+        errors, effective = [], []
+        for P in patch_sizes:
+            tried = machine.remade(corpus, patch_size=P)
+            found = tried.evidence(x + sigma * eps, levels, index, tried.windows(sigma, index))
+            errors.append(((found.mean - x) ** 2).mean((1, 2, 3)).tolist())
+            effective.append(float(found.fold.effective_sources.median()))
+        return {"errors": errors, "effective": effective}
+
+    what = [LAYOUT, machine.settings(), list(patch_sizes), list(sigmas), held_out, seed]
+    path = corpus.record_path("ablation", what)
+    rows = kept_by_level(path, np.asarray(sigmas), measured, "effective", progress, 1)
+    return [
+        Trial(corpus.name, corpus.shape, len(index), text, P, float(sigma), np.array(errors), spoke)
+        for sigma, row in zip(sigmas, rows, strict=True)
+        for P, errors, spoke in zip(patch_sizes, row["errors"], row["effective"], strict=True)
+    ]

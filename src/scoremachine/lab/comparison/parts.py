@@ -1,0 +1,456 @@
+"""Machines against a trained network: where it denoises, on its way, and in what it draws."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from azula.noise import Schedule
+from torch import Tensor
+
+from scoremachine.calibration.heldout import towards
+from scoremachine.calibration.stacking import weights_towards
+from scoremachine.data.corpus import Corpus
+from scoremachine.data.heatmaps import UNREADABLE
+from scoremachine.lab.comparison.agreement import Summary, agreement
+from scoremachine.lab.denoising_error import best_or_tied, fewer
+from scoremachine.lab.networks.network import Network
+from scoremachine.machines import Composite, IdealScore, Machine, build, kind_of, spelled
+from scoremachine.runtime.files import written
+from scoremachine.runtime.progress import bar, say
+from scoremachine.runtime.validation import check_integer, check_name
+from scoremachine.sampling.generate import generate_batches
+from scoremachine.sampling.samplers import SAMPLERS
+from scoremachine.sampling.trajectory import walk
+
+ERROR = 1e-2  # the largest of a pixel that els may make where it searches; networks are further
+LEVELS = 10  # noise levels of the forward process, unless others are asked for
+BATCH = 8  # pictures that go together
+WAYS = 16  # of the network, at most, that machines follow
+EVERYWHERE = 2000  # images that machines which look at every position are made of
+
+
+@dataclass
+class Entrant:
+    """A machine as it is compared.
+
+    Attributes:
+        label: What it is called in tables: "els:kamb-mnist-resnet", "ls+h", "els:network".
+        name: The machine's name.
+        settings: Of `build`.
+        towards: Whether its locality is the one that agrees best with the network, and its
+            bandwidth too if it has one.
+    """
+
+    label: str
+    name: str
+    settings: dict[str, Any]
+    towards: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> Entrant:
+        """From NAME[:LOCALITY][+WINDOW][+circular][+h], as in `machines.spelled`.
+
+        The locality "network" stands for what agrees best with the network
+        (`calibration.towards`); of a composite, the weights do (`stacking.weights_towards`).
+
+        Raises:
+            ValueError: For an unknown name, or a locality of a machine that has none.
+        """
+        text = text.strip()
+        if text == f"{Composite.name}:network":
+            return cls(text, Composite.name, {}, True)
+        name, settings = spelled(text)
+        local = str(kind_of(name).locality)
+        towards = settings.get(local) == "network"
+        if towards:
+            del settings[local]
+        return cls(text, name, settings, towards)
+
+    def built(self, corpus: Corpus, network: Network | None, everything: Corpus | None) -> Machine:
+        """The machine of a corpus, that is cut out of `everything` that the network knows.
+
+        Raises:
+            ValueError: Without a network to choose towards.
+        """
+        way = {"error": ERROR} if kind_of(self.name).equivariant else {}
+        machine = build(self.name, corpus, **way, **self.settings)
+        if not self.towards:
+            return machine
+        if network is None or everything is None:
+            raise ValueError(
+                f"{self.label} is chosen towards a network, which compare and study do; here, give "
+                "a size, a schedule, or nothing"
+            )
+        if isinstance(machine, Composite):
+            return machine.remade(corpus, weights=weights_towards(network, machine, everything))
+        locality, bandwidth = towards(network, machine, everything, machine.bandwidth == "auto")
+        chosen: dict[str, Any] = {str(machine.locality): locality}
+        if machine.bandwidth == "auto":
+            chosen["bandwidth"] = bandwidth
+        return machine.remade(corpus, **chosen)
+
+
+@dataclass
+class Part:
+    """What was measured of one machine in one part, at the K noise levels of it.
+
+    Attributes:
+        part: "forward", "reverse" or "samples".
+        label: The machine's.
+        sigmas: The noise levels, falling; of samples [0].
+        measures: By name ("mse", "cosine", "r", "r2", "R2": to the network; "truth": mean squared
+            error to the clean picture, forward only) float64 (K, n): of every picture.
+    """
+
+    part: str
+    label: str
+    sigmas: list[float]
+    measures: dict[str, np.ndarray]
+
+    @functools.cached_property
+    def summaries(self) -> list[dict[str, Summary]]:
+        """Of every noise level, by measure."""
+        return [
+            {name: Summary.of(values[k]) for name, values in self.measures.items()}
+            for k in range(len(self.sigmas))
+        ]
+
+
+@dataclass
+class Comparison:
+    """What `compare` finds.
+
+    Attributes:
+        settings: What was compared, as JSON can hold it.
+        parts: Every machine in every part; the network itself is in "forward" with "truth" alone.
+        samples: Final pictures by label, the network's as "network": float32 (n, C, H, W).
+        nearest: The training image nearest to each, uint8 (n, C, H, W).
+        distances: How far that is, root mean square, (n,).
+        path: The network's x_t on its way in units of y, its D and the machines', of the first
+            picture: float32 (K, C, H, W) by label, "y" and "network".
+    """
+
+    settings: dict[str, Any]
+    parts: list[Part]
+    samples: dict[str, np.ndarray]
+    nearest: dict[str, np.ndarray]
+    distances: dict[str, np.ndarray]
+    path: dict[str, np.ndarray]
+
+    @property
+    def labels(self) -> list[str]:
+        """The machines'."""
+        return [label for label in self.samples if label != "network"]
+
+    def of(self, part: str) -> list[Part]:
+        """The machines in a part."""
+        return [p for p in self.parts if p.part == part and p.label != "network"]
+
+    def best(self, part: str) -> np.ndarray:
+        """(machines, K): whether it is the nearest to the network, or not told apart from that.
+
+        By paired bootstrap of the mean squared error over pictures.
+        """
+        return best_or_tied(np.stack([p.measures["mse"] for p in self.of(part)]))
+
+
+class Pieces:
+    """What is dear to measure, kept in a folder until all is done.
+
+    So the same command, after an interruption, goes on after what is finished.
+    """
+
+    def __init__(self, folder: Path | None, of: Any) -> None:
+        self.folder, self.of = folder, of
+
+    def get(self, key: list[Any], make: Callable[[], Tensor]) -> Tensor:
+        """A tensor by what decides it."""
+        if self.folder is None:
+            return make()
+        digest = hashlib.sha256(json.dumps([self.of, key], default=str).encode()).hexdigest()[:20]
+        path = self.folder / f"{digest}.npy"
+        if path.exists():
+            try:
+                return torch.from_numpy(np.load(path, allow_pickle=False))
+            except UNREADABLE:
+                path.unlink()
+        made = make()
+        with written(path) as temporary:
+            np.save(temporary, made.numpy())
+        return made
+
+
+def compare(
+    network: Network,
+    machines: Sequence[str | Machine],
+    corpus: Corpus,
+    sigmas: Sequence[float] | np.ndarray | None = None,
+    pictures: int = 32,
+    count: int = 16,
+    steps: int = 20,
+    seed: int = 0,
+    sampler: str = "ddim",
+    schedule: Schedule | None = None,
+    everywhere: int = EVERYWHERE,
+    kept: Path | None = None,
+    ways: int = WAYS,
+) -> Comparison:
+    """Measures how well machines predict a network.
+
+    Three parts. *Forward*: held-out images with noise, which both denoise. *Reverse*: the network's
+    own way from noise to a picture; both denoise every x_t of it. *Samples*: each goes its own way
+    from the same noise.
+
+    Arguments:
+        network: The network.
+        machines: "NAME[:LOCALITY][+h]" (see `Entrant.of`; LOCALITY "network" agrees best with this
+            one), or machines, which are used as they are.
+        corpus: What the network was trained on, or one like it. Images that the network's card
+            says it has not seen are held out, or else some that are drawn.
+        sigmas: Noise levels of the forward process; None: ten from 0.05 to 20.
+        pictures: How many images are held out.
+        count: How many samples.
+        steps, sampler, schedule: Of these, and of the ways; schedule None: the network's own.
+        seed: Of all noise.
+        everywhere: How many images at most machines are made of that look at every position.
+        kept: A folder where finished pieces wait in case of an interruption.
+        ways: How many of the network's ways are followed: the first of its samples.
+
+    Raises:
+        ValueError: For pictures of another shape, unknown names, or noise levels that the network
+            does not know.
+    """
+    check_integer("pictures", pictures)
+    check_integer("count", count)
+    check_integer("steps", steps)
+    check_integer("ways", ways)
+    check_integer("everywhere", everywhere)
+    check_name("sampler", sampler, SAMPLERS)
+    network.check_corpus(corpus)
+    levels = np.geomspace(20, 0.05, LEVELS) if sigmas is None else np.asarray(sigmas, dtype=float)
+    levels = np.sort(levels)[::-1]
+    for sigma in levels:
+        network.time(float(sigma))  # refuses what it does not know
+    held, source = apart([network], corpus, pictures, seed)
+    made = entered(machines, source, everywhere, network, corpus)
+    if not made:
+        raise ValueError("there is no machine to compare with; give at least one")
+    network = network.under(schedule)
+    schedule = network.schedule
+    made = {label: m.remade(m.corpus, schedule=schedule) for label, m in made.items()}
+    pieces = Pieces(kept, [network.key, corpus.key, seed])
+    one = _Comparing(network, made, corpus, pieces, schedule, sampler, steps, seed)
+    total = len(made) * (len(levels) + steps + 1) + 1
+    with bar("Comparing", total=total) as progress, torch.no_grad():
+        one.progress = progress
+        parts = one.forward(levels, held)
+        followed, path = one.reverse(min(ways, count))
+        parts += followed
+        more, samples = one.samples(count)
+        parts += more
+    nearest, distances = _nearest(samples, source)
+    settings = {
+        "network": network.name, "network_key": network.key, "card": network.card,
+        "machines": {k: m.settings() | {"images": len(m.corpus)} for k, m in made.items()},
+        "corpus": corpus.name, "corpus_key": corpus.key, "held_out": held.tolist(),
+        "sigmas": levels.tolist(), "count": count, "steps": steps, "seed": seed,
+        "sampler": sampler, "schedule": type(schedule).__name__,
+    }  # fmt: skip
+    return Comparison(settings, parts, samples, nearest, distances, path)
+
+
+def entered(
+    machines: Sequence[str | Machine],
+    source: Corpus,
+    everywhere: int,
+    network: Network | None = None,
+    corpus: Corpus | None = None,
+) -> dict[str, Machine]:
+    """Machines by label, made of the source where they are named.
+
+    `network`, trained on `corpus`, is what NAME:network is chosen towards.
+    """
+    made: dict[str, Machine] = {}
+    whole = source.indices()
+    for each in machines:
+        if isinstance(each, Machine):
+            label, machine = each.name, each
+        else:
+            entrant = Entrant.of(each)
+            some = fewer(entrant.name, whole, everywhere)
+            part = source if len(some) == len(whole) else source.subset(some)
+            label, machine = entrant.label, entrant.built(part, network, corpus)
+        if label in made:
+            raise ValueError(f"{label} is there twice; give every machine once")
+        made[label] = machine
+    return made
+
+
+def apart(
+    networks: Sequence[Network], corpus: Corpus, pictures: int, seed: int
+) -> tuple[np.ndarray, Corpus]:
+    """Positions of images that neither the networks nor the machines see, and all others."""
+    N = len(corpus)
+    known = [network.unseen(corpus) for network in networks]
+    common = _common(known) if known else None
+    if common is not None and len(common) >= 2:
+        # the networks have seen none of them, so the machines do not either
+        return common[:pictures], corpus.subset(np.setdiff1d(np.arange(N), common))
+    if N < 2:
+        raise ValueError(f"the corpus {corpus.name!r} has one image; none can be held out")
+    if networks:
+        names = ", ".join(network.name for network in networks)
+        why = (
+            f"nobody knows which images of {corpus.name} {names} was trained on"
+            if common is None
+            else f"{names} left out too few images of {corpus.name} in common"
+        )
+        say(f"{why}: those that are held out here may have been seen")
+    order = np.random.default_rng(seed).permutation(N)
+    held = np.sort(order[: min(pictures, N // 2)])
+    return held, corpus.subset(np.setdiff1d(np.arange(N), held))
+
+
+def _common(positions: list[np.ndarray | None]) -> np.ndarray | None:
+    """What is in all of them; None where one is unknown."""
+    found = positions[0]
+    for others in positions[1:]:
+        found = None if found is None or others is None else np.intersect1d(found, others)
+    return found
+
+
+def forward_pictures(corpus: Corpus, held: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
+    """Held-out images and their standard noise, float32."""
+    x = torch.from_numpy(np.array(corpus.images[held])).float() / 127.5 - 1
+    return x, torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+
+
+class _Comparing:
+    """The three parts, with what they have in common."""
+
+    progress: Any
+
+    def __init__(
+        self,
+        network: Network,
+        machines: dict[str, Machine],
+        corpus: Corpus,
+        pieces: Pieces,
+        schedule: Schedule,
+        sampler: str,
+        steps: int,
+        seed: int,
+    ) -> None:
+        self.network, self.machines, self.corpus = network, machines, corpus
+        self.pieces, self.schedule, self.sampler = pieces, schedule, sampler
+        self.steps, self.seed = steps, seed
+        # before "auto" is replaced by what it stands for
+        self.asked = {k: json.dumps(m.settings()) for k, m in machines.items()}
+
+    def forward(self, levels: np.ndarray, held: np.ndarray) -> list[Part]:
+        """Held-out images with noise."""
+        x, eps = forward_pictures(self.corpus, held, self.seed)
+        said = [answers(self.network, x + float(s) * eps, float(s)) for s in levels]
+        truth = np.stack([_squared(D, x) for D in said])
+        parts = [Part("forward", "network", levels.tolist(), {"truth": truth})]
+        for label, machine in self.machines.items():
+            found = []
+            for sigma, D in zip(levels.tolist(), said, strict=True):
+                key = ["forward", self.asked[label], sigma, held.tolist()]
+                E = self.pieces.get(key, lambda s=sigma, m=machine: answers(m, x + s * eps, s))  # type: ignore[misc]
+                found.append(agreement(D.numpy(), E.numpy()) | {"truth": _squared(E, x)})
+                self.progress.advance()
+            parts.append(Part("forward", label, levels.tolist(), _stacked(found)))
+        return parts
+
+    def reverse(self, count: int) -> tuple[list[Part], dict[str, np.ndarray]]:
+        """The network's own way."""
+        way = list(
+            walk(self.network, range(count), self.network.shape, self.steps, self.seed,
+                 self.sampler, None)
+        )  # fmt: skip
+        points = []
+        for x_t, D, t in way:
+            alpha, sigma = self.schedule(torch.tensor(t, dtype=torch.float64))
+            points.append((x_t / float(alpha), D.float(), float(sigma / alpha)))
+        sigmas = [sigma for _, _, sigma in points]
+        path = {"y": np.stack([y[0].numpy() for y, _, _ in points]),
+                "network": np.stack([D[0].numpy() for _, D, _ in points])}  # fmt: skip
+        parts = []
+        for label, machine in self.machines.items():
+            found, drawn = [], []
+            machine.prepare(None, sigmas)
+            for k, (y, D, sigma) in enumerate(points):
+                key = ["reverse", self.asked[label], self._way(count), k]
+                E = self.pieces.get(key, lambda y=y, s=sigma, m=machine: answers(m, y, s))  # type: ignore[misc]
+                found.append(agreement(D.numpy(), E.numpy()))
+                drawn.append(E[0].float().numpy())
+                self.progress.advance()
+            parts.append(Part("reverse", label, sigmas, _stacked(found)))
+            path[label] = np.stack(drawn)
+        return parts, path
+
+    def samples(self, count: int) -> tuple[list[Part], dict[str, np.ndarray]]:
+        """Everybody's own way from the same noise."""
+        drawn = {"network": self._drawn("network", self.network, count)}
+        parts = []
+        for label, machine in self.machines.items():
+            drawn[label] = self._drawn(label, machine, count)
+            alike = agreement(drawn["network"], drawn[label])
+            parts.append(Part("samples", label, [0.0], _stacked([alike])))
+            self.progress.advance()
+        return parts, drawn
+
+    def _drawn(self, label: str, denoiser: Network | Machine, count: int) -> np.ndarray:
+        bandwidth = denoiser.bandwidth if isinstance(denoiser, Machine) else 0.0
+        found = []
+        for first in range(0, count, BATCH):
+            some = range(first, min(first + BATCH, count))
+
+            def make(some: range = some) -> Tensor:
+                batches = generate_batches(
+                    denoiser, some, self.steps, self.seed, self.sampler, None, bandwidth,
+                    len(some), self.network.shape,
+                )  # fmt: skip
+                return torch.cat([path[-1][1] for _, path in batches]).float()
+
+            key = ["samples", self.asked.get(label), self._way(len(some)), first]
+            found.append(self.pieces.get(key, make))
+        return torch.cat(found).numpy()
+
+    def _way(self, count: int) -> list[Any]:
+        return [type(self.schedule).__name__, vars(self.schedule), self.sampler, self.steps, count]
+
+
+def answers(denoiser: Network | Machine, y: Tensor, sigma: float) -> Tensor:
+    """D, batch by batch."""
+    with torch.no_grad():
+        return torch.cat([denoiser.denoise(some, sigma) for some in y.split(BATCH)]).float()
+
+
+def _squared(D: Tensor, x: Tensor) -> np.ndarray:
+    return ((D.double() - x.double()) ** 2).mean((1, 2, 3)).numpy()
+
+
+def _stacked(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([f[name] for f in found]) for name in found[0]}
+
+
+def _nearest(
+    samples: dict[str, np.ndarray], source: Corpus
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    ideal = build("ideal", source)
+    assert isinstance(ideal, IdealScore)
+    images, distances = {}, {}
+    for label, x in samples.items():
+        places, far = ideal.nearest(torch.from_numpy(x).clamp(-1, 1))
+        images[label], distances[label] = np.asarray(source.images[places.numpy()]), far.numpy()
+    return images, distances

@@ -1,0 +1,204 @@
+"""Held-out denoising error: which machine is best at which noise level, and by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from scoremachine.calibration.heldout import Parts, calibrate, split, spread_candidates
+from scoremachine.calibration.stacking import stack, with_calibrated
+from scoremachine.core.schedules import LOCALITIES, LevelSchedule, edm_sigmas
+from scoremachine.data.corpus import Corpus
+from scoremachine.machines import MACHINES, Composite, Machine, build, kind_of
+from scoremachine.runtime.progress import bar, say
+from scoremachine.runtime.validation import check_integer
+
+WEIGHING = 4  # times as many images weigh the machines of a composite as choose a locality
+ELS_IMAGES = 1000  # ELS is brute force: about a second a picture and step for so many
+DRAWS = 2000  # of a bootstrap
+
+
+@dataclass
+class Errors:
+    """Denoising errors of one way to set a machine up, mean squared, in units of x in [-1, 1].
+
+    Attributes:
+        machine: The machine's name.
+        way: How its locality was chosen: "published: NAME", "calibrated", "calibrated, h", or ""
+            where it has none.
+        images: How many images it was made of.
+        sigmas: The K noise levels, falling.
+        errors: (K, R): the errors on R held-out images.
+        values: (K,): its locality at each level, or empty.
+        bandwidths: (K,): its bandwidth at each level.
+    """
+
+    machine: str
+    way: str
+    images: int
+    sigmas: list[float]
+    errors: np.ndarray
+    values: list[Any]
+    bandwidths: list[float]
+
+    @property
+    def label(self) -> str:
+        """Machine and way, for a legend."""
+        return f"{self.machine} ({self.way})" if self.way else self.machine
+
+    @property
+    def with_bandwidth(self) -> bool:
+        """Whether its bandwidth was chosen too."""
+        return self.way.split(", ")[-1] == "h"
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(K,)."""
+        return self.errors.mean(1)
+
+    def interval(self) -> tuple[np.ndarray, np.ndarray]:
+        """A 95% interval of the mean by bootstrap over the images: (K,) and (K,)."""
+        means = _resampled(self.errors)
+        return np.quantile(means, 0.025, axis=1), np.quantile(means, 0.975, axis=1)
+
+
+def _resampled(errors: np.ndarray) -> np.ndarray:
+    """Means over images drawn again, the same draws for everyone: (K, DRAWS)."""
+    R = errors.shape[1]
+    draws = np.random.default_rng(0).integers(0, R, (DRAWS, R))
+    return errors[:, draws].mean(2)
+
+
+def ties(all_errors: Sequence[Errors]) -> np.ndarray:
+    """(ways, K): whether a way is the best at a level, or within the noise of the images of it."""
+    return best_or_tied(np.stack([e.errors for e in all_errors]))
+
+
+def best_or_tied(errors: np.ndarray) -> np.ndarray:
+    """(ways, K) of errors (ways, K, R): whether one is the least, or not told apart from it.
+
+    The 95% bootstrap interval of the paired difference to the best, over the R pictures, holds 0.
+    """
+    best = errors.mean(2).argmin(0)
+    tied = np.zeros(errors.shape[:2], dtype=bool)
+    for k in range(errors.shape[1]):
+        differences = errors[:, k] - errors[best[k], k]
+        tied[:, k] = np.quantile(_resampled(differences), 0.025, axis=1) <= 0
+    return tied
+
+
+def fewer(name: str, source: np.ndarray, most: int | None = None) -> np.ndarray:
+    """The source, or `most` images of it (1,000) for machines that look at every position."""
+    most = most or ELS_IMAGES
+    if not MACHINES[name].equivariant or len(source) <= most:
+        return source
+    say(f"{name} is brute force over every position: it takes {most:,} of {len(source):,}")
+    return source[np.linspace(0, len(source) - 1, most).astype(np.int64)]
+
+
+def denoising_errors(
+    corpus: Corpus,
+    machines: Sequence[str] = tuple(MACHINES),
+    sigmas: Sequence[float] | np.ndarray | None = None,
+    choosing: int = 16,
+    reporting: int = 32,
+    seed: int = 0,
+    published: Sequence[tuple[str, Any]] = (),
+) -> list[Errors]:
+    """Measures machines on the same held-out images with the same noise.
+
+    Every machine is measured with its locality calibrated (on other held-out images), and again
+    with its bandwidth calibrated too. What is measured is kept beside the corpus, level by level.
+
+    Arguments:
+        corpus: The images; those held out are no source. `els` takes 1,000 of the others.
+        machines: Names.
+        sigmas: Noise levels; None: the 18 of EDM.
+        choosing: How many held-out images calibrate. A composite is weighed on four times as many,
+            these among them, and made of so many fewer.
+        reporting: How many others report.
+        seed: Of the choice of images and of their noise.
+        published: Also these: (machine, locality), as ("pspc", "pspc-cifar10").
+
+    Raises:
+        ValueError: For an unknown name, or a corpus of fewer than 3 images.
+    """
+    check_integer("choosing", choosing)
+    check_integer("reporting", reporting)
+    built = [build(name, corpus) for name in machines]
+    also = []
+    for name, locality in ((kind_of(name).name, locality) for name, locality in published):
+        if name not in {machine.name for machine in built}:
+            raise ValueError(f"{name} as published is asked for, but not among the machines")
+        setting = kind_of(name).locality
+        if setting is None:
+            raise ValueError(f"{name} has no locality, so nothing of it can be as published")
+        schedule = LOCALITIES[setting].of(locality)
+        also.append((schedule, build(name, corpus, **{setting: schedule})))
+    _, source, choosers, reporters = split(corpus, choosing, seed, reporting=reporting)
+    found: list[Errors] = []
+    with bar("Measuring machines", total=len(built)) as progress:
+        for machine in built:
+            parts: Parts = corpus, fewer(machine.name, source), choosers, reporters
+            if isinstance(machine, Composite):
+                found.append(_mixed(machine, parts, sigmas, choosing, seed))
+            else:
+                found += _calibrated(machine, parts, sigmas, choosing, seed)
+            found += [
+                _published(made, parts, sigmas, schedule, choosing, seed)
+                for schedule, made in also
+                if made.name == machine.name
+            ]
+            progress.advance()
+    return found
+
+
+def _calibrated(
+    machine: Machine, parts: Parts, sigmas: Any, choosing: int, seed: int
+) -> list[Errors]:
+    values = spread_candidates(machine)
+    c = calibrate(machine, sigmas, choosing, values, seed=seed, parts=parts)
+    way = "calibrated" if c.chosen else ""
+    plain = Errors(
+        machine.name,
+        way,
+        c.source,
+        c.sigmas,
+        np.array(c.plain_errors),
+        c.chosen,
+        [0.0] * len(c.sigmas),
+    )
+    with_h = replace(plain, way=f"{way}, h".lstrip(", "), errors=np.array(c.errors))
+    return [plain, replace(with_h, bandwidths=c.chosen_bandwidths)]
+
+
+def _mixed(machine: Composite, parts: Parts, sigmas: Any, choosing: int, seed: int) -> Errors:
+    """The composite: weighed on the images that choose localities and on some of the source."""
+    levels = edm_sigmas() if sigmas is None else sigmas
+    corpus, source, choosers, reporters = parts
+    ready = with_calibrated(machine, levels, choosing, seed, parts)
+    order = np.random.default_rng(seed).permutation(source)
+    more = order[: min((WEIGHING - 1) * len(choosers), len(source) // 4)]
+    source, weighing = np.setdiff1d(source, more), np.sort(np.concatenate([choosers, more]))
+    weights = stack(ready, levels, (corpus, source, weighing, reporters[:0]), seed).schedule
+    made = machine.remade(corpus, of=ready.members, weights=weights)
+    return _as_it_is(made, (corpus, source, choosers, reporters), sigmas, "", choosing, seed)
+
+
+def _published(
+    made: Machine, parts: Parts, sigmas: Any, schedule: LevelSchedule, choosing: int, seed: int
+) -> Errors:
+    e = _as_it_is(made, parts, sigmas, f"published: {schedule.name}", choosing, seed)
+    return replace(e, values=[schedule(sigma) for sigma in e.sigmas])
+
+
+def _as_it_is(
+    made: Machine, parts: Parts, sigmas: Any, way: str, choosing: int, seed: int
+) -> Errors:
+    """A machine of which nothing is left to choose."""
+    c = calibrate(made, sigmas, choosing, (), (), seed, parts)
+    nothing = [0.0] * len(c.sigmas)
+    return Errors(made.name, way, c.source, c.sigmas, np.array(c.plain_errors), [], nothing)

@@ -1,0 +1,1 @@
+"""What everything stands on: validation, whole files, progress, caches."""

@@ -1,0 +1,1 @@
+"""What a machine compares pictures with."""

@@ -1,0 +1,367 @@
+"""Mixtures: a few Gaussians in place of many images, or of all their patches.
+
+A cluster of images is a weight, a mean, and the covariance of what is left, low-rank plus diagonal:
+
+    p(x) = sum_k pi_k N(x; mu_k, V_k V_k^T + diag(d_k))
+
+Under it E[x | y] is exact: with v = d + sigma^2, delta = y - mu and M = I + V^T diag(1 / v) V,
+
+    E[x | y, k] = y - sigma^2 (delta - V M^-1 V^T (delta / v)) / v
+
+and the weights of the clusters are those of N(y; mu_k, V_k V_k^T + diag(v_k)), by the Woodbury
+identity. One cluster with its full covariance is the Gaussian machine; as many clusters as images,
+each without any, are the ideal one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoremachine.core.collection import Collection, classes
+from scoremachine.core.posterior import wrap
+from scoremachine.core.windows import Box
+from scoremachine.data.corpus import Corpus
+from scoremachine.runtime.files import written
+
+ROOM = 2**26  # numbers in memory at once
+
+
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    """K Gaussians of vectors of D numbers, which are pictures (C, h, w).
+
+    Attributes:
+        weights: pi, float64 (K,), adding up to 1.
+        means: mu, float32 (K, D).
+        V: float32 (K, D, r).
+        d: float32 (K, D), or (K, 0) where there is none.
+        shape: (C, h, w).
+    """
+
+    weights: Tensor
+    means: Tensor
+    V: Tensor
+    d: Tensor
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.V.shape[2]
+
+    def stored(self) -> dict[str, Tensor]:
+        """What is written: whole gray levels as bytes, what half precision holds in that."""
+        gray = _gray(self.means)
+        whole = torch.equal(gray / 127.5 - 1, self.means)
+        halves = {name: each.half() for name, each in (("V", self.V), ("d", self.d))}
+        exact = all(torch.equal(half.float(), vars(self)[name]) for name, half in halves.items())
+        return {
+            "weights": self.weights.float(),
+            "means": gray.byte() if whole else self.means,
+            **(halves if exact else {"V": self.V, "d": self.d}),
+        }
+
+    @cached_property
+    def nbytes(self) -> int:
+        """What they take on disk."""
+        return sum(tensor.nbytes for tensor in self.stored().values())
+
+    def tiles(self, numbers: int) -> Iterator[Clusters]:
+        """The clusters in pieces of about `ROOM` numbers, of which each takes so many."""
+        step = max(1, ROOM // max(1, numbers))
+        for k in range(0, len(self), step):
+            some = slice(k, k + step)
+            yield replace(
+                self, weights=self.weights[some], means=self.means[some], V=self.V[some],
+                d=self.d[some],
+            )  # fmt: skip
+
+    def part(self, rows: slice, columns: slice) -> Clusters:
+        """The clusters of a part of each picture: their marginals."""
+        K, (C, h, w), r = len(self), self.shape, self.rank
+        means = self.means.reshape(K, C, h, w)[:, :, rows, columns]
+        V = self.V.reshape(K, C, h, w, r)[:, :, rows, columns]
+        d = self.d.reshape(K, C, h, w)[:, :, rows, columns] if self.d.shape[1] else self.d
+        shape = (C, *means.shape[2:])
+        return Clusters(self.weights, means.flatten(1), V.flatten(1, 3), d.flatten(1), shape)
+
+    def reduced(self) -> Clusters:
+        """The same with V of at most D columns: a square root of V V^T."""
+        if self.rank <= self.V.shape[1]:
+            return self
+        V = self.V.double()
+        values, vectors = torch.linalg.eigh(V @ V.transpose(1, 2))
+        V = vectors * torch.sqrt(values.clamp(min=0))[:, None]
+        return replace(self, V=V.float())
+
+    def variances(self, sigma: float) -> Tensor:
+        """v = d + sigma^2, float64 (K, D), or (K, 1) where there is no diagonal."""
+        d = self.d.double() if self.d.shape[1] else torch.zeros(len(self), 1, dtype=torch.float64)
+        return d + sigma**2
+
+    def mean(self, q: Tensor, sigma: float) -> Tensor:
+        """E[x | q] of vectors q = x + sigma eps, float64 (Q, D), differentiable."""
+        D, r = q.shape[1], self.rank
+        pieces = q.split(max(1, ROOM // D))
+        folds = [_Merged() for _ in pieces]
+        for c in self.tiles(D * (r + 3) + len(pieces[0]) * (r + 2)):
+            v = c.variances(sigma)
+            mu, V = c.means.double(), c.V.double()
+            scaled = mu / v
+            ones = (1 / v).expand(-1, D)
+            logdet = torch.log(v).expand(-1, D).sum(1)
+            if r:
+                VS = V / v[:, :, None]  # (K, D, r)
+                M = torch.eye(r, dtype=torch.float64) + V.transpose(1, 2) @ VS
+                L = torch.linalg.cholesky(M)
+                flat = VS.permute(1, 0, 2).flatten(1)  # (D, K r)
+                middle = torch.einsum("kd,kdr->kr", mu, VS)
+                logdet = logdet + 2 * torch.log(torch.diagonal(L, dim1=1, dim2=2)).sum(1)
+            for piece, fold in zip(pieces, folds, strict=True):
+                square = (piece**2) @ ones.T - 2 * piece @ scaled.T + (mu * scaled).sum(1)
+                if r:
+                    a = (piece @ flat).unflatten(1, (-1, r)) - middle
+                    u = torch.cholesky_solve(a.permute(1, 2, 0), L).permute(2, 0, 1)  # (Q, K, r)
+                    square = square - (a * u).sum(2)
+                l = torch.log(c.weights) - 0.5 * (square + logdet)
+                m, w = fold.weigh(l)
+                pulled = piece * (w @ ones) - w @ scaled
+                if r:
+                    pulled = pulled - (w[..., None] * u).flatten(1) @ flat.T
+                fold.add(m, w, pulled)
+        return q - sigma**2 * torch.cat([fold.mean() for fold in folds])
+
+
+class _Merged:
+    """Softmax means over clusters that come in pieces: the fold of `posterior`, for tensors."""
+
+    def __init__(self) -> None:
+        self.m: Tensor | None = None
+        self.Z: Tensor
+        self.S: Tensor
+
+    def weigh(self, l: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest of logits (..., K), and e^(l - that)."""
+        m = l.detach().max(-1, keepdim=True).values
+        return m, torch.exp(l - m)
+
+    def add(self, m: Tensor, w: Tensor, S: Tensor) -> None:
+        """A piece: its m and w, and S = sum w times whatever is averaged (..., n)."""
+        Z = w.sum(-1, keepdim=True)
+        if self.m is None:
+            self.m, self.Z, self.S = m, Z, S
+            return
+        top = torch.maximum(self.m, m)
+        a, b = torch.exp(self.m - top), torch.exp(m - top)
+        self.m, self.Z, self.S = top, a * self.Z + b * Z, a * self.S + b * S
+
+    def mean(self) -> Tensor:
+        """The mean over all pieces."""
+        return self.S / self.Z
+
+
+class Mixture(Corpus):
+    """Clusters in place of images, on which `ideal`, `ls` and `els` run; see `compress`.
+
+    As a corpus its images are the clusters' means, rounded.
+
+    Attributes:
+        whole: Clusters of images.
+        patches: By side P, clusters of P x P patches from every position; those `els` needs.
+    """
+
+    def __init__(
+        self, whole: Clusters, patches: Mapping[int, Clusters] | None = None, name: str = "mixture"
+    ) -> None:
+        gray = _gray(whole.means).clamp(0, 255).byte().numpy()
+        super().__init__(gray.reshape(-1, *whole.shape), name=name)
+        self.whole, self.patches = whole, dict(sorted((patches or {}).items()))
+        digest = hashlib.sha256()
+        for c in (whole, *self.patches.values()):
+            for tensor in (c.weights, c.means, c.V, c.d):
+                digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+        self._key = digest.hexdigest()[:32]
+
+    def save(self, path: str | Path) -> None:
+        """Writes it as safetensors; `Mixture.load` reads it."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        shapes = {"name": self.name}
+        for side, c in ((0, self.whole), *self.patches.items()):
+            shapes[str(side)] = ",".join(map(str, c.shape))
+            tensors |= {f"{side}.{what}": each.contiguous() for what, each in c.stored().items()}
+        with written(path) as temporary:
+            save_file(tensors, temporary, metadata=shapes)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Mixture:
+        """Reads a mixture that `save` wrote.
+
+        Raises:
+            ValueError: For a file that holds none.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                shapes = dict(file.metadata() or {})
+                name = shapes.pop("name")
+                found = {int(side): _stored(file, side, shape) for side, shape in shapes.items()}
+            return cls(found.pop(0), found, name)
+        except FileNotFoundError:
+            raise ValueError(
+                f"there is no {path}; expected a mixture, as compress writes"
+            ) from None
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise ValueError(
+                f"{path} holds no mixture ({error}); expected one that compress wrote"
+            ) from None
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes on disk, covariances included."""
+        return self.whole.nbytes + sum(c.nbytes for c in self.patches.values())
+
+    def posterior(self, y: Tensor, sigma: Tensor, collection: Collection) -> Tensor:
+        """D of pictures y float64 (B, C, H, W) under a machine's row.
+
+        Raises:
+            ValueError: For rows that are none of `ideal`, `ls` and `els` with plain boxes, and
+                patches of a size that there are no clusters of.
+        """
+        c = collection
+        plain = isinstance(c.window, Box) and len(c.variants) == 1 and c.reach == 0
+        if c.whole and c.source == "same":
+            way = self._images
+        elif plain and c.response == "pixel" and c.source == "same":
+            way = self._windows
+        elif plain and c.response == "pixel" and c.source == "every":
+            way = self._everywhere
+        else:
+            raise ValueError(
+                "a mixture is the source of ideal, and of ls and els with plain boxes: use one of "
+                "them, or the images"
+            )
+        D = torch.empty_like(y)
+        for level in sigma.unique():  # what is the same for all pictures of one is made once
+            some = sigma == level
+            D[some] = way(y[some], float(level), c)
+        return D
+
+    def _images(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
+        """Pictures against whole clusters."""
+        return self.whole.mean(y.flatten(1), sigma).reshape(y.shape)
+
+    def _windows(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
+        """Every pixel's box against the same box of every cluster."""
+        C, H, W = y.shape[1:]
+        r = self.whole.rank
+        # more than a box's own covariance has rows, or than fits for every pixel at once
+        if r > C * math.prod(c.window.shape) or H * W * r * r > ROOM:
+            return self._dense(y, sigma, c)
+        shared = C * (r + 3) + r * r  # numbers of a cluster and pixel; a picture's are C + r
+        pieces = y.split(max(1, shared // (3 * (C + r))))
+        folds = [_Merged() for _ in pieces]
+        for some in self.whole.tiles(H * W * shared):
+            K = len(some)
+            v = some.variances(sigma).expand(K, C * H * W).reshape(K, C, H, W)
+            mu = some.means.double().reshape(K, C, H, W)
+            logdet = c.look(torch.log(v).sum(1))
+            if r:
+                V = some.V.double().reshape(K, C, H, W, r).permute(0, 4, 1, 2, 3)  # (K, r, C, H, W)
+                VS = V / v[:, None]
+                M = torch.einsum("kichw,kjchw->kijhw", V, VS).reshape(-1, H, W)
+                M = torch.cat([c.look(maps) for maps in M.split(max(1, ROOM // (4 * H * W)))])
+                M = M.reshape(K, r, r, H, W).permute(0, 3, 4, 1, 2)
+                L = torch.linalg.cholesky(M + torch.eye(r, dtype=torch.float64))
+                del M
+                logdet = logdet + 2 * torch.log(torch.diagonal(L, dim1=3, dim2=4)).sum(3)
+            for piece, fold in zip(pieces, folds, strict=True):
+                B = len(piece)
+                delta = piece[:, None] - mu  # (B, K, C, H, W)
+                pulled = delta / v
+                square = c.look((delta * pulled).sum(2).flatten(0, 1)).reshape(B, K, H, W)
+                if r:
+                    a = torch.einsum("krchw,bkchw->bkrhw", V, pulled).flatten(0, 2)
+                    a = c.look(a).reshape(B, K, r, H, W).permute(1, 3, 4, 2, 0)  # (K, H, W, r, B)
+                    u = torch.cholesky_solve(a, L)
+                    square = square - (a * u).sum(3).permute(3, 0, 1, 2)
+                    pulled = pulled - torch.einsum("krchw,khwrb->bkchw", VS, u)
+                l = torch.log(some.weights)[:, None, None] - 0.5 * (square + logdet)
+                m, w = fold.weigh(l.permute(0, 2, 3, 1))
+                fold.add(m, w, torch.einsum("bhwk,bkchw->bhwc", w, pulled))
+        return y - sigma**2 * torch.cat([fold.mean() for fold in folds]).permute(0, 3, 1, 2)
+
+    def _dense(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
+        """The same, box by box."""
+        H, W = y.shape[2:]
+        P, Q = c.window.shape
+        pixels = []
+        for i in range(H):
+            down = slice(max(0, i - P // 2), i + P // 2 + 1)
+            for j in range(W):
+                across = slice(max(0, j - Q // 2), j + Q // 2 + 1)
+                part = self.whole.part(down, across)
+                q = y[:, :, down, across]
+                D = part.reduced().mean(q.flatten(1), sigma).reshape(q.shape)
+                pixels.append(D[:, :, i - down.start, j - across.start])
+        return torch.stack(pixels, 2).reshape(y.shape)
+
+    def _everywhere(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
+        """Every pixel's box against clusters of patches; a cut box against what is left of them."""
+        P = c.window.shape[0]
+        if P not in self.patches:
+            raise ValueError(
+                f"this mixture has no clusters of {P} x {P} patches; there are sides "
+                f"{', '.join(map(str, self.patches)) or 'none'}: compress with patch_size={P}"
+            )
+        clusters, (B, C) = self.patches[P], y.shape[:2]
+        y = wrap(y, c) if c.wraps else y
+        D = torch.empty(B, C, *c.grid, dtype=torch.float64)
+        together = max(1, ROOM // (C * P * P * math.prod(c.grid)))  # pictures
+        for of in classes(c):
+            h, w = of.patches.size
+            a, b = of.middle
+            n, m = of.shape
+            # the part of a patch that a box keeps whose middle is at (a, b)
+            rows, columns = (slice(P // 2 - at, P // 2 - at + n) for at, n in ((a, h), (b, w)))
+            part = clusters.part(rows, columns)
+            for first in range(0, B, together):
+                some = slice(first, first + together)
+                windows = y[some, :, of.seen[0], of.seen[1]]
+                windows = windows.unfold(2, h, 1).unfold(3, w, 1).permute(0, 2, 3, 1, 4, 5)
+                found = part.mean(windows.reshape(-1, C * h * w), sigma)
+                found = found.reshape(-1, n, m, C, h, w)[..., a, b]
+                D[some, :, of.rows, of.columns] = found.permute(0, 3, 1, 2)
+        return D
+
+
+def _stored(file: Any, side: str, shape: str) -> Clusters:
+    """Clusters from a file."""
+    weights, means, V, d = (
+        file.get_tensor(f"{side}.{what}") for what in ("weights", "means", "V", "d")
+    )
+    if means.dtype == torch.uint8:
+        means = means.float() / 127.5 - 1
+    C, h, w = map(int, shape.split(","))
+    total = weights.double().sum()
+    return Clusters(weights.double() / total, means, V.float(), d.float(), (C, h, w))
+
+
+def _gray(x: Tensor) -> Tensor:
+    """The nearest whole gray levels, 0 to 255 of x in [-1, 1]."""
+    return torch.round((x + 1) * 127.5)
