@@ -23,7 +23,7 @@ from rich.table import Table
 import setting
 from scoremachine.core.collection import Collection
 from scoremachine.core.fold import Fold
-from scoremachine.core.posterior import Question
+from scoremachine.core.posterior import ScanRequest
 from scoremachine.core.windows import Box
 from scoremachine.engines import pytorch as plain
 from scoremachine.engines import triton as fused
@@ -75,34 +75,36 @@ def main() -> None:
         Console(width=120).print(table)
 
 
-def asked(images: np.ndarray, P: int, sigma: float, B: int = 1, N: int | None = None) -> Question:
+def asked(
+    images: np.ndarray, P: int, sigma: float, B: int = 1, N: int | None = None
+) -> ScanRequest:
     """Held-out images with noise, against all others or N of them."""
     c = Collection(images.shape[2:], Box((P, P)), "pixels", "pixel", "every")
     x = torch.from_numpy(images[-B:] / 127.5 - 1)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     levels = torch.full((B,), sigma, dtype=torch.float64)
     source = np.arange(len(images) - HELD_OUT)[:N]
-    return Question(images, source, x + sigma * noise, levels, c, torch.full_like(levels, 60.0))
+    return ScanRequest(images, source, x + sigma * noise, levels, c, torch.full_like(levels, 60.0))
 
 
-def folded(question: Question, leaders: int = 0, launch: Launch = fused.LAUNCH) -> Fold:
+def folded(request: ScanRequest, leaders: int = 0, launch: Launch = fused.LAUNCH) -> Fold:
     """By the GPU's own program."""
-    return fused.fold(question, leaders, torch.device("cuda"), launch)
+    return fused.fold(request, leaders, torch.device("cuda"), launch)
 
 
-def everywhere(question: Question) -> Fold:
+def everywhere(request: ScanRequest) -> Fold:
     """By PyTorch alone: sums over windows for every displacement."""
-    pieces = plain._read(question, torch.device("cuda"))
-    parts = (plain._summary(question, 0, *piece, 0) for piece in pieces)
+    pieces = plain._read(request, torch.device("cuda"))
+    parts = (plain._summary(request, 0, *piece, 0) for piece in pieces)
     return functools.reduce(Fold.merge, parts).cpu()
 
 
-def operations(question: Question) -> float:
+def operations(request: ScanRequest) -> float:
     """Products and sums of bytes: three for each number of each pair of patches."""
-    c = question.collection
-    plan = fused._plan(c, question.y.shape[1], c.frame, fused.LAUNCH.depth, torch.device("cuda"))
+    c = request.collection
+    plan = fused._plan(c, request.y.shape[1], c.frame, fused.LAUNCH.depth, torch.device("cuda"))
     numbers = plan.classes[:, 0].cpu().numpy().astype(float)
-    return float((6 * numbers * plan.counts * plan.work).sum() * len(question.index))
+    return float((6 * numbers * plan.counts * plan.work).sum() * len(request.index))
 
 
 def timed(run: Callable[[], object]) -> float:

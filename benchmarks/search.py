@@ -29,7 +29,7 @@ import setting
 from scoremachine.engines.search.bounded import Bounded
 from scoremachine.runtime.progress import quiet
 from scoremachine.sampling.schedules import EDMSchedule
-from scoremachine.sampling.trajectory import walk
+from scoremachine.sampling.trajectory import trajectory
 
 HELD_OUT = 100  # images that are denoised and are no source
 STEPS = [(3, 0.05), (3, 0.1), (7, 0.2), (11, 0.4), (15, 0.7), (23, 1.5)]
@@ -79,7 +79,7 @@ class Bench:
         """A picture on the reverse trajectory of ls, at the noise level sigma."""
         schedule = EDMSchedule(sigma_min=sigma, sigma_max=max(80.0, 10 * sigma))
         machine = sm.LocalScore(self.source(self.largest), patch_size=P, schedule=schedule)
-        *_, (x, _, _) = walk(machine, range(1), self.corpus.shape, 12, 0, "ddim", None)
+        *_, (x, _, _) = trajectory(machine, range(1), self.corpus.shape, 12, 0, "ddim", None)
         return x
 
 
@@ -127,7 +127,7 @@ def steps(bench: Bench, pairs: list[tuple[int, float]], error: float) -> Iterato
     """Rows of a step: on noised pictures that are no source, and on a reverse trajectory."""
     for P, sigma in pairs:
         machine = bench.machine(P, bench.largest, search="bounded", error=error)
-        exact = machine.remade(machine.corpus, search="exact")
+        exact = machine.clone_with(machine.corpus, search="exact")
         machine.denoise(bench.noised(sigma, 1, HELD_OUT - 1), sigma)  # opens the indexes
         pictures = [bench.noised(sigma, 1, k) for k in range(PICTURES)]
         for where, some in (("noised", pictures), ("on the way", [bench.on_the_way(P, sigma)])):
@@ -175,7 +175,7 @@ def level(bench: Bench) -> Iterator[list[str]]:
         machine = bench.patient(P, N, error, bound)
         y = bench.noised(sigma, count)
         answer = machine.denoise_bounded(y, sigma)
-        exact = machine.remade(machine.corpus, search="exact")
+        exact = machine.clone_with(machine.corpus, search="exact")
         off = (answer.D - exact.denoise(y, sigma)).abs().amax(1)
         above = int((off > answer.error + 1e-6).sum())
         yield [

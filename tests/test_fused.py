@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import scoremachine as sm
 from conftest import noised, random_corpus
 from scoremachine.core.collection import Collection
-from scoremachine.core.posterior import Question, posterior, wrap
+from scoremachine.core.posterior import ScanRequest, posterior, wrap
 from scoremachine.core.windows import Augment, Box, Soft
 from scoremachine.engines import choose
 from scoremachine.engines import pytorch as device
@@ -75,7 +75,7 @@ def asked(C, H, W, P, boundary, canvas=None, augment=None, N=9):
         y = y.repeat(1, 1, 3, 3)[:, :, : canvas[0], : canvas[1]]
     query = wrap(y.double(), c) if c.wraps else y.double()
     T = torch.full_like(sigma, 60.0)
-    return Question(corpus.images, np.arange(N)[1:], query, sigma, c, T)
+    return ScanRequest(corpus.images, np.arange(N)[1:], query, sigma, c, T)
 
 
 def assert_same(a, b, leaders):
@@ -106,19 +106,19 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_plan_compares_what_the_definition_compares(case, leaders, monkeypatch):
     monkeypatch.setattr(fused, "_program", Told)
-    question = asked(*case)
-    assert fused.answers(question)
-    found = fused.fold(question, leaders, CPU)
-    assert_same(found, plain(question, leaders), leaders)
+    request = asked(*case)
+    assert fused.answers(request)
+    found = fused.fold(request, leaders, CPU)
+    assert_same(found, plain(request, leaders), leaders)
 
 
 @needs_gpu
 @pytest.mark.parametrize("leaders", [0, 1, 3])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_program_equals_the_definition(case, leaders):
-    question = asked(*case, N=40)
-    found = fused.fold(question, leaders, torch.device("cuda"))
-    assert_same(found, plain(question, leaders), leaders)
+    request = asked(*case, N=40)
+    found = fused.fold(request, leaders, torch.device("cuda"))
+    assert_same(found, plain(request, leaders), leaders)
 
 
 @needs_gpu
@@ -129,9 +129,9 @@ def test_a_rise_of_millions_of_nats_within_a_step_is_no_loss():
     y, sigma = torch.ones(1, 3, 16, 16), torch.tensor([0.002])
     c = Collection((16, 16), Box((7, 7)), "pixels", "pixel", "every", boundary="circular")
     T = torch.full((1,), 60.0)
-    question = Question(corpus.images, np.arange(1), wrap(y.double(), c), sigma.double(), c, T)
-    found = fused.fold(question, 3, torch.device("cuda"))
-    assert_same(found, choose("reference").fold(question, 3, None), 3)
+    request = ScanRequest(corpus.images, np.arange(1), wrap(y.double(), c), sigma.double(), c, T)
+    found = fused.fold(request, 3, torch.device("cuda"))
+    assert_same(found, choose("reference").fold(request, 3, None), 3)
 
 
 @needs_gpu
@@ -145,11 +145,11 @@ def test_a_picture_is_the_same_alone_and_among_others(P):
         assert torch.equal(machine.denoise(y[p : p + 1], level)[0], together[p])
 
 
-def plain(question, leaders):
+def plain(request, leaders):
     """The fold of the kernels that are everywhere."""
-    if question.collection.canvas is None:
-        return choose("reference").fold(question, leaders, None)
-    return choose("numba").fold(question, leaders, None)
+    if request.collection.canvas is None:
+        return choose("reference").fold(request, leaders, None)
+    return choose("numba").fold(request, leaders, None)
 
 
 @given(st.lists(st.integers(-fused.LARGEST, fused.LARGEST), min_size=1, max_size=50))
@@ -170,27 +170,27 @@ def test_the_last_corpus_stays_on_the_device(monkeypatch):
     sent = []
     send = fused._bytes
     monkeypatch.setattr(fused, "_bytes", lambda *given: sent.append(1) or send(*given))
-    question = asked(1, 6, 6, 3, "broken")
+    request = asked(1, 6, 6, 3, "broken")
     for _ in range(3):
-        fused.fold(question, 0, device.where())
+        fused.fold(request, 0, device.where())
     assert len(sent) == 1
 
 
 def test_a_corpus_too_large_for_the_device_comes_in_pieces(monkeypatch):
     monkeypatch.setattr(fused, "_program", Told)
-    question = replace(asked(3, 6, 6, 3, "broken", N=20), index=np.array([15, 2, 9, 3, 16]))
-    whole = fused.fold(question, 2, CPU)
+    request = replace(asked(3, 6, 6, 3, "broken", N=20), index=np.array([15, 2, 9, 3, 16]))
+    whole = fused.fold(request, 2, CPU)
     monkeypatch.setattr(fused, "ROOM", 3 * 6 * 6 * 7)  # bytes: seven images
     monkeypatch.setattr(fused, "CHUNK", 3 * 6 * 6 * 2)
-    assert_same(fused.fold(question, 2, CPU), whole, 2)
+    assert_same(fused.fold(request, 2, CPU), whole, 2)
 
 
 def test_many_pictures_go_some_at_a_time(monkeypatch):
     monkeypatch.setattr(fused, "_program", Told)
-    question = asked(3, 6, 6, 3, "broken", N=20)
-    whole = fused.fold(question, 2, CPU)
+    request = asked(3, 6, 6, 3, "broken", N=20)
+    whole = fused.fold(request, 2, CPU)
     monkeypatch.setattr(fused, "NUMBERS", 2 * 36 * fused.PARTS * 10)
-    assert_same(fused.fold(question, 2, CPU), whole, 2)
+    assert_same(fused.fold(request, 2, CPU), whole, 2)
 
 
 @given(seeds, st.floats(-3, 2).map(lambda e: 10.0**e))

@@ -394,16 +394,16 @@ def test_a_wider_source_costs_no_copy(kernel):
     m = small("ls", random_corpus(N=6), augment="flips,shifts=1,contrast=0.2", kernel=kernel)
     handed = []
 
-    class Watched:
+    class RecordingDenoiser:
         spread = staticmethod(m.kernel.spread)
         tiles = staticmethod(m.kernel.tiles)
 
         @staticmethod
-        def fold(question, *rest):
-            handed.append(question.images)
-            return choose(kernel).fold(question, *rest)
+        def fold(request, *rest):
+            handed.append(request.images)
+            return choose(kernel).fold(request, *rest)
 
-    m.kernel = Watched
+    m.kernel = RecordingDenoiser
     m.denoise(torch.zeros(1, 1, 6, 6), 1.0)
     assert handed
     assert all(images is m.corpus.images for images in handed)

@@ -106,14 +106,14 @@ def test_training_leaves_the_global_random_numbers_alone(corpus):
 def test_held_out_images_are_never_looked_at(corpus, monkeypatch):
     looked: set[int] = set()
 
-    class Watched(np.ndarray):
+    class RecordingDenoiser(np.ndarray):
         def __getitem__(self, key):
             if isinstance(key, np.ndarray):
                 looked.update(key.tolist())
             return np.asarray(self)[key]
 
     watched = sm.Corpus(corpus.images)
-    watched.images = np.asarray(corpus.images).view(Watched)
+    watched.images = np.asarray(corpus.images).view(RecordingDenoiser)
     network = train(watched, "mlp", None, brief(20, held_out=3), **SMALL["mlp"])
     unseen = network.unseen(watched)
     assert len(unseen) == 3

@@ -9,7 +9,7 @@ import torch
 
 from conftest import random_corpus, small
 from scoremachine.engines.chunks import fill, side_by_side
-from scoremachine.runtime.lru import Kept
+from scoremachine.runtime.lru import LRUCache
 
 
 class Compiled:
@@ -118,7 +118,7 @@ def test_a_machine_may_be_asked_from_several_threads():
 
 
 def test_the_last_few_are_kept():
-    kept, made = Kept(2), []
+    kept, made = LRUCache(2), []
     for key in "abacba":
         assert kept.get(key, lambda key=key: made.append(key) or key) == key
     assert made == ["a", "b", "c", "a"]

@@ -88,7 +88,7 @@ def test_machines_draw_with_their_bandwidth_on_the_schedule_of_the_networks():
     assert not np.array_equal(one, two)
     network = train(corpus, "mlp", None, BRIEF, width=16, depth=1)
     beside = qualities([network], [plain], corpus, count=3, steps=4)[2].pictures
-    cosine = sm.generate(plain.remade(corpus, schedule=network.schedule), 3, 4)
+    cosine = sm.generate(plain.clone_with(corpus, schedule=network.schedule), 3, 4)
     assert np.array_equal(beside, drawing.to_uint8(cosine.numpy()))
 
 

@@ -20,7 +20,7 @@ from numba import njit
 import scoremachine as sm
 from conftest import noised, random_images
 from scoremachine.app.cli import main
-from scoremachine.core.posterior import Question
+from scoremachine.core.posterior import ScanRequest
 from scoremachine.engines.chunks import fill
 from scoremachine.engines.search import ahead as ahead_module
 from scoremachine.engines.search import bounded as bounded_module
@@ -57,7 +57,7 @@ def searching(images, P, error=1e-3, boundary="broken", bound="deterministic"):
         corpus, patch_size=P, boundary=boundary, search="bounded", error=error, bound=bound
     )
     machine.__dict__["_bounded"] = Bounded(corpus, machine.kernel, error, bound, patience=np.inf)
-    return machine, machine.remade(corpus, search="exact")
+    return machine, machine.clone_with(corpus, search="exact")
 
 
 def assert_within(images, P, y, sigma, error=1e-3, boundary="broken", rounding=0.0):
@@ -158,7 +158,7 @@ def test_most_patches_are_left_out():
     images = random_images(0, 200, 3, 16, 16)
     machine, _ = searching(images, 5)
     y = torch.from_numpy(images[:1] / 127.5 - 1) + 0.05
-    mass = machine.denoise_bounded(y, 0.05).mass_left_out
+    mass = machine.denoise_bounded(y, 0.05).omitted_mass
     assert 0 < mass.max() <= 5e-4
 
 
@@ -605,8 +605,8 @@ def asking_a_search(machine, y, sigma):
     """The pixels of y that see a whole window; the index, its windows, and their class."""
     index, level = np.arange(len(machine.corpus.images)), torch.tensor([sigma], dtype=torch.float64)
     collection, source, of, opened = opened_for(machine, sigma, index)
-    question = Question(machine.corpus.images, index, y, level, collection, torch.zeros(1))
-    q, _ = queries(question, opened, of, "deterministic")
+    request = ScanRequest(machine.corpus.images, index, y, level, collection, torch.zeros(1))
+    q, _ = queries(request, opened, of, "deterministic")
     return q, opened, source.windows(of.patches, of.middle), of
 
 
@@ -870,8 +870,10 @@ def test_flat_posteriors_are_compared_with_everything(monkeypatch, capsys, told)
     machine.__dict__["_bounded"] = Bounded(corpus, machine.kernel, 1e-3, patience=1e-3)
     y, level = noised(corpus, 3.0, 0)
     answer = machine.denoise_bounded(y.double(), level)
-    assert torch.equal(answer.D, machine.remade(corpus, search="exact").denoise(y.double(), level))
-    assert (answer.mass_left_out == 0).all()
+    assert torch.equal(
+        answer.D, machine.clone_with(corpus, search="exact").denoise(y.double(), level)
+    )
+    assert (answer.omitted_mass == 0).all()
     sentence = "all 144 pixels of a picture are compared with everything"
     assert (sentence in capsys.readouterr().err) is told
 
@@ -926,7 +928,7 @@ def test_auto_searches_large_sources_alone(N, P, bounded):
     corpus = sm.Corpus(random_images(0, N, 1, 32, 32))
     machine = sm.EquivariantLocalScore(corpus, patch_size=P)
     index = corpus.indices()
-    kernel = machine.kernel_for(machine.windows(1.0, index), index)
+    kernel = machine.engine_for(machine.windows(1.0, index), index)
     assert isinstance(kernel, Bounded) is bounded
 
 
@@ -1110,7 +1112,7 @@ def test_another_or_a_damaged_index_is_refused_and_built_again(what):
     patches = Patches((3, 3), (0, 6), (0, 6))
     with pytest.raises(ValueError, match="the index in "):
         Index.open(folder, source.identity(patches))
-    again = machine.remade(corpus)
+    again = machine.clone_with(corpus)
     with pytest.warns(UserWarning, match="it will be built again"):
         assert torch.equal(again.denoise(y, level), D)
     Index.open(folder, source.identity(patches))
@@ -1142,7 +1144,7 @@ def test_auto_compares_everything_where_there_is_no_room(monkeypatch, capsys):
     machine = sm.EquivariantLocalScore(corpus, patch_size=7)
     usage = bounded_module.shutil.disk_usage("/")
     monkeypatch.setattr(bounded_module.shutil, "disk_usage", lambda path: usage._replace(free=10))
-    kernel = machine.kernel_for(machine.windows(1.0, corpus.indices()), corpus.indices())
+    kernel = machine.engine_for(machine.windows(1.0, corpus.indices()), corpus.indices())
     assert kernel is machine.kernel
     assert "every patch is compared" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import scoremachine as sm
 from conftest import SMALL, random_corpus, random_images, small
 from scoremachine.core.collection import Collection
-from scoremachine.core.posterior import Question, wrap
+from scoremachine.core.posterior import ScanRequest, wrap
 from scoremachine.core.windows import Box
 from scoremachine.engines import cpu, strips
 
@@ -95,9 +95,9 @@ def test_a_search_keeps_its_word_at_other_sizes(image, canvas, P, boundary, boun
     x = torch.from_numpy(random_images(3, 2, 1, *canvas)).double() / 127.5 - 1
     y = x + 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     found = searched.denoise_bounded(y, 0.2)
-    assert found.mass_left_out.shape == (2, *canvas)
+    assert found.omitted_mass.shape == (2, *canvas)
     assert (found.D - exact.denoise(y, 0.2)).abs().max() <= 0.01
-    assert found.mass_left_out.max() > 0
+    assert found.omitted_mass.max() > 0
 
 
 @pytest.mark.parametrize(("n", "image", "P"), [(1, (40, 12), 3), (3, (38, 9), 5), (3, (90, 8), 7)])
@@ -115,7 +115,7 @@ def test_few_large_images_go_as_strips(n, image, P, canvas, monkeypatch):
     y = torch.randn(2, 2, *collection.frame, generator=torch.Generator().manual_seed(0)).double()
     sigma = torch.tensor([0.3, 5.0], dtype=torch.float64)
     index, T = np.arange(n)[::-1].copy(), torch.full_like(sigma, 60.0)
-    asked = Question(images, index, wrap(y, collection), sigma, collection, T)
+    asked = ScanRequest(images, index, wrap(y, collection), sigma, collection, T)
     found = cpu.fold(asked, 3, None)
     monkeypatch.setattr(strips, "WORTHWHILE", 0)
     plain = cpu.fold(asked, 3, None)

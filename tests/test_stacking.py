@@ -142,7 +142,7 @@ def test_where_walks_begin_the_picture_counts_for_nothing():
 
     network = Network.of(shrunk, corpus.shape, schedule=schedule)
     m = composite(corpus, "ideal", "auto")
-    m = m.remade(corpus, weights=weights_towards(network, m, corpus))
+    m = m.clone_with(corpus, weights=weights_towards(network, m, corpus))
     y = 1000 * torch.randn(8, *corpus.shape, generator=torch.Generator().manual_seed(3))
     assert m.denoise(y, 1000.0).abs().max() < 0.2
 

@@ -18,7 +18,7 @@ import scoremachine as sm
 from scoremachine.lab.comparison.parts import apart
 from scoremachine.lab.denoising_error import fewer
 from scoremachine.runtime.progress import bar
-from scoremachine.sampling.trajectory import walk
+from scoremachine.sampling.trajectory import trajectory
 
 PLACES = (1, 4, 6, 8, 10, 12)  # of 20 steps
 SIZES = (5, 7, 9, 11, 13, 15, 17)
@@ -35,7 +35,9 @@ def main() -> None:
     network = sm.Network.load(options.network)
     corpus = sm.Corpus.open(options.data, size=network.shape[1])
     _, source = apart([network], corpus, 8, 0)
-    way = list(walk(network, range(options.ways), network.shape, 20, options.seed, "ddim", None))
+    way = list(
+        trajectory(network, range(options.ways), network.shape, 20, options.seed, "ddim", None)
+    )
     images = options.images
     changes: list[tuple[str, int, int, dict[str, Any]]] = [
         (f"{4 * images:,} images", 4 * images, 0, {}),

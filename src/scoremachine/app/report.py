@@ -78,7 +78,7 @@ def quality_table(found: Sequence[Quality]) -> tuple[list[str], list[list[str]]]
 def write_quality(found: Sequence[Quality], out: Path) -> list[Path]:
     """Writes quality.md, quality.json and quality.png; returns what was written."""
     header, rows = quality_table(found)
-    said = "Kernel distances times 1,000; to nearest: median and quartiles."
+    said = "Engine distances times 1,000; to nearest: median and quartiles."
     write_text(out / "quality.md", "\n".join([*tables.markdown(header, rows), "", said, ""]))
     record = [
         {k: plain(v.tolist() if isinstance(v, np.ndarray) else v)

@@ -97,10 +97,10 @@ class Calibrated(Protocol):
     name: str
     equivariant: bool  # whether its source is every position, so that crops make a corpus
     locality: str | None  # the setting that says how far it sees
-    dearness: float  # how much dearer a logit is than one of a plain box
+    relative_cost: float  # how much dearer a logit is than one of a plain box
     corpus: Corpus
 
-    def remade(self, corpus: Corpus, **changes: Any) -> Calibrated:
+    def clone_with(self, corpus: Corpus, **changes: Any) -> Calibrated:
         """The same kind of machine with other images, locality or bandwidth."""
 
     def denoise_from(self, y: torch.Tensor, sigma: torch.Tensor, index: np.ndarray) -> torch.Tensor:
@@ -112,7 +112,7 @@ class Calibrated(Protocol):
     def candidates(self) -> list[Any]:
         """The values of its locality to try."""
 
-    def takes(self, value: Any) -> bool:
+    def supports(self, value: Any) -> bool:
         """Whether there is such a machine with this value of its locality."""
 
     def settings(self) -> dict[str, object]:
@@ -228,13 +228,13 @@ def _measure(
 ) -> Calibration:
     """Measures level by level; what is found of each is kept in the file `unfinished`."""
     corpus, source, choosing, _ = parts
-    machine = machine.remade(corpus)
+    machine = machine.clone_with(corpus)
     values = machine.candidates() if values is None else values
     chooser, reporter = held_out_pictures(parts, seed)
 
     def errors(value: Any, h: float, sigma: float, pictures: Pictures) -> np.ndarray:
         local = {} if value is None else {str(machine.locality): value}
-        tried = machine.remade(corpus, bandwidth=h, **local)
+        tried = machine.clone_with(corpus, bandwidth=h, **local)
         return denoising_error(tried, source, pictures, sigma, target(pictures, sigma))
 
     @functools.lru_cache(2)
@@ -426,7 +426,7 @@ def automatic_locality(machine: Calibrated) -> LevelSchedule:
     setting = str(machine.locality)
     if N < 3 and not (machine.equivariant and _crop_side(H, W) >= 3):
         # nothing can be held out, and the machine of one image gives it back at any size
-        smallest = [value for value in (machine.candidates() or [1]) if machine.takes(value)]
+        smallest = [value for value in (machine.candidates() or [1]) if machine.supports(value)]
         return LOCALITIES[setting].constant(smallest[0])
     values = spread_candidates(machine, _crop_side(H, W) if N < 3 else None)
     return _automatic(machine, setting.replace("_", " ") + "s", values, (0.0,)).locality
@@ -437,7 +437,7 @@ def spread_candidates(machine: Calibrated, side: int | None = None) -> list[Any]
     if machine.locality != PatchSchedule.setting:
         return machine.candidates()
     sizes = _spread_sizes(side or max(machine.corpus.shape[1:]))
-    return [P for P in sizes if machine.takes(P)] or [1]
+    return [P for P in sizes if machine.supports(P)] or [1]
 
 
 def automatic_bandwidth(machine: Calibrated) -> BandwidthSchedule:
@@ -470,7 +470,7 @@ def towards(
         f"{len(machine.corpus):,} images (kept for the next time)"
     )
     parts = unseen_parts(network, subset, corpus, held_out)
-    machine = machine.remade(subset, bandwidth=0.0)
+    machine = machine.clone_with(subset, bandwidth=0.0)
     chosen, chosen_bandwidths, near = [], [], values
     with bar(f"Choosing towards {network.name}", total=len(sigmas)) as progress:
         for sigma in sigmas:
@@ -506,7 +506,7 @@ def _automatic(
         f"'auto': choosing {what} for {machine.name!r} by denoising {held_out} held-out pictures "
         f"with {len(subset):,} of {len(machine.corpus):,} images (kept for the next time)"
     )
-    return calibrate(machine.remade(subset), AUTO_SIGMAS, held_out, values, bandwidths)
+    return calibrate(machine.clone_with(subset), AUTO_SIGMAS, held_out, values, bandwidths)
 
 
 def affordable(machine: Calibrated, rounds: int, times: int = 1) -> Corpus:
@@ -517,7 +517,7 @@ def affordable(machine: Calibrated, rounds: int, times: int = 1) -> Corpus:
     corpus = machine.corpus
     N, (_, H, W) = len(corpus), corpus.shape
     logits, budget = ((H * W) ** 2, 4 * BUDGET) if machine.equivariant else (H * W, BUDGET)
-    n = max(48, round(times * budget / (logits * rounds * machine.dearness)))
+    n = max(48, round(times * budget / (logits * rounds * machine.relative_cost)))
     return corpus.subset(np.linspace(0, N - 1, n).astype(np.int64)) if n < N else corpus
 
 

@@ -113,7 +113,7 @@ def stack(
     if len(beyond) and (len(sigmas) == 0 or min(beyond) <= max(sigmas)):
         raise ValueError(f"beyond is {list(beyond)}; expected noise levels above all others")
     corpus, source, choosing, _ = parts
-    machine = machine.remade(corpus)  # type: ignore[assignment]
+    machine = machine.clone_with(corpus)  # type: ignore[assignment]
     levels = np.sort(np.asarray([*sigmas, *beyond], dtype=float))[::-1]
     of = {label: member.settings() for label, member in machine.members.items()}
     asked = [
@@ -186,9 +186,9 @@ def with_calibrated(
         if setting is not None and getattr(member, setting) == "auto":
             values = spread_candidates(member)
             c = calibrate(member, sigmas, held_out, values, seed=seed, parts=parts)
-            member = member.remade(member.corpus, **{setting: c.locality})
+            member = member.clone_with(member.corpus, **{setting: c.locality})
         members[label] = member
-    return machine.remade(machine.corpus, of=members)  # type: ignore[return-value]
+    return machine.clone_with(machine.corpus, of=members)  # type: ignore[return-value]
 
 
 def weights_of(Z: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, float]:

@@ -119,12 +119,12 @@ class Collection:
         """The sum of the response windows, float64 (H, W)."""
         if self.response == "pixel":
             return np.ones(self.frame)
-        return self.paint(torch.ones(1, *self.grid, dtype=torch.float64))[0].numpy()
+        return self.window_adjoint(torch.ones(1, *self.grid, dtype=torch.float64))[0].numpy()
 
-    def look(self, v: Tensor) -> Tensor:
+    def window_sum(self, v: Tensor) -> Tensor:
         """sum_d q_i[d] v[d] of every site: v float64 (B, Hq, Wq) -> (B, *sites)."""
         if isinstance(self.window, Masks):
-            return self.window.look(v).reshape(len(v), *self.grid)
+            return self.window.window_sum(v).reshape(len(v), *self.grid)
         P, Q = self.window.shape
         if isinstance(self.window, Box):
             for axis, p in ((1, P), (2, Q)):
@@ -139,10 +139,10 @@ class Collection:
             v = pad(v, (Q // 2, Q // 2, P // 2, P // 2))
         return conv2d(v[:, None], self.window.filter(v.device))[:, 0]
 
-    def paint(self, w: Tensor) -> Tensor:
+    def window_adjoint(self, w: Tensor) -> Tensor:
         """sum_i q_i[d] w_i at every pixel: w float64 (B, *sites) -> (B, Hq, Wq), look's adjoint."""
         if isinstance(self.window, Masks):
-            return self.window.paint(w.flatten(1))
+            return self.window.window_adjoint(w.flatten(1))
         P, Q = self.window.shape
         if isinstance(self.window, Box):
             v = pad(w, (Q - 1, Q - 1, P - 1, P - 1))

@@ -21,12 +21,12 @@ class Fold:
         Z2: Sum of e^(2 (l - m)), shape (B, *sites).
         S: Sum of e^(l - m) v, shape (B, C, *sites); (B, C, H, W) for the one site of a machine
             that looks at whole images; (B, 0, *sites) where a second pass makes the mean;
-            (B, 1, *sites) where the values are inner products (`Question.u`).
+            (B, 1, *sites) where the values are inner products (`ScanRequest.u`).
         logits: The k largest logits, falling, shape (B, k, *sites).
         places: Where they come from, int64, shape (B, k, *sites): (n H + row) W + column, with n
             the position in the corpus and (row, column) the source pixel under the site's middle.
             Variant v of image n is image v N + n of a corpus of N.
-        left: An upper bound of what is missing in Z, shape (B, *sites): 0 where every source has
+        omitted: An upper bound of what is missing in Z, shape (B, *sites): 0 where every source has
             been looked at (and at most `SKIPPED` / 2 Z left out), more after a search.
     """
 
@@ -36,11 +36,11 @@ class Fold:
     S: Tensor
     logits: Tensor
     places: Tensor
-    left: Tensor = None  # type: ignore[assignment]
+    omitted: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        if self.left is None:
-            self.left = torch.zeros_like(self.Z)
+        if self.omitted is None:
+            self.omitted = torch.zeros_like(self.Z)
 
     @classmethod
     def batch(cls, folds: Iterable[Fold]) -> Fold:
@@ -69,7 +69,7 @@ class Fold:
             a[:, None] * self.S + b[:, None] * other.S,
             logits.gather(1, order),
             places.gather(1, order),
-            a * self.left + b * other.left,
+            a * self.omitted + b * other.omitted,
         )
 
     def cpu(self) -> Fold:
@@ -82,9 +82,9 @@ class Fold:
         return self.S / self.Z[:, None]
 
     @property
-    def mass_left_out(self) -> Tensor:
+    def omitted_mass(self) -> Tensor:
         """An upper bound of the share of the posterior that is not in the fold, (B, *sites)."""
-        return self.left / (self.Z + self.left)
+        return self.omitted / (self.Z + self.omitted)
 
     @property
     def log_partition(self) -> Tensor:

@@ -32,7 +32,7 @@ TILE = 2**29  # logits per picture in one call of a kernel: about half a second
 
 
 @dataclass(frozen=True)
-class Question:
+class ScanRequest:
     """What is asked of a kernel.
 
     Attributes:
@@ -65,19 +65,19 @@ class Question:
         return self.images if self.values is None else self.values
 
 
-class Kernel(Protocol):
+class Engine(Protocol):
     """What a kernel answers. Logits lack the term -|y|^2 / (2 sigma^2), common to all sources."""
 
     def tiles(self, n: int, collection: Collection) -> Iterator[slice]:
         """The pieces in which it wants a source of n images."""
 
-    def fold(self, question: Question, leaders: int, known: Fold | None) -> Fold:
+    def fold(self, request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
         """The fold over the source, with the k = `leaders` leading sources of every site.
 
         `known` is the fold of the tiles before, whose leaders may be relied on.
         """
 
-    def spread(self, question: Question, known: Fold) -> Tensor:
+    def accumulate_response(self, request: ScanRequest, known: Fold) -> Tensor:
         """sum_is q_i a_is s, with the whole fold known: y's shape.
 
         a_is is the posterior weight w_is, or with u given w_is (b_is - mean of b_i), where the
@@ -86,7 +86,7 @@ class Kernel(Protocol):
 
 
 def posterior(
-    kernel: Kernel,
+    kernel: Engine,
     images: np.ndarray,
     index: np.ndarray,
     y: Tensor,
@@ -123,13 +123,13 @@ def posterior(
     if y.requires_grad:  # what is left out is divided by sigma^2 in a derivative
         T += 2 * torch.log(2 / sigma).clamp(min=0)
     query = wrap(y.detach(), collection) if collection.wraps else y.detach()
-    question = Question(images, index, query, sigma, collection, T, values=values)
+    request = ScanRequest(images, index, query, sigma, collection, T, values=values)
     with bar("Comparing", total=len(index) * collection.passes) as progress:
         found: list[Fold] = []
-        D = _Mean.apply(y, kernel, question, leaders, found, progress)
+        D = _Mean.apply(y, kernel, request, leaders, found, progress)
     fold = found[0]
     # the kernels leave out |y|^2, which is the same for all sources of a site
-    constant = -collection.look((query**2).sum(1)) / (2 * sigma[:, None, None] ** 2)
+    constant = -collection.window_sum((query**2).sum(1)) / (2 * sigma[:, None, None] ** 2)
     fold = replace(fold, m=fold.m + constant, logits=fold.logits + constant[:, None])
     return fold, D
 
@@ -146,35 +146,35 @@ class _Mean(torch.autograd.Function):
     def forward(
         ctx: Any,
         y: Tensor,
-        kernel: Kernel,
-        question: Question,
+        kernel: Engine,
+        request: ScanRequest,
         leaders: int,
         found: list[Fold],
         progress: Bar,
     ) -> Tensor:
-        fold = folded(kernel, question, leaders, progress)
+        fold = folded(kernel, request, leaders, progress)
         found.append(fold)
-        ctx.asked = kernel, question, fold
-        c = question.collection
+        ctx.asked = kernel, request, fold
+        c = request.collection
         if c.passes == 1:
             return fold.mean
-        return spread(kernel, question, fold, progress) / torch.from_numpy(c.coverage)
+        return accumulate_response(kernel, request, fold, progress) / torch.from_numpy(c.coverage)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
-        kernel, question, fold = ctx.asked
-        c, u = question.collection, u.contiguous()
-        with bar("Differentiating", total=len(question.index) * c.passes) as progress:
+        kernel, request, fold = ctx.asked
+        c, u = request.collection, u.contiguous()
+        with bar("Differentiating", total=len(request.index) * c.passes) as progress:
             if c.whole:
                 known = replace(fold, S=(u * fold.S).sum((1, 2, 3))[:, None, None, None])
             elif c.response == "pixel":
                 known = replace(fold, S=(u * fold.S).sum(1, keepdim=True))
             else:
                 u = u / torch.from_numpy(c.coverage)
-                known = folded(kernel, replace(question, u=u), 0, progress)
-            g = spread(kernel, replace(question, u=u), known, progress)
-        g /= question.sigma[:, None, None, None] ** 2
+                known = folded(kernel, replace(request, u=u), 0, progress)
+            g = accumulate_response(kernel, replace(request, u=u), known, progress)
+        g /= request.sigma[:, None, None, None] ** 2
         return unwrap(g, c) if c.wraps else g, None, None, None, None, None
 
 
@@ -191,23 +191,23 @@ def with_slope(value: Tensor, slope: Tensor, y: Tensor) -> Tensor:
 
 
 def folded(
-    kernel: Kernel, question: Question, leaders: int, progress: Bar, known: Fold | None = None
+    kernel: Engine, request: ScanRequest, leaders: int, progress: Bar, known: Fold | None = None
 ) -> Fold:
     """The fold over the whole source, tile by tile, merged into what is `known` before."""
     fold = known
-    for rows in kernel.tiles(len(question.index), question.collection):
-        part = kernel.fold(replace(question, index=question.index[rows]), leaders, fold)
+    for rows in kernel.tiles(len(request.index), request.collection):
+        part = kernel.fold(replace(request, index=request.index[rows]), leaders, fold)
         fold = part if fold is None else fold.merge(part)
         progress.advance(rows.stop - rows.start)
     assert fold is not None
     return fold
 
 
-def spread(kernel: Kernel, question: Question, known: Fold, progress: Bar) -> Tensor:
-    """`Kernel.spread` over the whole source, tile by tile."""
-    total = torch.zeros_like(question.y)
-    for rows in kernel.tiles(len(question.index), question.collection):
-        total += kernel.spread(replace(question, index=question.index[rows]), known)
+def accumulate_response(kernel: Engine, request: ScanRequest, known: Fold, progress: Bar) -> Tensor:
+    """`Engine.accumulate_response` over the whole source, tile by tile."""
+    total = torch.zeros_like(request.y)
+    for rows in kernel.tiles(len(request.index), request.collection):
+        total += kernel.accumulate_response(replace(request, index=request.index[rows]), known)
         progress.advance(rows.stop - rows.start)
     return total
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scoremachine.core.collection import Collection
 from scoremachine.core.fold import Fold
-from scoremachine.core.posterior import Question, units_of_x
+from scoremachine.core.posterior import ScanRequest, units_of_x
 from scoremachine.core.posterior import tiles as tiles
 from scoremachine.core.windows import Masks
 
@@ -93,31 +93,31 @@ def _pixels(rows, columns, W) -> Pixels:  # type: ignore[no-untyped-def]
     return np.array([r * W + c for r in rows for c in columns])
 
 
-def _read(question: Question) -> tuple[np.ndarray, np.ndarray]:
+def _read(request: ScanRequest) -> tuple[np.ndarray, np.ndarray]:
     """What is seen of the source, and what it answers with: float64 (V n, C, H W).
 
     Variant after variant.
     """
-    seen, told = (units_of_x(x[question.index]) for x in (question.images, question.answers))
+    seen, told = (units_of_x(x[request.index]) for x in (request.images, request.answers))
     s, v = (
-        torch.cat([variant.of(x) for variant in question.collection.variants]).flatten(2).numpy()
+        torch.cat([variant.of(x) for variant in request.collection.variants]).flatten(2).numpy()
         for x in (seen, told)
     )
     return s, v
 
 
-def _ids(question: Question) -> np.ndarray:
-    N = len(question.images)
-    V = len(question.collection.variants)
-    return np.concatenate([v * N + question.index for v in range(V)])
+def _ids(request: ScanRequest) -> np.ndarray:
+    N = len(request.images)
+    V = len(request.collection.variants)
+    return np.concatenate([v * N + request.index for v in range(V)])
 
 
-def _picture(question: Question) -> np.ndarray:
+def _picture(request: ScanRequest) -> np.ndarray:
     """The query as it was before it was continued periodically, (B, C, H W)."""
-    c = question.collection
+    c = request.collection
     (H, W) = c.frame
     ry, rx = (p // 2 if c.wraps else 0 for p in c.window.shape)
-    return question.y[:, :, ry : ry + H, rx : rx + W].flatten(2).numpy()
+    return request.y[:, :, ry : ry + H, rx : rx + W].flatten(2).numpy()
 
 
 def _logits(s, y, sigma, site) -> np.ndarray:  # type: ignore[no-untyped-def]
@@ -144,19 +144,19 @@ def _inner(s, u, site, pixel: bool) -> np.ndarray:  # type: ignore[no-untyped-de
     return np.stack(columns, axis=1)
 
 
-def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
-    """The definition of the fold; see `scoremachine.posterior.Kernel`."""
-    c, (s, v), ids, y = question.collection, _read(question), _ids(question), _picture(question)
+def fold(request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
+    """The definition of the fold; see `scoremachine.core.posterior.Engine`."""
+    c, (s, v), ids, y = request.collection, _read(request), _ids(request), _picture(request)
     (H, W), grid, (B, C, _) = c.image, c.grid, y.shape  # whole images have no other canvas
     pixel = c.response == "pixel"
-    values = 1 if question.u is not None else C if pixel else 0
+    values = 1 if request.u is not None else C if pixel else 0
     m, Z, Z2 = (np.zeros((B, *grid)) for _ in range(3))
-    whole = c.whole and question.u is None
+    whole = c.whole and request.u is None
     S = np.zeros((B, C, H, W) if whole else (B, values, *grid))
     logits = np.full((B, leaders, *grid), -1e300)
     places = np.full((B, leaders, *grid), -1, dtype=np.int64)
     for p in range(B):
-        sigma = float(question.sigma[p])
+        sigma = float(request.sigma[p])
         for site in sites(c):
             i, j = site.i, site.j
             l = _logits(s, y[p], sigma, site) + _constant(y[p], sigma, site)
@@ -164,8 +164,8 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
             w = np.exp(l - l.max())
             Z[p, i, j] = w.sum()
             Z2[p, i, j] = (w**2).sum()
-            if question.u is not None:
-                S[p, 0, i, j] = (w * _inner(v, question.u[p].numpy(), site, pixel)).sum()
+            if request.u is not None:
+                S[p, 0, i, j] = (w * _inner(v, request.u[p].numpy(), site, pixel)).sum()
             elif c.whole:
                 for column, (pixels, _) in zip(w.T, site.sources, strict=True):
                     S[p] += np.einsum("n,ncd->cd", column, v[:, :, pixels]).reshape(C, H, W)
@@ -180,26 +180,26 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
     return Fold(*map(torch.from_numpy, (m, Z, Z2, S, logits, places)))
 
 
-def spread(question: Question, known: Fold) -> Tensor:
-    """sum_is q_i a_is s; see `scoremachine.posterior.Kernel`."""
-    c, (s, v), y = question.collection, _read(question), _picture(question)
+def accumulate_response(request: ScanRequest, known: Fold) -> Tensor:
+    """sum_is q_i a_is s; see `scoremachine.core.posterior.Engine`."""
+    c, (s, v), y = request.collection, _read(request), _picture(request)
     D = np.zeros(y.shape)
     for p in range(len(y)):
-        sigma = float(question.sigma[p])
+        sigma = float(request.sigma[p])
         for site in sites(c):
             i, j = site.i, site.j
             l = _logits(s, y[p], sigma, site) + _constant(y[p], sigma, site)
             a = np.exp(l - float(known.m[p, i, j])) / float(known.Z[p, i, j])
-            if question.u is not None:
-                b = _inner(v, question.u[p].numpy(), site, c.response == "pixel")
+            if request.u is not None:
+                b = _inner(v, request.u[p].numpy(), site, c.response == "pixel")
                 a *= b - float(known.mean[p, 0, i, j])
             for column, (pixels, _) in zip(a.T, site.sources, strict=True):
-                source = v if question.u is None else s
+                source = v if request.u is None else s
                 picture = np.einsum("n,ncd->cd", column, source[:, :, pixels])
                 # no pixel is twice in a window, even where it wraps around
                 D[p][:, site.query] += site.weights * picture
     # in the frame of a continued query: everything on the original, nothing on the copies
-    total = torch.zeros_like(question.y)
+    total = torch.zeros_like(request.y)
     ry, rx = (p // 2 if c.wraps else 0 for p in c.window.shape)
     inside = slice(ry, ry + c.frame[0]), slice(rx, rx + c.frame[1])
     total[:, :, *inside] = torch.from_numpy(D.reshape(*y.shape[:2], *c.frame))

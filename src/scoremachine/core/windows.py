@@ -125,7 +125,7 @@ class Masks:
         """One site's window, ones and zeros, float64 (H, W)."""
         return self._filled(torch.from_numpy(self.terms[[site]].toarray()).double())[0].numpy()
 
-    def look(self, v: Tensor) -> Tensor:
+    def window_sum(self, v: Tensor) -> Tensor:
         """The windows' sums, (B, H, W) -> (B, H W)."""
         pixels = pad(v, (1, 0, 1, 0))
         rows = pixels.cumsum(2)
@@ -134,7 +134,7 @@ class Masks:
             return torch.from_numpy((self.terms @ tables.numpy().T).T.copy())
         return (self._on(v.device, False) @ tables.T).T
 
-    def paint(self, w: Tensor) -> Tensor:
+    def window_adjoint(self, w: Tensor) -> Tensor:
         """Its adjoint, (B, H W) -> (B, H, W)."""
         if w.is_cuda:
             return self._filled((self._on(w.device, True) @ w.T).T)

@@ -148,12 +148,12 @@ class Corpus:
         else:
             found = sources.find(source)
         if found.identity is None:
-            found.identity = ["content", _content(found.look())]
+            found.identity = ["content", _content(found.contents())]
         key = _key(found.identity, size, grayscale, limit)
         home = cache_root() / "corpora" / key
         corpus = cls._cached(home, key, strict)
         if corpus is None:
-            contents = found.look()
+            contents = found.contents()
             if contents.array is not None and _as_it_is(contents.array, size, grayscale):
                 return cls._of_array(found, contents, limit)
             _build(home, found.name, contents, limit, size, grayscale, strict)

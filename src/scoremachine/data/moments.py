@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scoremachine.data.corpus import Corpus
 from scoremachine.runtime.files import written
-from scoremachine.runtime.lru import Kept
+from scoremachine.runtime.lru import LRUCache
 from scoremachine.runtime.progress import bar
 
 LARGEST = 8192  # the side of an eigenproblem: 2 GB and minutes
@@ -84,7 +84,7 @@ class Moments:
         return self._maps[1]
 
 
-_known = Kept[Moments](REMEMBERED)
+_known = LRUCache[Moments](REMEMBERED)
 
 
 def within_reach(N: int, D: int) -> bool:

@@ -56,12 +56,12 @@ class Source:
         name: What to call it in messages.
         identity: What tells this content from another, as JSON can hold it; None where only
             reading it all would tell.
-        look: Finds the contents.
+        contents: Finds what it holds.
     """
 
     name: str
     identity: Any
-    look: Callable[[], Contents]
+    contents: Callable[[], Contents]
 
 
 def find(source: Any) -> Source:
@@ -231,7 +231,7 @@ def files(name: str, root: Path, paths: list[str]) -> Source:
         stat = os.stat(root / path) if os.path.exists(root / path) else os.lstat(root / path)
         identity.append([path, stat.st_size, stat.st_mtime_ns])
 
-    def look() -> Contents:
+    def contents() -> Contents:
         from scoremachine.data.decoding import decoded
 
         ids = sorted(paths, key=natural)
@@ -241,7 +241,7 @@ def files(name: str, root: Path, paths: list[str]) -> Source:
 
         return Contents(ids, read, *classes_of(ids))
 
-    return Source(name, ["files", identity], look)
+    return Source(name, ["files", identity], contents)
 
 
 def archive(path: Path) -> Source:

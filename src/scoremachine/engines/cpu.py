@@ -30,7 +30,7 @@ from numba import njit
 
 from scoremachine.core.collection import Collection
 from scoremachine.core.fold import Fold
-from scoremachine.core.posterior import TILE, Question
+from scoremachine.core.posterior import TILE, ScanRequest
 from scoremachine.core.posterior import tiles as tiles
 from scoremachine.core.windows import Masks, Soft
 from scoremachine.engines import fourier as rolled
@@ -53,7 +53,7 @@ from scoremachine.engines.simd import (
     store,
     sums,
 )
-from scoremachine.engines.whole import fold_whole, spread_whole
+from scoremachine.engines.whole import accumulate_whole, fold_whole
 
 ROLLED = 2**20  # numbers that a piece of `rolled` may take: they stay in the cache
 BOX, SOFT, MASKS = 0, 1, 2
@@ -288,7 +288,7 @@ def _add_filtered(plan, g, table, a, y, q, yc, s, half, o, sc, C, buffer):
 
 @njit
 def _add_row(plan, g, table, a, y, Hq, Wq, s, half, C, H, W, buffer):
-    """Adds row a of the region's v to the table from which `_look` reads windows."""
+    """Adds row a of the region's v to the table from which `_window_sums` reads windows."""
     q, o = (g.a0 + a) * Wq + g.b0, ((g.a0 + a + g.dy) * W + g.b0 + g.dx) * LANES
     if plan.kind == SOFT:
         _add_filtered(plan, g, table, a, y, q, Hq * Wq, s, half, o, H * W * LANES, C, buffer)
@@ -321,7 +321,7 @@ def _gather(table, places, first, last):
 
 
 @njit(fastmath=FLAGS)
-def _look(plan, g, table, a, sums_):
+def _window_sums(plan, g, table, a, sums_):
     """The sums over the windows of row a, from a table that holds the rows they look at."""
     P, Q = plan.weights.shape
     top, bottom = max(a - g.py, 0), min(a - g.py + P, g.n)
@@ -372,9 +372,9 @@ def _absorb(
             if len(u) > 0:
                 _add_row(plan, g, table_u, ready, u, Hq, Wq, v_s, nothing, C, H, W, buffer)
             ready += 1
-        _look(plan, g, table, a, line)
+        _window_sums(plan, g, table, a, line)
         if len(u) > 0:
-            _look(plan, g, table_u, a, line_u)
+            _window_sums(plan, g, table_u, a, line_u)
         i = g.a0 + a + (ry if plan.middles else 0)
         for b in range(g.columns):
             v = load(line, b * LANES)
@@ -485,7 +485,7 @@ def _weigh(
         while ready < _last_row(plan, g, a):
             _add_row(plan, g, table, ready, y, Hq, Wq, s, half, C, H, W, buffer)
             ready += 1
-        _look(plan, g, table, a, line)
+        _window_sums(plan, g, table, a, line)
         i = g.a0 + a + by
         for b in range(g.columns):
             v, j, o = load(line, b * LANES), g.b0 + b + bx, (a * g.columns + b) * LANES
@@ -503,7 +503,7 @@ def _weigh(
             _add_row(plan, g, table_u, a, u, Hq, Wq, v_s, nothing, C, H, W, buffer)
     for a in range(g.rows):
         if not pixel:
-            _look(plan, g, table_u, a, line_u)
+            _window_sums(plan, g, table_u, a, line_u)
         i = g.a0 + a + by
         for b in range(g.columns):
             j, o = g.b0 + b + bx, (a * g.columns + b) * LANES
@@ -520,18 +520,18 @@ def _weigh(
 
 
 @njit(inline="always")
-def _pour(painted, g, a, b, Hq, Wq, s, C, H, W, D):
-    """Adds painted s to D, for the pixel (a, b) of the region."""
+def _add_pixel(weighted, g, a, b, Hq, Wq, s, C, H, W, D):
+    """Adds weighted s to D, for the pixel (a, b) of the region."""
     q = ((g.a0 + a) * Wq + g.b0 + b) * LANES
     o = ((g.a0 + a + g.dy) * W + g.b0 + b + g.dx) * LANES
     for c in range(C):
-        total = load(D, q + c * Hq * Wq * LANES) + painted * load(s, o + c * H * W * LANES)
+        total = load(D, q + c * Hq * Wq * LANES) + weighted * load(s, o + c * H * W * LANES)
         store(D, q + c * Hq * Wq * LANES, total)
 
 
 @njit(fastmath=FLAGS)
-def _spill(plan, g, table, a, b, weight):
-    """Adds a window's weight to the terms or corners from which `_paint_sums` fills it."""
+def _add_corners(plan, g, table, a, b, weight):
+    """Adds a window's weight to the terms or corners from which `_adjoint_sums` fills it."""
     if plan.kind == MASKS:
         site = a * g.columns + b
         for sign in range(2):
@@ -550,7 +550,7 @@ def _spill(plan, g, table, a, b, weight):
 
 
 @njit(fastmath=FLAGS)
-def _paint_sums(plan, g, w, table, Hq, Wq, s, C, H, W, D):
+def _adjoint_sums(plan, g, w, table, Hq, Wq, s, C, H, W, D):
     """Adds sum_i q_i w_i s to D, by corners or terms, with sums from the last pixel on."""
     width = g.width + 1
     size = (g.n + 1) * width
@@ -559,24 +559,24 @@ def _paint_sums(plan, g, w, table, Hq, Wq, s, C, H, W, D):
         for b in range(g.columns):
             weight = load(w, (a * g.columns + b) * LANES)
             if any_above(weight * weight, splat(0.0)):
-                _spill(plan, g, table, a, b, weight)
+                _add_corners(plan, g, table, a, b, weight)
     for a in range(g.n, 0, -1):
         total, row = splat(0.0), splat(0.0)
         for b in range(g.width, 0, -1):
             o = (a * width + b) * LANES
             total = total + load(table, o)
-            painted = total
+            weighted = total
             if a < g.n:
-                painted = painted + load(table, o + width * LANES)
-            store(table, o, painted)
+                weighted = weighted + load(table, o + width * LANES)
+            store(table, o, weighted)
             if plan.kind == MASKS:
                 row = row + load(table, o + size * LANES)
-                painted = painted + row + load(table, o + 2 * size * LANES)
-            _pour(painted, g, a - 1, b - 1, Hq, Wq, s, C, H, W, D)
+                weighted = weighted + row + load(table, o + 2 * size * LANES)
+            _add_pixel(weighted, g, a - 1, b - 1, Hq, Wq, s, C, H, W, D)
 
 
 @njit(fastmath=FLAGS)
-def _paint_soft(plan, g, w, table, Hq, Wq, s, C, H, W, D):
+def _adjoint_soft(plan, g, w, table, Hq, Wq, s, C, H, W, D):
     """Adds sum_i q_i w_i s to D for tapered boxes: filtered by columns of weights, then by rows."""
     K, P = plan.rows.shape
     Q = plan.columns.shape[1]
@@ -598,11 +598,11 @@ def _paint_soft(plan, g, w, table, Hq, Wq, s, C, H, W, D):
                 for c in range(first, last):
                     q = broadcast(across, k * Q + b + g.px - c)
                     total = total + q * load(table, ((a * K + k) * g.columns + c) * LANES)
-            _pour(total, g, a, b, Hq, Wq, s, C, H, W, D)
+            _add_pixel(total, g, a, b, Hq, Wq, s, C, H, W, D)
 
 
 @njit(fastmath=FLAGS)
-def _paint_few(plan, g, w, Hq, Wq, s, C, H, W, D):
+def _adjoint_few(plan, g, w, Hq, Wq, s, C, H, W, D):
     """Adds sum_i q_i w_i s to D, each window by itself."""
     P, Q = plan.weights.shape
     for a in range(g.rows):
@@ -613,8 +613,8 @@ def _paint_few(plan, g, w, Hq, Wq, s, C, H, W, D):
             top, left = a - g.py, b - g.px
             for r in range(max(top, 0), min(top + P, g.n)):
                 for c in range(max(left, 0), min(left + Q, g.width)):
-                    painted = weight * plan.weights[r - top, c - left]
-                    _pour(painted, g, r, c, Hq, Wq, s, C, H, W, D)
+                    weighted = weight * plan.weights[r - top, c - left]
+                    _add_pixel(weighted, g, r, c, Hq, Wq, s, C, H, W, D)
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
@@ -645,7 +645,7 @@ def _spread(
     totals = np.zeros((B, C * Hq * Wq * LANES))
     v_s = np.empty(C * H * W * LANES) if apart else s
     spare = np.empty(H * W * LANES if apart else 0)
-    painted = s if u.shape[1] > 0 else v_s  # a derivative is by what is seen
+    weighted = s if u.shape[1] > 0 else v_s  # a derivative is by what is seen
     held = -1
     for task in range(part * blocks * V * K // parts, (part + 1) * blocks * V * K // parts):
         copy, shift = task // K, task % K
@@ -663,34 +663,34 @@ def _spread(
             if filled == 0:
                 continue
             if plan.kind != MASKS and filled * P * Q < 2 * g.n * g.width:
-                _paint_few(plan, g, w, Hq, Wq, painted, C, H, W, totals[p])
+                _adjoint_few(plan, g, w, Hq, Wq, weighted, C, H, W, totals[p])
             elif plan.kind == SOFT:
-                _paint_soft(plan, g, w, tables[0], Hq, Wq, painted, C, H, W, totals[p])
+                _adjoint_soft(plan, g, w, tables[0], Hq, Wq, weighted, C, H, W, totals[p])
             else:
-                _paint_sums(plan, g, w, tables[0], Hq, Wq, painted, C, H, W, totals[p])
+                _adjoint_sums(plan, g, w, tables[0], Hq, Wq, weighted, C, H, W, totals[p])
     for p in range(B):
         flat = D[p].reshape(C * Hq * Wq)
         for d in range(C * Hq * Wq):
             flat[d] += hsum(load(totals[p], d * LANES))
 
 
-def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
-    """The fold over the source; see `scoremachine.posterior.Kernel`."""
-    images, index, c = question.images, question.index, question.collection
+def fold(request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
+    """The fold over the source; see `scoremachine.core.posterior.Engine`."""
+    images, index, c = request.images, request.index, request.collection
     if c.source == "rolled":
-        return rolled.fold(question, leaders, torch.device("cpu"), ROLLED)
-    if c.whole and question.values is not None:
-        return device.fold(question, leaders, known)
+        return rolled.fold(request, leaders, torch.device("cpu"), ROLLED)
+    if c.whole and request.values is not None:
+        return device.fold(request, leaders, known)
     into, _ = strips.cut(c, len(index))
-    if into and question.u is None and question.values is None:
-        return strips.fold(question, leaders, into, fold)
-    y, u, scale, T = _arrays(question)
-    if c.whole and question.u is None:
+    if into and request.u is None and request.values is None:
+        return strips.fold(request, leaders, into, fold)
+    y, u, scale, T = _arrays(request)
+    if c.whole and request.u is None:
         return Fold.of_parts(*fold_whole(images, index, y, scale, T, leaders))
     B, C, _, _ = y.shape
-    values = 1 if question.u is not None else C if c.response == "pixel" else 0
-    plan, variants, source = plan_of(c), _variants(c, images), _source(question)
-    lit = _variants(c, question.answers)
+    values = 1 if request.u is not None else C if c.response == "pixel" else 0
+    plan, variants, source = plan_of(c), _variants(c, images), _source(request)
+    lit = _variants(c, request.answers)
     best, found = known, []
     for shifts in _pieces(len(index), c):
         parts = _parts(index, variants, shifts)
@@ -709,20 +709,20 @@ def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
     return functools.reduce(Fold.merge, found)
 
 
-def spread(question: Question, known: Fold) -> torch.Tensor:
-    """sum_is q_i a_is s; see `scoremachine.posterior.Kernel`."""
-    images, index, c = question.images, question.index, question.collection
+def accumulate_response(request: ScanRequest, known: Fold) -> torch.Tensor:
+    """sum_is q_i a_is s; see `scoremachine.core.posterior.Engine`."""
+    images, index, c = request.images, request.index, request.collection
     if c.source == "rolled":
-        return rolled.spread(question, known, torch.device("cpu"), ROLLED)
-    if c.whole and question.values is not None:
-        return device.spread(question, known)
-    y, u, scale, T = _arrays(question)
-    plan, variants, source = plan_of(c), _variants(c, images), _source(question)
-    lit = _variants(c, question.answers)
+        return rolled.accumulate_response(request, known, torch.device("cpu"), ROLLED)
+    if c.whole and request.values is not None:
+        return device.accumulate_response(request, known)
+    y, u, scale, T = _arrays(request)
+    plan, variants, source = plan_of(c), _variants(c, images), _source(request)
+    lit = _variants(c, request.answers)
     m, Z = known.m.numpy(), known.Z.numpy()
-    b_mean = m if question.u is None else known.mean[:, 0].contiguous().numpy()
-    if c.whole and question.u is not None:
-        D = spread_whole(images, index, y, u, scale, T, m, Z, b_mean)
+    b_mean = m if request.u is None else known.mean[:, 0].contiguous().numpy()
+    if c.whole and request.u is not None:
+        D = accumulate_whole(images, index, y, u, scale, T, m, Z, b_mean)
     else:
         D = np.zeros((PARTS, *y.shape))
         for shifts in _pieces(len(index), c):
@@ -731,12 +731,12 @@ def spread(question: Question, known: Fold) -> torch.Tensor:
     return torch.from_numpy(functools.reduce(np.add, D))
 
 
-def _arrays(question: Question) -> tuple[np.ndarray, ...]:
+def _arrays(request: ScanRequest) -> tuple[np.ndarray, ...]:
     """y, u as (B, C ...) or (B, 0), 1 / sigma^2, and T."""
-    B = len(question.y)
-    u = np.empty((B, 0)) if question.u is None else question.u.reshape(B, -1).contiguous().numpy()
-    scale = (1 / question.sigma**2).numpy()
-    return np.ascontiguousarray(question.y.numpy()), u, scale, question.T.numpy()
+    B = len(request.y)
+    u = np.empty((B, 0)) if request.u is None else request.u.reshape(B, -1).contiguous().numpy()
+    scale = (1 / request.sigma**2).numpy()
+    return np.ascontiguousarray(request.y.numpy()), u, scale, request.T.numpy()
 
 
 def _variants(c: Collection, images: np.ndarray) -> np.ndarray:
@@ -748,9 +748,9 @@ def _variants(c: Collection, images: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _source(question: Question) -> tuple[np.ndarray, np.ndarray, bool]:
+def _source(request: ScanRequest) -> tuple[np.ndarray, np.ndarray, bool]:
     """What is seen, what it answers with, and whether these differ."""
-    return question.images, question.answers, question.values is not None
+    return request.images, request.answers, request.values is not None
 
 
 def _parts(index: np.ndarray, variants: np.ndarray, shifts: np.ndarray) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fft import irfft2, rfft2
 
 from scoremachine.core.fold import Fold
-from scoremachine.core.posterior import Question
+from scoremachine.core.posterior import ScanRequest
 
 
 class Piece(NamedTuple):
@@ -35,39 +35,41 @@ class Piece(NamedTuple):
     image: torch.Size
 
 
-def fold(question: Question, leaders: int, device: torch.device, room: int) -> Fold:
-    """The fold over the source; see `scoremachine.posterior.Kernel`."""
+def fold(request: ScanRequest, leaders: int, device: torch.device, room: int) -> Fold:
+    """The fold over the source; see `scoremachine.core.posterior.Engine`."""
     folds: list[Fold] = []  # merged at once: small things left between large ones eat the memory
-    for piece in _read(question, device, room):
-        m = [f.m.item() for f in folds] or [-math.inf] * len(question.y)
-        parts = [_summary(question, p, piece, leaders, m[p]) for p in range(len(question.y))]
+    for piece in _read(request, device, room):
+        m = [f.m.item() for f in folds] or [-math.inf] * len(request.y)
+        parts = [_summary(request, p, piece, leaders, m[p]) for p in range(len(request.y))]
         folds = [*map(Fold.merge, folds, parts)] if folds else parts
     return Fold.batch(folds).cpu()
 
 
-def spread(question: Question, known: Fold, device: torch.device, room: int) -> Tensor:
-    """sum_is a_is s; see `scoremachine.posterior.Kernel`."""
-    D = torch.zeros_like(question.y, device=device)
-    for piece in _read(question, device, room):
+def accumulate_response(
+    request: ScanRequest, known: Fold, device: torch.device, room: int
+) -> Tensor:
+    """sum_is a_is s; see `scoremachine.core.posterior.Engine`."""
+    D = torch.zeros_like(request.y, device=device)
+    for piece in _read(request, device, room):
         for p in range(len(D)):
-            l = _logits(question, p, piece)
+            l = _logits(request, p, piece)
             m = known.m[p].item()
-            piece_p, l = _reaching(piece, l, m - question.T[p].item())
+            piece_p, l = _reaching(piece, l, m - request.T[p].item())
             a = torch.exp(l - m) / known.Z[p].to(device)
-            if question.u is not None:
-                u = question.u[p].to(device)
+            if request.u is not None:
+                u = request.u[p].to(device)
                 a *= _correlation(u, piece_p) - known.mean[p].to(device)
             D[p] += _mean(a, piece_p)
     return D.cpu()
 
 
-def _read(question: Question, device: torch.device, room: int) -> Iterator[Piece]:
+def _read(request: ScanRequest, device: torch.device, room: int) -> Iterator[Piece]:
     """The source in pieces."""
-    _, C, H, W = question.images.shape
+    _, C, H, W = request.images.shape
     step = max(1, room // (4 * C * H * W))
-    for start in range(0, len(question.index), step):
-        ids = question.index[start : start + step]
-        s = torch.from_numpy(question.images[ids]).to(device).double() / 127.5 - 1
+    for start in range(0, len(request.index), step):
+        ids = request.index[start : start + step]
+        s = torch.from_numpy(request.images[ids]).to(device).double() / 127.5 - 1
         half = torch.linalg.vector_norm(s.flatten(1), dim=1) ** 2 / 2
         yield Piece(rfft2(s), half, torch.from_numpy(ids).to(device), s.shape[-2:])
 
@@ -83,9 +85,9 @@ def _correlation(y: Tensor, piece: Piece) -> Tensor:
     return irfft2(total, s=piece.image)
 
 
-def _logits(question: Question, p: int, piece: Piece) -> Tensor:
-    correlation = _correlation(question.y[p].to(piece.F.device), piece)
-    return correlation.sub_(piece.half[:, None, None]).div_(question.sigma[p].item() ** 2)
+def _logits(request: ScanRequest, p: int, piece: Piece) -> Tensor:
+    correlation = _correlation(request.y[p].to(piece.F.device), piece)
+    return correlation.sub_(piece.half[:, None, None]).div_(request.sigma[p].item() ** 2)
 
 
 def _reaching(piece: Piece, l: Tensor, floor: float) -> tuple[Piece, Tensor]:
@@ -103,10 +105,10 @@ def _mean(w: Tensor, piece: Piece) -> Tensor:
     return irfft2(torch.einsum("nhw,nchw->chw", rfft2(w).conj(), piece.F), s=piece.image)
 
 
-def _summary(question: Question, p: int, piece: Piece, leaders: int, m_known: float) -> Fold:
+def _summary(request: ScanRequest, p: int, piece: Piece, leaders: int, m_known: float) -> Fold:
     """The fold of one piece for one picture; sources beyond T nats are left out."""
     H, W = piece.image
-    l = _logits(question, p, piece)
+    l = _logits(request, p, piece)
     m = l.max()
     k = min(leaders, l.numel())
     best = torch.topk(l.flatten(), k)
@@ -116,11 +118,11 @@ def _summary(question: Question, p: int, piece: Piece, leaders: int, m_known: fl
     row, column = (H // 2 + shift // W) % H, (W // 2 + shift % W) % W
     logits[:k], places[:k] = best.values, piece.ids[n] * H * W + row * W + column
 
-    floor = max(m.item(), m_known) - question.T[p].item()
+    floor = max(m.item(), m_known) - request.T[p].item()
     piece, l = _reaching(piece, l, floor)
     w = torch.exp(l - m).masked_fill_(l < floor, 0.0)
-    if question.u is not None:
-        b = _correlation(question.u[p].to(w.device), piece)
+    if request.u is not None:
+        b = _correlation(request.u[p].to(w.device), piece)
         S = (w * b).sum().reshape(1, 1, 1)
     else:
         S = _mean(w, piece)

@@ -1,7 +1,7 @@
 """The fold in plain PyTorch, on any device: CUDA where found, else the CPU.
 
 Every displacement between query and source is one shifted copy of a piece of the corpus; the rest
-is `Collection.look` and its adjoint `paint`. What a GPU has its own programs for goes to `fused`.
+is `Collection.window_sum` and its adjoint. What a GPU has its own programs for goes to `triton`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from scoremachine.core import posterior
 from scoremachine.core.collection import Collection
 from scoremachine.core.fold import Fold
-from scoremachine.core.posterior import Question, units_of_x
+from scoremachine.core.posterior import ScanRequest, units_of_x
 from scoremachine.engines import fourier as rolled
 from scoremachine.engines import triton as fused
 from scoremachine.engines.compiled import NOTHING
@@ -30,42 +30,42 @@ def where() -> torch.device:
 
 
 def tiles(n: int, collection: Collection) -> Iterator[slice]:
-    """The pieces in which it wants n images; see `scoremachine.posterior.Kernel`."""
+    """The pieces in which it wants n images; see `scoremachine.core.posterior.Engine`."""
     if where().type == "cuda":
         return posterior.pieces(n, collection, GPU_TILE)
     return posterior.tiles(n, collection)
 
 
-def fold(question: Question, leaders: int, known: Fold | None) -> Fold:
-    """The fold over the source; see `scoremachine.posterior.Kernel`."""
+def fold(request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
+    """The fold over the source; see `scoremachine.core.posterior.Engine`."""
     device = where()
-    if fused.available() and fused.answers(question):
-        return fused.fold(question, leaders, device)
-    if question.collection.source == "rolled":
-        return rolled.fold(question, leaders, device, _room(device))
+    if fused.available() and fused.answers(request):
+        return fused.fold(request, leaders, device)
+    if request.collection.source == "rolled":
+        return rolled.fold(request, leaders, device, _room(device))
     folds: list[Fold] = []
-    for piece in _read(question, device):
-        parts = [_summary(question, p, *piece, leaders) for p in range(len(question.y))]
+    for piece in _read(request, device):
+        parts = [_summary(request, p, *piece, leaders) for p in range(len(request.y))]
         folds = list(map(Fold.merge, folds, parts)) if folds else parts
     return Fold.batch(folds).cpu()
 
 
-def spread(question: Question, known: Fold) -> Tensor:
-    """sum_is q_i a_is s; see `scoremachine.posterior.Kernel`."""
-    device, c = where(), question.collection
+def accumulate_response(request: ScanRequest, known: Fold) -> Tensor:
+    """sum_is q_i a_is s; see `scoremachine.core.posterior.Engine`."""
+    device, c = where(), request.collection
     if c.source == "rolled":
-        return rolled.spread(question, known, device, _room(device))
-    if fused.available() and fused.answers(replace(question, u=None)):
-        question, known = fused.compared(question, known)
+        return rolled.accumulate_response(request, known, device, _room(device))
+    if fused.available() and fused.answers(replace(request, u=None)):
+        request, known = fused.compared(request, known)
     m, Z = known.m.to(device), known.Z.to(device)
-    b = None if question.u is None else known.mean[:, 0].to(device)
-    D = torch.zeros_like(question.y, device=device)
-    for s, v, _, shift in _read(question, device):
+    b = None if request.u is None else known.mean[:, 0].to(device)
+    D = torch.zeros_like(request.y, device=device)
+    for s, v, _, shift in _read(request, device):
         for p in range(len(D)):
-            a = torch.exp(_logits(question, p, s, shift) - m[p]) / Z[p]
+            a = torch.exp(_logits(request, p, s, shift) - m[p]) / Z[p]
             if b is not None:
-                a *= _inner(question, p, v) - b[p]
-            D[p] += (c.paint(a)[:, None] * (v if b is None else s)).sum(0)
+                a *= _inner(request, p, v) - b[p]
+            D[p] += (c.window_adjoint(a)[:, None] * (v if b is None else s)).sum(0)
     return D.cpu()
 
 
@@ -77,26 +77,26 @@ def _room(device: torch.device) -> int:
 
 
 def _read(
-    question: Question, device: torch.device
+    request: ScanRequest, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[int, int]]]:
     """The source in pieces (s, v, ids, shift).
 
     What is seen, s, and what it answers with, v, are float64 in the query's frame, 0 outside the
     image.
     """
-    c, images = question.collection, question.images
+    c, images = request.collection, request.images
     N, C, H, W = images.shape
     step = max(1, _room(device) // ((C + 8) * H * W))
-    for start in range(0, len(question.index), step):
-        ids = question.index[start : start + step]
+    for start in range(0, len(request.index), step):
+        ids = request.index[start : start + step]
         seen = _sent(images[ids], device)
-        told = seen if question.values is None else _sent(question.values[ids], device)
+        told = seen if request.values is None else _sent(request.values[ids], device)
         for k, variant in enumerate(c.variants):
             s = variant.of(seen)
             v = s if told is seen else variant.of(told)
             for dy, dx in c.shifts.tolist():
-                s_moved = _shifted(s, dy, dx, c, question.y.shape[2:])
-                v_moved = s_moved if v is s else _shifted(v, dy, dx, c, question.y.shape[2:])
+                s_moved = _shifted(s, dy, dx, c, request.y.shape[2:])
+                v_moved = s_moved if v is s else _shifted(v, dy, dx, c, request.y.shape[2:])
                 yield s_moved, v_moved, torch.from_numpy(ids + k * N).to(device), (dy, dx)
 
 
@@ -140,10 +140,10 @@ def _valid(c: Collection, dy: int, dx: int) -> Tensor:
     return axes[0][:, None] & axes[1]
 
 
-def _logits(question: Question, p: int, s: Tensor, shift: tuple[int, int]) -> Tensor:
+def _logits(request: ScanRequest, p: int, s: Tensor, shift: tuple[int, int]) -> Tensor:
     """The logits of a piece at every site, (n, *sites)."""
-    c, y = question.collection, question.y[p].to(s.device)
-    l = c.look((s * (y - s / 2)).sum(1)) / question.sigma[p].item() ** 2
+    c, y = request.collection, request.y[p].to(s.device)
+    l = c.window_sum((s * (y - s / 2)).sum(1)) / request.sigma[p].item() ** 2
     if len(c.shifts) > 1:
         l = l.masked_fill(~_valid(c, *shift).to(s.device), NOTHING)
     return l
@@ -155,18 +155,18 @@ def _at_pixels(s: Tensor, c: Collection) -> Tensor:
     return s[:, :, ry : ry + c.frame[0], rx : rx + c.frame[1]]
 
 
-def _inner(question: Question, p: int, v: Tensor) -> Tensor:
+def _inner(request: ScanRequest, p: int, v: Tensor) -> Tensor:
     """The inner products b of answers with u over the response windows, (n, *sites)."""
-    c = question.collection
-    assert question.u is not None
-    u = question.u[p].to(v.device)
+    c = request.collection
+    assert request.u is not None
+    u = request.u[p].to(v.device)
     if c.response == "pixel":
         return (u * _at_pixels(v, c)).sum(1)
-    return c.look((u * v).sum(1))
+    return c.window_sum((u * v).sum(1))
 
 
 def _summary(
-    question: Question,
+    request: ScanRequest,
     p: int,
     s: Tensor,
     v: Tensor,
@@ -175,12 +175,12 @@ def _summary(
     leaders: int,
 ) -> Fold:
     """The fold of one piece for one picture."""
-    c, n = question.collection, len(s)
-    l = _logits(question, p, s, shift)
+    c, n = request.collection, len(s)
+    l = _logits(request, p, s, shift)
     m = l.max(0).values
     w = torch.exp(l - m).masked_fill(l == NOTHING, 0.0)
-    if question.u is not None:
-        S = (w * _inner(question, p, v)).sum(0, keepdim=True)
+    if request.u is not None:
+        S = (w * _inner(request, p, v)).sum(0, keepdim=True)
     elif c.whole:
         S = torch.einsum("n,nchw->chw", w[:, 0, 0], v)
     elif c.response == "pixel":

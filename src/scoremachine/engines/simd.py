@@ -1,7 +1,7 @@
 """Eight doubles at once: a numba type for a SIMD vector, and the few operations the kernel needs.
 
 LLVM vectorizes the inner loop of a box filter only after checking at run time that no two arrays
-overlap, which costs more than the loop. Saying "vector" in the code avoids the question. LLVM
+overlap, which costs more than the loop. Saying "vector" in the code avoids the request. LLVM
 lowers a vector of eight doubles to what the machine has (AVX-512, AVX2, NEON).
 
     load(a, i)              a[i : i + LANES], from a flat contiguous float64 array

@@ -17,14 +17,14 @@ import torch
 
 from scoremachine.core.collection import Collection
 from scoremachine.core.fold import Fold
-from scoremachine.core.posterior import Question
+from scoremachine.core.posterior import ScanRequest
 from scoremachine.core.windows import Variant
 from scoremachine.engines.simd import LANES
 
 WORTHWHILE = 0.8  # of the work
 SITES = 2**14  # of a picture that go together
 
-Folds = Callable[[Question, int, Fold | None], Fold]
+Folds = Callable[[ScanRequest, int, Fold | None], Fold]
 
 
 class Group(NamedTuple):
@@ -68,9 +68,9 @@ def cut(c: Collection, n: int) -> tuple[list[Group], float]:
     return (found, share) if share < WORTHWHILE else ([], 1.0)
 
 
-def fold(question: Question, leaders: int, into: list[Group], by: Folds) -> Fold:
+def fold(request: ScanRequest, leaders: int, into: list[Group], by: Folds) -> Fold:
     """The fold over the images, `by` a kernel, group by group of those that they are cut into."""
-    c, index = question.collection, question.index
+    c, index = request.collection, request.index
     (P, Q), (H, W) = c.window.shape, c.image
     folds: list[Fold] = []
     for group in into:
@@ -79,12 +79,12 @@ def fold(question: Question, leaders: int, into: list[Group], by: Folds) -> Fold
         top, left = np.array(group.corners * len(index)).T
         strips = np.stack(
             [
-                question.images[i, :, a : a + high, b : b + wide]
+                request.images[i, :, a : a + high, b : b + wide]
                 for i, a, b in zip(of, top, left, strict=True)
             ]
         )
         narrow = replace(c, image=(high, wide), canvas=c.frame)
-        asked = replace(question, images=strips, index=np.arange(len(strips)), collection=narrow)
+        asked = replace(request, images=strips, index=np.arange(len(strips)), collection=narrow)
         part = _by_columns(asked, leaders, by)
         known = part.places >= 0
         strip, place = np.divmod(part.places[known].numpy(), high * wide)
@@ -95,16 +95,16 @@ def fold(question: Question, leaders: int, into: list[Group], by: Folds) -> Fold
     return functools.reduce(Fold.merge, folds)
 
 
-def _by_columns(question: Question, leaders: int, by: Folds) -> Fold:
+def _by_columns(request: ScanRequest, leaders: int, by: Folds) -> Fold:
     """The fold of large pictures, some columns at a time: a site's numbers stay in the cache."""
-    c, Q = question.collection, question.collection.window.shape[1]
+    c, Q = request.collection, request.collection.window.shape[1]
     rows, columns = c.frame
     step = max(1, SITES // rows)
     parts = []
     for start in range(0, columns, step):
         n = min(step, columns - start)
-        y = question.y[..., start : start + n + Q - 1]
-        asked = replace(question, y=y, collection=replace(c, canvas=(rows, n)))
+        y = request.y[..., start : start + n + Q - 1]
+        asked = replace(request, y=y, collection=replace(c, canvas=(rows, n)))
         parts.append(by(asked, leaders, None))
     fields = zip(*(vars(part).values() for part in parts), strict=True)
     return Fold(*(torch.cat(field, dim=-1) for field in fields))

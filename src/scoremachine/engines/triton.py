@@ -25,7 +25,7 @@ from torch import Tensor
 
 from scoremachine.core.collection import Collection, classes
 from scoremachine.core.fold import Fold
-from scoremachine.core.posterior import Question
+from scoremachine.core.posterior import ScanRequest
 from scoremachine.core.windows import Box
 from scoremachine.engines.compiled import NOTHING
 
@@ -80,10 +80,10 @@ def folds(collection: Collection) -> bool:
     return pixels and boxes and plain
 
 
-def answers(question: Question) -> bool:
+def answers(request: ScanRequest) -> bool:
     """Whether `fold` can answer."""
-    images, c = question.images, question.collection
-    levels = images.dtype == np.uint8 and question.values is None and question.u is None
+    images, c = request.images, request.collection
+    levels = images.dtype == np.uint8 and request.values is None and request.u is None
     small = images.shape[1] <= CHANNELS and images.shape[1] * math.prod(c.window.shape) <= WINDOW
     return folds(c) and levels and small
 
@@ -93,16 +93,16 @@ def rounded(y: Tensor) -> Tensor:
     return _in_units(*_in_steps(y))
 
 
-def compared(question: Question, known: Fold) -> tuple[Question, Fold]:
-    """The question that a fold of `fold` answers, and the fold without the |y|^2 of `_left_out`."""
-    near = rounded(question.y)
-    extra = _left_out(question.y, near, question.sigma, question.collection)
-    return replace(question, y=near), replace(known, m=known.m - extra)
+def compared(request: ScanRequest, known: Fold) -> tuple[ScanRequest, Fold]:
+    """The request that a fold of `fold` answers, and the fold without the |y|^2 of `_left_out`."""
+    near = rounded(request.y)
+    extra = _left_out(request.y, near, request.sigma, request.collection)
+    return replace(request, y=near), replace(known, m=known.m - extra)
 
 
 def _left_out(y: Tensor, near: Tensor, sigma: Tensor, c: Collection) -> Tensor:
     """What logits need for near, where others leave out the |y|^2 of y: (B, *sites)."""
-    return c.look((y**2 - near**2).sum(1)) / (2 * sigma[:, None, None] ** 2)
+    return c.window_sum((y**2 - near**2).sum(1)) / (2 * sigma[:, None, None] ** 2)
 
 
 def _in_steps(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,42 +117,44 @@ def _in_units(whole: Tensor, step: Tensor) -> Tensor:
     return (whole * step[:, None, None, None] + 0.5) / 127.5
 
 
-def fold(question: Question, leaders: int, device: torch.device, launch: Launch = LAUNCH) -> Fold:
-    """The fold over the source; see `scoremachine.posterior.Kernel`."""
-    c, B = question.collection, len(question.y)
+def fold(request: ScanRequest, leaders: int, device: torch.device, launch: Launch = LAUNCH) -> Fold:
+    """The fold over the source; see `scoremachine.core.posterior.Engine`."""
+    c, B = request.collection, len(request.y)
     kept = 1 << max(leaders - 1, 0).bit_length()  # a power of 2
-    plan = _plan(c, question.y.shape[1], tuple(question.y.shape[2:]), launch.depth, device)
-    state = PARTS * (question.y.shape[1] + 3 + 2 * kept)
+    plan = _plan(c, request.y.shape[1], tuple(request.y.shape[2:]), launch.depth, device)
+    state = PARTS * (request.y.shape[1] + 3 + 2 * kept)
     together = max(1, NUMBERS // (len(plan.sites) * max(plan.places.shape[1], state)))
     if together < B:
-        pairs = zip(question.y.split(together), question.sigma.split(together), strict=True)
-        some = [replace(question, y=y, sigma=sigma) for y, sigma in pairs]
+        pairs = zip(request.y.split(together), request.sigma.split(together), strict=True)
+        some = [replace(request, y=y, sigma=sigma) for y, sigma in pairs]
         return Fold.batch(fold(part, leaders, device, launch) for part in some)
-    y = question.y.to(device)
+    y = request.y.to(device)
     picture, site, blocks = plan.rows(B, launch.rows)
     whole, step = _in_steps(y)
     digits = plan.digits(whole, picture, site)
-    variance = (127.5 * question.sigma.to(device)) ** 2
+    variance = (127.5 * request.sigma.to(device)) ** 2
     scales = torch.stack([step / variance, 0.5 / variance], dim=1)[picture].contiguous()
 
     def parts() -> Iterator[Fold]:
-        for images, ids, first in _read(question, device):
+        for images, ids, first in _read(request, device):
             for k, variant in enumerate(c.variants):
                 axes = [a for a, m in ((2, variant.mirror_rows), (3, variant.mirror_columns)) if m]
                 source = images.flip(axes) if axes else images
                 rows = _launched(plan, digits, scales, blocks, source, ids, leaders, kept, launch)
                 part = _in_order(rows, c, B, picture, site)
-                before = (first + k * len(question.images)) * math.prod(c.image)
+                before = (first + k * len(request.images)) * math.prod(c.image)
                 part.places[part.places >= 0] += before
                 yield part
 
     found = functools.reduce(Fold.merge, parts())
     # from sums of bytes to those of x: (s + 1/2) / 127.5
     found.S = (found.S + 0.5 * found.Z[:, None]) / 127.5
-    sizes = c.look(torch.ones_like(y).sum(1))
+    sizes = c.window_sum(torch.ones_like(y).sum(1))
     near = _in_units(whole, step)
-    constant = (2 * c.look(near.sum(1)) - sizes / 255) / (510 * variance[:, None, None] / 127.5**2)
-    constant += _left_out(y, near, question.sigma.to(device), c)
+    constant = (2 * c.window_sum(near.sum(1)) - sizes / 255) / (
+        510 * variance[:, None, None] / 127.5**2
+    )
+    constant += _left_out(y, near, request.sigma.to(device), c)
     found.m += constant
     found.logits += constant[:, None]
     found.logits[found.places < 0] = NOTHING
@@ -256,13 +258,13 @@ def _digits(whole: Tensor) -> Tensor:
 _kept: tuple[weakref.ref[np.ndarray], Tensor] | None = None  # the last corpus, on the device
 
 
-def _read(question: Question, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
+def _read(request: ScanRequest, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
     """The images of the source as bytes from -128 on: a corpus or a part of it, and which of them.
 
     With them comes the place of their first in the corpus.
     """
     global _kept
-    images, index = question.images, question.index
+    images, index = request.images, request.index
     device = torch.empty(0, device=device).device  # "cuda" is one of them
     room = ROOM
     if device.type == "cuda":

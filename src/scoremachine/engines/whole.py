@@ -120,7 +120,7 @@ def _spread(part, parts, flat, index, y, u, scale, T, m, Z, b_mean, total):
             total[p, d] = total[p, d] * (1.0 / 127.5) - sums_[p]
 
 
-def spread_whole(
+def accumulate_whole(
     images: np.ndarray,
     index: np.ndarray,
     y: np.ndarray,

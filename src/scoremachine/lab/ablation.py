@@ -92,7 +92,9 @@ def ablation(
             for text, name, settings in entered:
                 machine = build(name, corpus, **settings)
                 assert isinstance(machine, BoxMachine)
-                values = [P for P in patch_sizes or spread_candidates(machine) if machine.takes(P)]
+                values = [
+                    P for P in patch_sizes or spread_candidates(machine) if machine.supports(P)
+                ]
                 trials += _trials(machine, text, values, sigmas, held_out, seed, progress)
     return trials
 
@@ -115,7 +117,7 @@ def _trials(
         levels = torch.full((len(x),), sigma, dtype=torch.float64)
         errors, effective = [], []
         for P in patch_sizes:
-            tried = machine.remade(corpus, patch_size=P)
+            tried = machine.clone_with(corpus, patch_size=P)
             found = tried.evidence(x + sigma * eps, levels, index, tried.windows(sigma, index))
             errors.append(((found.mean - x) ** 2).mean((1, 2, 3)).tolist())
             effective.append(float(found.fold.effective_sources.median()))

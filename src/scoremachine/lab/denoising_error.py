@@ -184,7 +184,7 @@ def _mixed(machine: Composite, parts: Parts, sigmas: Any, choosing: int, seed: i
     more = order[: min((WEIGHING - 1) * len(choosers), len(source) // 4)]
     source, weighing = np.setdiff1d(source, more), np.sort(np.concatenate([choosers, more]))
     weights = stack(ready, levels, (corpus, source, weighing, reporters[:0]), seed).schedule
-    made = machine.remade(corpus, of=ready.members, weights=weights)
+    made = machine.clone_with(corpus, of=ready.members, weights=weights)
     return _as_it_is(made, (corpus, source, choosers, reporters), sigmas, "", choosing, seed)
 
 

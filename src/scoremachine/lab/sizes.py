@@ -99,7 +99,7 @@ def sizes(
     """
     check_integer("held_out", held_out)
     kind = kind_of(machine)
-    if not kind.of_mixtures:
+    if not kind.accepts_mixtures:
         raise ValueError(f"a mixture is the source of ideal, ls and els, not of {kind.name}")
     levels = np.sort(np.asarray(edm_sigmas() if sigmas is None else sigmas, dtype=float))[::-1]
     _, others, _, reporting = split(corpus, 1, seed, reporting=held_out)
@@ -123,7 +123,7 @@ def sizes(
         nbytes, clusters, rank = source.images.nbytes, len(source), 0
         if at > 0:
             mixture = compress(source, asked[int(at) - 1], sides, seed=seed)
-            made = exact.remade(mixture, **local)
+            made = exact.clone_with(mixture, **local)
             nbytes, clusters, rank = mixture.nbytes, len(mixture), mixture.whole.rank
         found = {"nbytes": nbytes, "clusters": clusters, "ranks": rank}
         errors = []

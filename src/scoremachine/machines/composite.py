@@ -15,7 +15,7 @@ from scoremachine.calibration.stacking import automatic_weights
 from scoremachine.core.processes import Process
 from scoremachine.core.schedules import BandwidthSchedule, WeightSchedule
 from scoremachine.data.corpus import Corpus
-from scoremachine.machines.machine import Label, Machine, plain, widened
+from scoremachine.machines.machine import Label, Machine, apply_bandwidth, plain
 
 Members = str | Sequence["str | Machine"] | Mapping[str, Machine]
 
@@ -54,7 +54,7 @@ class Composite(Machine):
         self.members = _members(of, corpus, kernel)
         self.weights = self._checked(weights)
         self.equivariant = any(m.equivariant for m in self.members.values())
-        self.dearness = sum(m.dearness for m in self.members.values())
+        self.relative_cost = sum(m.relative_cost for m in self.members.values())
 
     def _checked(self, weights: Any) -> WeightSchedule | str:
         if isinstance(weights, str) and weights == "auto":
@@ -88,7 +88,7 @@ class Composite(Machine):
         for member in self.members.values():
             h = member.bandwidths(level)
             D = member.mean(y, torch.sqrt(sigma**2 + h**2), index, level)
-            found.append(widened(D, y, sigma, h))
+            found.append(apply_bandwidth(D, y, sigma, h))
         return found
 
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Composite(Machine):
         return other
 
     def smaller(self, corpus: Corpus) -> Machine:
-        return self.remade(
+        return self.clone_with(
             corpus, of={label: m.smaller(corpus) for label, m in self.members.items()}
         )
 
@@ -157,7 +157,7 @@ def _members(of: Members, corpus: Corpus, kernel: str) -> dict[str, Machine]:
             )
         if label in members:
             raise ValueError(f"{label} is there twice; give every machine once")
-        members[label] = each if each.corpus is corpus else each.remade(corpus)
+        members[label] = each if each.corpus is corpus else each.clone_with(corpus)
     if not members:
         raise ValueError("there is no machine to mix; give at least one, as 'gaussian,ls,pspc'")
     return members

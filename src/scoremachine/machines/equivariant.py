@@ -14,14 +14,14 @@ from azula.noise import Schedule
 from torch import Tensor
 
 from scoremachine.core.collection import Boundary, Collection
-from scoremachine.core.posterior import Kernel
+from scoremachine.core.posterior import Engine
 from scoremachine.core.schedules import BandwidthSchedule, PatchSchedule
 from scoremachine.core.windows import Augment
 from scoremachine.data.corpus import Corpus
 from scoremachine.engines import pytorch as device
 from scoremachine.engines import triton as fused
 from scoremachine.engines.search.bounded import KINDS, Bounded, exact_cost, searchable
-from scoremachine.machines.machine import Label, widened
+from scoremachine.machines.machine import Label, apply_bandwidth
 from scoremachine.machines.windowed import BoxMachine
 from scoremachine.runtime.progress import say
 from scoremachine.runtime.validation import check_name
@@ -39,7 +39,7 @@ class Searched(NamedTuple):
 
     Attributes:
         D: As `denoise` gives it, shape (B, C, H, W).
-        mass_left_out: For every pixel an upper bound of the share of its posterior that was not
+        omitted_mass: For every pixel an upper bound of the share of its posterior that was not
             looked at, or what stands for it where lots were drawn; float64 (B, H, W); 0 where
             everything was looked at.
         kind: What kind of bound: "deterministic", true of every picture; or "statistical", for
@@ -47,13 +47,13 @@ class Searched(NamedTuple):
     """
 
     D: Tensor
-    mass_left_out: Tensor
+    omitted_mass: Tensor
     kind: str
 
     @property
     def error(self) -> Tensor:
         """An upper bound of the error of a pixel's channels in D, float64 (B, H, W)."""
-        return 2 * self.mass_left_out
+        return 2 * self.omitted_mass
 
 
 class EquivariantLocalScore(BoxMachine):
@@ -80,7 +80,7 @@ class EquivariantLocalScore(BoxMachine):
 
     name = "els"
     equivariant = True
-    of_mixtures = True
+    accepts_mixtures = True
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class EquivariantLocalScore(BoxMachine):
                 "tapered window nor flips, brightness or contrast: use search='exact'"
             )
         self.search, self.error, self.bound = search, float(error), bound
-        self.dearness /= (2 * self.augment.shifts + 1) ** 2
+        self.relative_cost /= (2 * self.augment.shifts + 1) ** 2
 
     def check_local(self, value: Any) -> None:
         super().check_local(value)
@@ -158,7 +158,7 @@ class EquivariantLocalScore(BoxMachine):
     def _bounded(self) -> Bounded:
         return Bounded(self.corpus, self.kernel, self.error, self.bound)
 
-    def kernel_for(self, collection: Collection, index: np.ndarray) -> Kernel:
+    def engine_for(self, collection: Collection, index: np.ndarray) -> Engine:
         special = self.view is not None or isinstance(self.corpus, Mixture)
         if self.search == "exact" or special or not searchable(collection):
             return self.kernel
@@ -194,8 +194,8 @@ class EquivariantLocalScore(BoxMachine):
             for some, row in self.by_row(y_m, sigma_m, index):
                 wider = torch.sqrt(sigma_m[some] ** 2 + h[some] ** 2)
                 evidence = self.evidence(y_m[some], wider, index, row)
-                D[members[some]] = widened(evidence.mean, y_m[some], sigma_m[some], h[some])
-                mass[members[some]] = evidence.fold.mass_left_out
+                D[members[some]] = apply_bandwidth(evidence.mean, y_m[some], sigma_m[some], h[some])
+                mass[members[some]] = evidence.fold.omitted_mass
         kind = "statistical" if self._bounded.statistical > before else "deterministic"
         return Searched(D.to(dtype=y.dtype, device=y.device), mass, kind)
 
@@ -218,7 +218,7 @@ class EquivariantLocalScore(BoxMachine):
         """
         images = self.corpus.indices() if images is None else images
         collection = self.collection(P, 1.0, images)
-        kernel = self.kernel_for(collection, images)
+        kernel = self.engine_for(collection, images)
         return kernel.prepare(images, collection) if isinstance(kernel, Bounded) else []
 
     @property

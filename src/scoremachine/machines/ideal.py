@@ -25,7 +25,7 @@ class IdealScore(Machine):
     """
 
     name = "ideal"
-    of_mixtures = True
+    accepts_mixtures = True
     source: Literal["same", "rolled"] = "same"
 
     def collection(self) -> Collection:
@@ -86,7 +86,7 @@ class EquivariantScore(IdealScore):
     """
 
     name = "es"
-    of_mixtures = False
+    accepts_mixtures = False
     source = "rolled"
 
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:

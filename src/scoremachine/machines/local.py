@@ -15,7 +15,7 @@ class LocalScore(BoxMachine):
     """
 
     name = "ls"
-    of_mixtures = True
+    accepts_mixtures = True
 
     def collection(self, P: int, sigma: float, index: np.ndarray) -> Collection:
         window = self.tapered((P, P), sigma, index)

@@ -73,8 +73,8 @@ class Machine(Denoiser):
     name: str
     equivariant = False  # whether its source is every position
     locality: str | None = None  # the setting that says how far it sees, where it has one
-    dearness: float = 1.0  # about how much dearer a source is than one of a plain box
-    of_mixtures = False  # whether its source may be a mixture of Gaussians
+    relative_cost: float = 1.0  # about how much dearer a source is than one of a plain box
+    accepts_mixtures = False  # whether its source may be a mixture of Gaussians
     view: View | None = None  # where pictures are compared with other than the images themselves
 
     def __init__(
@@ -90,7 +90,7 @@ class Machine(Denoiser):
                 f"a machine is made of a Corpus, not of {type(corpus).__name__}: "
                 "use Corpus.open(source) or Corpus(images)"
             )
-        if isinstance(corpus, Mixture) and not self.of_mixtures:
+        if isinstance(corpus, Mixture) and not self.accepts_mixtures:
             raise ValueError(
                 f"{self.name} needs images, and a mixture is the source of ideal, ls and els "
                 "alone: use one of them, or the images that were compressed"
@@ -137,7 +137,7 @@ class Machine(Denoiser):
     def denoise_from(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
         """D of valid float64 pictures, the images at `index` being the source."""
         h = self.bandwidths(sigma)
-        return widened(self.mean(y, torch.sqrt(sigma**2 + h**2), index, sigma), y, sigma, h)
+        return apply_bandwidth(self.mean(y, torch.sqrt(sigma**2 + h**2), index, sigma), y, sigma, h)
 
     def denoise_through(
         self, process: Process, x_t: Tensor, t: float, label: Label = None
@@ -297,7 +297,7 @@ class Machine(Denoiser):
     def bandwidth_at(self, sigma: float) -> float:
         """The bandwidth h at noise level `sigma`."""
         if self.bandwidth == "auto":
-            self.bandwidth = automatic_bandwidth(self.remade(self.corpus, bandwidth=0.0))
+            self.bandwidth = automatic_bandwidth(self.clone_with(self.corpus, bandwidth=0.0))
         if isinstance(self.bandwidth, BandwidthSchedule):
             return self.bandwidth(sigma)
         assert isinstance(self.bandwidth, float)
@@ -315,19 +315,19 @@ class Machine(Denoiser):
             "schedule": self.schedule,
         }
 
-    def remade(self, corpus: Corpus, **changes: Any) -> Machine:
+    def clone_with(self, corpus: Corpus, **changes: Any) -> Machine:
         """The same kind of machine with other images, or other arguments."""
         return type(self)(corpus, **{**self.arguments(), **changes})
 
     def smaller(self, corpus: Corpus) -> Machine:
         """The same kind of machine of smaller images: how far it sees is chosen anew."""
-        return self.remade(corpus)
+        return self.clone_with(corpus)
 
     def candidates(self) -> list[Any]:
         """The values of its locality that calibration tries: none, without a locality."""
         return []
 
-    def takes(self, value: Any) -> bool:
+    def supports(self, value: Any) -> bool:
         """Whether there is such a machine with this value of its locality."""
         return False
 
@@ -377,7 +377,7 @@ class LocalMachine(Machine):
     def check_local(self, value: Any) -> None:
         """Raises ValueError where no machine of this kind can have that value."""
 
-    def takes(self, value: Any) -> bool:
+    def supports(self, value: Any) -> bool:
         try:
             self.check_local(value)
         except ValueError:
@@ -386,10 +386,10 @@ class LocalMachine(Machine):
 
     def choose(self) -> LevelSchedule:
         """What "auto" stands for."""
-        return automatic_locality(self.remade(self.corpus, bandwidth=0.0))
+        return automatic_locality(self.clone_with(self.corpus, bandwidth=0.0))
 
     def smaller(self, corpus: Corpus) -> Machine:
-        return self.remade(corpus, **{self.locality: "auto"})
+        return self.clone_with(corpus, **{self.locality: "auto"})
 
     def local_at(self, sigma: float) -> Any:
         """The setting's value at noise level `sigma`."""
@@ -447,7 +447,7 @@ def checked(
     return pictures, levels.expand(len(y)).contiguous()
 
 
-def widened(D: Tensor, y: Tensor, sigma: Tensor, h: Tensor) -> Tensor:
+def apply_bandwidth(D: Tensor, y: Tensor, sigma: Tensor, h: Tensor) -> Tensor:
     """D of sources that are Gaussians of bandwidth h, from D_0(y, sqrt(sigma^2 + h^2))."""
     a = (sigma**2 / (sigma**2 + h**2))[:, None, None, None]
     return torch.where(a == 1, D, a * D + (1 - a) * y)

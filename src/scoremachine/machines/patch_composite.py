@@ -50,8 +50,8 @@ class PatchCompositeFlex(WindowMachine):
 
     name = "pspc-flex"
     locality = "share"
-    by_noise = True
-    dearness = 3.0
+    depends_on_noise = True
+    relative_cost = 3.0
 
     def __init__(
         self,

@@ -34,8 +34,8 @@ class PCALocality(WindowMachine):
 
     name = "pca"
     locality = "threshold"
-    by_noise = True
-    dearness = 10.0
+    depends_on_noise = True
+    relative_cost = 10.0
 
     def __init__(
         self,

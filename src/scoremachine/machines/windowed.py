@@ -16,12 +16,12 @@ from torch import Tensor
 
 from scoremachine.core.collection import Collection
 from scoremachine.core.fold import Fold
-from scoremachine.core.posterior import Kernel, posterior
+from scoremachine.core.posterior import Engine, posterior
 from scoremachine.core.schedules import BandwidthSchedule, PatchSchedule
 from scoremachine.core.windows import Augment, Box, Soft, Window, check_window
 from scoremachine.data.corpus import Corpus
 from scoremachine.machines.machine import LocalMachine
-from scoremachine.runtime.lru import Kept
+from scoremachine.runtime.lru import LRUCache
 from scoremachine.sources.mixture import Mixture
 
 KEPT_WINDOWS = 64
@@ -47,14 +47,14 @@ class Evidence:
 class WindowMachine(LocalMachine):
     """A machine of windows: a row of the table in docs/design.md."""
 
-    by_noise = False  # whether windows depend on the noise level itself
+    depends_on_noise = False  # whether windows depend on the noise level itself
 
     @cached_property
-    def _known(self) -> Kept[Collection]:
-        return Kept(KEPT_WINDOWS)
+    def _known(self) -> LRUCache[Collection]:
+        return LRUCache(KEPT_WINDOWS)
 
-    def remade(self, corpus: Corpus, **changes: Any) -> WindowMachine:
-        other = super().remade(corpus, **changes)
+    def clone_with(self, corpus: Corpus, **changes: Any) -> WindowMachine:
+        other = super().clone_with(corpus, **changes)
         assert isinstance(other, WindowMachine)
         if corpus is self.corpus and changes.keys() <= {"bandwidth", "kernel", self.locality}:
             other.__dict__["_known"] = self._known  # on which these have no bearing
@@ -81,13 +81,13 @@ class WindowMachine(LocalMachine):
             found = self.collection(self.local_at(level), level, index)
             return found if canvas is None else replace(found, canvas=canvas)
 
-        key = *self._row(level), index.tobytes() if self.by_noise else b"", canvas
+        key = *self._row(level), index.tobytes() if self.depends_on_noise else b"", canvas
         return self._known.get(key, make)
 
     def _row(self, sigma: float) -> tuple[Any, float]:
-        return self.local_at(sigma), sigma if self.by_noise else 0.0
+        return self.local_at(sigma), sigma if self.depends_on_noise else 0.0
 
-    def kernel_for(self, collection: Collection, index: np.ndarray) -> Kernel:
+    def engine_for(self, collection: Collection, index: np.ndarray) -> Engine:
         """The kernel that folds the images at `index` for a row."""
         return self.kernel
 
@@ -123,7 +123,7 @@ class WindowMachine(LocalMachine):
         """The fold of valid float64 pictures that share a row; see `posterior`."""
         images, values = self.images, self.answers
         pictures = y.reshape(-1, images.shape[1], *collection.frame)
-        kernel = self.kernel_for(collection, index)
+        kernel = self.engine_for(collection, index)
         if values is not None:
             values = values.reshape(images.shape)
         fold, D = posterior(kernel, images, index, pictures, sigma, collection, leaders, values)
@@ -166,8 +166,8 @@ class BoxMachine(WindowMachine):
             raise ValueError(f"augment is {augment!r}; expected an Augment, its text, or None")
         super().__init__(corpus, patch_size, bandwidth, kernel, schedule)
         self.window, self.augment = window, augment or Augment()
-        self.by_noise = window == "wiener"
-        self.dearness = WINDOWS[window] * (
+        self.depends_on_noise = window == "wiener"
+        self.relative_cost = WINDOWS[window] * (
             len(self.augment.variants) * (2 * self.augment.shifts + 1) ** 2
         )
 
@@ -181,7 +181,7 @@ class BoxMachine(WindowMachine):
 
     def candidates(self) -> list[int]:
         sides = range(3, max(self.corpus.shape[1:]) + 1, 2)
-        return [P for P in sides if self.takes(P)] or [P for P in (1,) if self.takes(P)]
+        return [P for P in sides if self.supports(P)] or [P for P in (1,) if self.supports(P)]
 
     def tapered(self, shape: tuple[int, int], sigma: float, index: np.ndarray) -> Window:
         """The window of that height and width."""

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Kept(Generic[T]):
+class LRUCache(Generic[T]):
     """Remembers the last `size` things made, by key; several threads may ask."""
 
     def __init__(self, size: int) -> None:

@@ -17,7 +17,7 @@ from scoremachine.runtime.validation import check_integer, check_name, check_see
 from scoremachine.sampling.process_denoiser import Through
 from scoremachine.sampling.samplers import SAMPLERS
 from scoremachine.sampling.schedules import times_of
-from scoremachine.sampling.trajectory import walk
+from scoremachine.sampling.trajectory import trajectory
 
 
 def generate_batches(
@@ -71,7 +71,7 @@ def generate_batches(
                 some = range(first, min(first + batch, pictures.stop))
                 path = []
                 walker = through or denoiser
-                for x, D, t in walk(walker, some, shape, steps, seed, sampler, label, start):
+                for x, D, t in trajectory(walker, some, shape, steps, seed, sampler, label, start):
                     if through is not None:
                         x, D = (through.schedule.picture(z).float() for z in (x, D))
                     path.append((x, D, t))

@@ -18,7 +18,7 @@ from scoremachine.sampling.samplers import SAMPLERS
 from scoremachine.sampling.schedules import times_of
 
 
-class Watched(Denoiser):
+class RecordingDenoiser(Denoiser):
     """A denoiser that remembers its answers; a sampler may ask more than once a step."""
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -33,7 +33,7 @@ class Watched(Denoiser):
         return posterior
 
 
-def walk(
+def trajectory(
     denoiser: Denoiser,
     pictures: range,
     shape: tuple[int, int, int],
@@ -48,7 +48,7 @@ def walk(
     The times fall evenly from the first to 0; at the last the walk ends, and D is the result: no
     step ever goes to a vanishing sigma.
     """
-    watched = Watched(denoiser)
+    watched = RecordingDenoiser(denoiser)
     stepper = SAMPLERS[sampler](watched, silent=True)
     given = {} if label is None else {"label": label}
     with PictureNoise(seed, pictures) as noise, torch.no_grad():

@@ -280,12 +280,12 @@ class Mixture(Corpus):
             K = len(some)
             v = some.variances(sigma).expand(K, C * H * W).reshape(K, C, H, W)
             mu = some.means.double().reshape(K, C, H, W)
-            logdet = c.look(torch.log(v).sum(1))
+            logdet = c.window_sum(torch.log(v).sum(1))
             if r:
                 V = some.V.double().reshape(K, C, H, W, r).permute(0, 4, 1, 2, 3)  # (K, r, C, H, W)
                 VS = V / v[:, None]
                 M = torch.einsum("kichw,kjchw->kijhw", V, VS).reshape(-1, H, W)
-                M = torch.cat([c.look(maps) for maps in M.split(max(1, ROOM // (4 * H * W)))])
+                M = torch.cat([c.window_sum(maps) for maps in M.split(max(1, ROOM // (4 * H * W)))])
                 M = M.reshape(K, r, r, H, W).permute(0, 3, 4, 1, 2)
                 L = torch.linalg.cholesky(M + torch.eye(r, dtype=torch.float64))
                 del M
@@ -294,10 +294,12 @@ class Mixture(Corpus):
                 B = len(piece)
                 delta = piece[:, None] - mu  # (B, K, C, H, W)
                 pulled = delta / v
-                square = c.look((delta * pulled).sum(2).flatten(0, 1)).reshape(B, K, H, W)
+                square = c.window_sum((delta * pulled).sum(2).flatten(0, 1)).reshape(B, K, H, W)
                 if r:
                     a = torch.einsum("krchw,bkchw->bkrhw", V, pulled).flatten(0, 2)
-                    a = c.look(a).reshape(B, K, r, H, W).permute(1, 3, 4, 2, 0)  # (K, H, W, r, B)
+                    a = (
+                        c.window_sum(a).reshape(B, K, r, H, W).permute(1, 3, 4, 2, 0)
+                    )  # (K, H, W, r, B)
                     u = torch.cholesky_solve(a, L)
                     square = square - (a * u).sum(3).permute(3, 0, 1, 2)
                     pulled = pulled - torch.einsum("krchw,khwrb->bkchw", VS, u)

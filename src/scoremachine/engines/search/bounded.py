@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scoremachine.core.collection import Class, Collection, Patches, classes
 from scoremachine.core.fold import Fold
-from scoremachine.core.posterior import Kernel, Question, folded, spread
+from scoremachine.core.posterior import Engine, ScanRequest, accumulate_response, folded
 from scoremachine.core.windows import Box, Variant
 from scoremachine.data.corpus import Corpus
 from scoremachine.engines import strips
@@ -35,7 +35,7 @@ from scoremachine.engines.search.index import (
 )
 from scoremachine.engines.search.rounds import Purse, blank, guessed, nearby, queries, sought
 from scoremachine.engines.simd import LANES
-from scoremachine.runtime.lru import Kept
+from scoremachine.runtime.lru import LRUCache
 from scoremachine.runtime.progress import Bar, say
 
 ERROR = 1e-3  # the largest error of a pixel, unless another is asked for
@@ -76,7 +76,7 @@ def searchable(collection: Collection) -> bool:
 
 
 class Bounded:
-    """A kernel (`posterior.Kernel`) that looks most patches up in indexes instead of at them all.
+    """A kernel (`posterior.Engine`) that looks most patches up in indexes instead of at them all.
 
     What is left out of a pixel's posterior has a mass of at most error / 2, so that no channel of D
     is further than `error` from the exact one. The bound of that mass is one of two kinds:
@@ -101,17 +101,17 @@ class Bounded:
     def __init__(
         self,
         corpus: Corpus,
-        exact: Kernel,
+        exact: Engine,
         error: float = ERROR,
         bound: str = "auto",
         patience: float = 1.0,
     ) -> None:
         self.corpus, self.exact, self.error = corpus, exact, error
         self.bound, self.patience = bound, patience
-        self._sources: Kept[Source] = Kept(2)
+        self._sources: LRUCache[Source] = LRUCache(2)
         self._indexes: dict[tuple[str, str], Index] = {}
-        self._nodes: Kept[Nodes] = Kept(64)
-        self._gaussians: Kept[Gaussians | None] = Kept(64)
+        self._nodes: LRUCache[Nodes] = LRUCache(64)
+        self._gaussians: LRUCache[Gaussians | None] = LRUCache(64)
         self._told: set[float] = set()
         self._ahead = Ahead()
         self.statistical = 0  # for how many pixels the bound was statistical so far
@@ -194,18 +194,18 @@ class Bounded:
         self._indexes[source.key, patches.name] = opened
         return opened
 
-    def fold(self, question: Question, leaders: int, known: Fold | None) -> Fold:
-        """The fold over the source; see `scoremachine.posterior.Kernel`."""
-        if question.u is not None:
-            return self._all(question, leaders)
-        self._ahead.reached(self.prepare(question.index, question.collection))
-        B = len(question.y)
+    def fold(self, request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
+        """The fold over the source; see `scoremachine.core.posterior.Engine`."""
+        if request.u is not None:
+            return self._all(request, leaders)
+        self._ahead.reached(self.prepare(request.index, request.collection))
+        B = len(request.y)
         pictures = [  # each for itself: what is left out may not depend on the others
             replace(
-                question,
-                y=question.y[b : b + 1].detach(),
-                sigma=question.sigma[b : b + 1].detach(),
-                T=question.T[b : b + 1].detach(),
+                request,
+                y=request.y[b : b + 1].detach(),
+                sigma=request.sigma[b : b + 1].detach(),
+                T=request.T[b : b + 1].detach(),
             )
             for b in range(B)
         ]
@@ -213,58 +213,58 @@ class Bounded:
         others = side_by_side(lambda picture: self._picture(picture, leaders), pictures[1:])
         return Fold.batch([first, *others])
 
-    def spread(self, question: Question, known: Fold) -> Tensor:
-        """sum_is q_i a_is s, by the exact kernel; see `scoremachine.posterior.Kernel`."""
-        return spread(self.exact, question, known, Bar("Comparing", None))
+    def accumulate_response(self, request: ScanRequest, known: Fold) -> Tensor:
+        """sum_is q_i a_is s, by the exact kernel; see `scoremachine.core.posterior.Engine`."""
+        return accumulate_response(self.exact, request, known, Bar("Comparing", None))
 
-    def _all(self, question: Question, leaders: int, known: Fold | None = None) -> Fold:
-        return folded(self.exact, question, leaders, Bar("Comparing", None), known)
+    def _all(self, request: ScanRequest, leaders: int, known: Fold | None = None) -> Fold:
+        return folded(self.exact, request, leaders, Bar("Comparing", None), known)
 
-    def _picture(self, question: Question, leaders: int) -> Fold:
+    def _picture(self, request: ScanRequest, leaders: int) -> Fold:
         """The fold of one picture."""
-        c, source = question.collection, self.source(question.index)
-        purse = Purse(self.patience * exact_cost(c, len(question.index)))
+        c, source = request.collection, self.source(request.index)
+        purse = Purse(self.patience * exact_cost(c, len(request.index)))
         searched = indexed(c)
         found: list[tuple[Class, Fold]] = []
         for each in sorted(searched, key=lambda c: -c.patches.per_image):  # the dearest first
             opened = self._opened(source, each.patches)
             assert opened is not None
-            result = self._search(question, source, opened, each, leaders, purse)
+            result = self._search(request, source, opened, each, leaders, purse)
             if result is None:
-                self._tell(question)
-                return self._all(question, leaders)
+                self._tell(request)
+                return self._all(request, leaders)
             found.append((each, result))
-        fold = self._corners(question, leaders, searched)
-        half = float(1 / (2 * question.sigma[0] ** 2))
-        energy = c.look((question.y**2).sum(1)) * half  # which the logits of a fold lack
+        fold = self._corners(request, leaders, searched)
+        half = float(1 / (2 * request.sigma[0] ** 2))
+        energy = c.window_sum((request.y**2).sum(1)) * half  # which the logits of a fold lack
         for each, result in found:
-            _enter(fold, each, result, energy, question, source)
+            _enter(fold, each, result, energy, request, source)
         return fold
 
-    def _corners(self, question: Question, leaders: int, searched: list[Class]) -> Fold:
+    def _corners(self, request: ScanRequest, leaders: int, searched: list[Class]) -> Fold:
         """The exact fold of the sites that no class is searched for; nothing for all others."""
-        c = question.collection
-        fold = blank(1, question.y.shape[1], leaders, c.grid)
+        c = request.collection
+        fold = blank(1, request.y.shape[1], leaders, c.grid)
         if len(searched) == len(classes(c)):
             return fold
         for each in searched:  # nothing is as near as what they know
             fold.m[..., each.rows, each.columns] = -NOTHING
-        return self._all(replace(question, collection=replace(c, source="same")), leaders, fold)
+        return self._all(replace(request, collection=replace(c, source="same")), leaders, fold)
 
     def _count(self, pixels: int) -> None:
         """The bound of so many more is statistical."""
         with self._lock:
             self.statistical += pixels
 
-    def _tell(self, question: Question) -> None:
-        if exact_cost(question.collection, len(question.index)) < TOLD:
+    def _tell(self, request: ScanRequest) -> None:
+        if exact_cost(request.collection, len(request.index)) < TOLD:
             return
-        sigma = round(float(question.sigma[0]), 6)
+        sigma = round(float(request.sigma[0]), 6)
         with self._lock:
             new = sigma not in self._told
             self._told.add(sigma)
         if new:
-            pixels = math.prod(question.collection.grid)
+            pixels = math.prod(request.collection.grid)
             say(
                 f"sigma {sigma:.3g}: all {pixels:,} pixels of a picture are compared with "
                 "everything, since a search would take longer"
@@ -272,7 +272,7 @@ class Bounded:
 
     def _search(
         self,
-        question: Question,
+        request: ScanRequest,
         source: Source,
         opened: Index,
         of: Class,
@@ -280,11 +280,11 @@ class Bounded:
         purse: Purse,
     ) -> Fold | None:
         """Searches for the sites of a class; None if that costs more than there is."""
-        kinds = self._kinds(question.collection)
-        q, centred = queries(question, opened, of, kinds[0])
+        kinds = self._kinds(request.collection)
+        q, centred = queries(request, opened, of, kinds[0])
         Q, w = len(q.half), source.windows(of.patches, of.middle)
         best, least = guessed(q, opened, w, of)
-        found = blank(Q, question.y.shape[1], leaders, ())
+        found = blank(Q, request.y.shape[1], leaders, ())
         at = np.arange(Q)
         asked = None
         if self.bound != "deterministic" and not leaders:
@@ -303,7 +303,7 @@ class Bounded:
             if len(at) and purse.left <= 0:
                 return None
             if kind != kinds[0]:
-                q, _ = queries(question, opened, of, kind)
+                q, _ = queries(request, opened, of, kind)
             # lots may be cheaper than the exact scan, or a search: then some are left to them
             apiece = min(DEAR[kind] * purse.left / Q, LOTS / self.error**2)
             apiece = math.inf if asked is None else max(apiece, CHEAP)
@@ -370,7 +370,7 @@ class Bounded:
             have[done] = torch.from_numpy(new[enough])
         # as much mass as would make that much of an error, were it left out
         error = torch.from_numpy(lots.error[enough])
-        found.left[done] = found.Z[done] * error / (2 - error)
+        found.omitted[done] = found.Z[done] * error / (2 - error)
         self._count(len(done))
         least[at] = np.maximum(least[at], lots.least)
         return at[~enough]
@@ -381,14 +381,14 @@ def _duration(seconds: float) -> str:
 
 
 def _enter(
-    fold: Fold, of: Class, found: Fold, energy: Tensor, question: Question, source: Source
+    fold: Fold, of: Class, found: Fold, energy: Tensor, request: ScanRequest, source: Source
 ) -> None:
     """Writes what was found for a class where its sites are in the fold of a picture."""
     at = ..., of.rows, of.columns
     more = energy[at]
     for name, value in vars(found).items():
         v = value.reshape(*of.shape, -1).movedim(-1, 0)[None]
-        if name in ("m", "Z", "Z2", "left"):
+        if name in ("m", "Z", "Z2", "omitted"):
             v = v[:, 0]
         if name == "m":
             v = v + more
@@ -396,6 +396,6 @@ def _enter(
             v = v + more[:, None]
         if name == "places":
             _, H, W, _ = source.pixels.shape
-            n = torch.from_numpy(question.index)[v // (H * W)]
+            n = torch.from_numpy(request.index)[v // (H * W)]
             v = torch.where(v < 0, v, n * H * W + v % (H * W))
         getattr(fold, name)[at] = v

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scoremachine.core.collection import Class
 from scoremachine.core.fold import Fold
-from scoremachine.core.posterior import Question
+from scoremachine.core.posterior import ScanRequest
 from scoremachine.engines import simd
 from scoremachine.engines.chunks import PARTS, fill
 from scoremachine.engines.compiled import NOTHING
@@ -96,7 +96,7 @@ def sought(
     """
     t, leaders = opened.tree, found.logits.shape[1]
     Q, C = found.S.shape
-    Z, left_out = found.Z.numpy(), found.left.numpy()
+    Z, left_out = found.Z.numpy(), found.omitted.numpy()
     share = error / 2  # of the mass, that may be left out
     T = math.log(opened.total / share) + 0.1  # with which no more can be left out
     pace, count = _pace(opened), _count(opened)
@@ -220,9 +220,11 @@ def blank(B: int, C: int, leaders: int, sites: tuple[int, ...]) -> Fold:
     return Fold(m, zero, zero.clone(), full(0.0, C), full(NOTHING, leaders), places, zero.clone())
 
 
-def queries(question: Question, opened: Index, of: Class, kind: str) -> tuple[Queries, np.ndarray]:
+def queries(
+    request: ScanRequest, opened: Index, of: Class, kind: str
+) -> tuple[Queries, np.ndarray]:
     """The windows of a picture at the sites of a class; and less the mean, float64 (Q, D)."""
-    (h, w), y = of.patches.size, question.y[0].numpy()
+    (h, w), y = of.patches.size, request.y[0].numpy()
     C = len(y)
     y = y[:, of.seen[0], of.seen[1]].transpose(1, 2, 0)
     windows = np.lib.stride_tricks.sliding_window_view(y, (h, w), (0, 1)).transpose(0, 1, 3, 4, 2)
@@ -232,7 +234,7 @@ def queries(question: Question, opened: Index, of: Class, kind: str) -> tuple[Qu
     filled[..., : w * C] = windows
     mask = (np.arange(row) < w * C).astype(np.float64)
     centred = np.ascontiguousarray(windows.reshape(len(windows), -1) - opened.embedding.mean)
-    half = np.full(len(windows), float(1 / (2 * question.sigma[0] ** 2)))
+    half = np.full(len(windows), float(1 / (2 * request.sigma[0] ** 2)))
     e = opened.embedding
     E, squares = e(centred)
     fuzz = (ROUNDING * (np.sqrt(squares) + opened.furthest) + 1e-9).astype(np.float32)
@@ -246,7 +248,7 @@ def queries(question: Question, opened: Index, of: Class, kind: str) -> tuple[Qu
         if e.kept > e.leading:
             sizes[-1] = e.kept - e.leading
         own = E[:, e.leading : e.first].astype(np.float64)
-        sigma = float(question.sigma[0])
+        sigma = float(request.sigma[0])
         content = np.sqrt(np.maximum(own**2 - sigma**2 * sizes, 0))
         common = np.minimum(own, content + DEVIATIONS * sigma)
         E[:, e.leading : e.first] = common
@@ -315,4 +317,4 @@ def _merge(
     with np.errstate(over="ignore"):
         scale = np.exp(-ref * half[asked] - fold.m.numpy())
     # a thousandth more than the weights of what is skipped: they are sums in float32
-    found.left[asked] = torch.from_numpy(1.001 * (left.astype(np.float64).sum(2) * scale).sum(0))
+    found.omitted[asked] = torch.from_numpy(1.001 * (left.astype(np.float64).sum(2) * scale).sum(0))

@@ -31,7 +31,7 @@ class Cell:
     """A network of the study.
 
     Attributes:
-        group: Which question it answers: "images", "steps" or "network".
+        group: Which request it answers: "images", "steps" or "network".
         label: What differs, in words.
         images, steps: How many it is trained on, and how long.
         network, settings: Of `train`.
@@ -230,7 +230,7 @@ def _error(network: Network, corpus: Corpus, index: np.ndarray, seed: int) -> fl
 
 
 def markdown_rows(rows: Sequence[Row], group: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table of one question."""
+    """Header and rows of a table of one request."""
     header = ["", "machine", "r² of samples", "95% interval", "R² of samples"]
     header += [*(f"R² at {s:g}" for s in LEVELS), "error on seen", "on unseen", "to nearest"]
     lines = [

@@ -28,7 +28,7 @@ from scoremachine.runtime.progress import bar, say
 from scoremachine.runtime.validation import check_integer, check_name
 from scoremachine.sampling.generate import generate_batches
 from scoremachine.sampling.samplers import SAMPLERS
-from scoremachine.sampling.trajectory import walk
+from scoremachine.sampling.trajectory import trajectory
 
 ERROR = 1e-2  # the largest of a pixel that els may make where it searches; networks are further
 LEVELS = 10  # noise levels of the forward process, unless others are asked for
@@ -90,12 +90,12 @@ class Entrant:
                 "a size, a schedule, or nothing"
             )
         if isinstance(machine, Composite):
-            return machine.remade(corpus, weights=weights_towards(network, machine, everything))
+            return machine.clone_with(corpus, weights=weights_towards(network, machine, everything))
         locality, bandwidth = towards(network, machine, everything, machine.bandwidth == "auto")
         chosen: dict[str, Any] = {str(machine.locality): locality}
         if machine.bandwidth == "auto":
             chosen["bandwidth"] = bandwidth
-        return machine.remade(corpus, **chosen)
+        return machine.clone_with(corpus, **chosen)
 
 
 @dataclass
@@ -245,7 +245,7 @@ def compare(
         raise ValueError("there is no machine to compare with; give at least one")
     network = network.under(schedule)
     schedule = network.schedule
-    made = {label: m.remade(m.corpus, schedule=schedule) for label, m in made.items()}
+    made = {label: m.clone_with(m.corpus, schedule=schedule) for label, m in made.items()}
     pieces = Pieces(kept, [network.key, corpus.key, seed])
     one = _Comparing(network, made, corpus, pieces, schedule, sampler, steps, seed)
     total = len(made) * (len(levels) + steps + 1) + 1
@@ -374,7 +374,7 @@ class _Comparing:
     def reverse(self, count: int) -> tuple[list[Part], dict[str, np.ndarray]]:
         """The network's own way."""
         way = list(
-            walk(self.network, range(count), self.network.shape, self.steps, self.seed,
+            trajectory(self.network, range(count), self.network.shape, self.steps, self.seed,
                  self.sampler, None)
         )  # fmt: skip
         points = []

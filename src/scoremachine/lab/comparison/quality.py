@@ -131,7 +131,7 @@ def qualities(
     made = entered(machines, source, everywhere)
     if networks:  # everybody goes the same way
         schedule = networks[0].schedule
-        made = {label: m.remade(m.corpus, schedule=schedule) for label, m in made.items()}
+        made = {label: m.clone_with(m.corpus, schedule=schedule) for label, m in made.items()}
     ideal = build("ideal", source)
     assert isinstance(ideal, IdealScore)
     real = np.asarray(corpus.images[held])
