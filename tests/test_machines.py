@@ -18,6 +18,7 @@ from scoremachine.engines import choose
 from scoremachine.machines.patch_composite import holding
 from scoremachine.machines.windowed import stationary
 from scoremachine.sampling.schedules import EDMSchedule, time_of
+from scoremachine.sources.images import ImageSource
 
 SIGMAS = [0.02, 0.3, 2.0, 20.0]
 
@@ -293,11 +294,11 @@ def test_leading_moments_are_those_of_the_whole_covariance(monkeypatch):
     y, sigma = noised(corpus, [0.5])
     D = small("pca", corpus).denoise(y, sigma)
     monkeypatch.setattr(moments_module, "LARGEST", 8192)
-    moments_module._known.known.clear()
+    moments_module._known.clear()
     exact_D = small("pca", sm.Corpus(images)).denoise(y, sigma)
     assert (D - exact_D).abs().mean() < 0.02
     monkeypatch.setattr(moments_module, "LARGEST", 40)
-    moments_module._known.known.clear()
+    moments_module._known.clear()
     with pytest.raises(ValueError, match="eigenproblem of side 48"):
         small("gaussian", corpus).denoise(*noised(corpus, [0.5]))
 
@@ -394,19 +395,22 @@ def test_a_wider_source_costs_no_copy(kernel):
     m = small("ls", random_corpus(N=6), augment="flips,shifts=1,contrast=0.2", kernel=kernel)
     handed = []
 
-    class RecordingDenoiser:
-        spread = staticmethod(m.kernel.spread)
-        tiles = staticmethod(m.kernel.tiles)
+    class Recording(ImageSource):
+        """A source whose engine remembers what it is handed."""
 
-        @staticmethod
-        def fold(request, *rest):
-            handed.append(request.images)
-            return choose(kernel).fold(request, *rest)
+        class engine:  # noqa: N801
+            accumulate_response = staticmethod(choose(kernel).accumulate_response)
+            tiles = staticmethod(choose(kernel).tiles)
 
-    m.kernel = RecordingDenoiser
+            @staticmethod
+            def fold(request, *rest):
+                handed.append(request.images)
+                return choose(kernel).fold(request, *rest)
+
+    m = m.with_source(Recording(m.corpus, kernel))
     m.denoise(torch.zeros(1, 1, 6, 6), 1.0)
     assert handed
-    assert all(images is m.corpus.images for images in handed)
+    assert all(np.shares_memory(images, m.corpus.images) for images in handed)
 
 
 # ---------------------------------------------------------------- derivatives

@@ -43,6 +43,7 @@ from scoremachine.engines.search.floats import (
 from scoremachine.engines.search.guess import BESIDE, beside, guess
 from scoremachine.engines.search.index import Index, Patches, Source, build, classes
 from scoremachine.engines.search.rounds import Purse, blank, queries
+from scoremachine.sources.searched import Search
 
 seeds = st.integers(0, 2**31)
 sigmas = st.floats(-3, 2).map(lambda e: 10.0**e)
@@ -53,10 +54,8 @@ boundaries = st.sampled_from(["broken", "circular"])
 def searching(images, P, error=1e-3, boundary="broken", bound="deterministic"):
     """A machine that never falls back to the exact scan, and one that always does."""
     corpus = sm.Corpus(images)
-    machine = sm.EquivariantLocalScore(
-        corpus, patch_size=P, boundary=boundary, search="bounded", error=error, bound=bound
-    )
-    machine.__dict__["_bounded"] = Bounded(corpus, machine.kernel, error, bound, patience=np.inf)
+    search = Search("bounded", error, bound, patience=np.inf)
+    machine = sm.EquivariantLocalScore(corpus, patch_size=P, boundary=boundary, search=search)
     return machine, machine.clone_with(corpus, search="exact")
 
 

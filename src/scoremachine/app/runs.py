@@ -21,6 +21,7 @@ from scoremachine.app import report, tables
 from scoremachine.calibration import heldout as calibration
 from scoremachine.calibration.heldout import Calibration, Exchange, parts_for
 from scoremachine.calibration.stacking import Stacking, stack, with_calibrated
+from scoremachine.core.noise import PictureNoise, draw
 from scoremachine.core.schedules import LOCALITIES, LevelSchedule, edm_sigmas
 from scoremachine.data.corpus import Corpus
 from scoremachine.lab.ablation import Trial, ablation
@@ -44,11 +45,10 @@ from scoremachine.machines import BoxMachine, Composite, IdealScore, Machine, bu
 from scoremachine.machines.machine import Label
 from scoremachine.runtime.files import make_folder, write_text, written
 from scoremachine.runtime.progress import bar, say
-from scoremachine.runtime.validation import check_integer, check_name
-from scoremachine.sampling.generate import check_start, check_through, generate_batches
-from scoremachine.sampling.noise import PictureNoise
-from scoremachine.sampling.samplers import SAMPLERS
+from scoremachine.runtime.validation import check_integer
+from scoremachine.sampling.generate import check_process, generate_batches
 from scoremachine.sampling.schedules import schedule_of
+from scoremachine.sampling.trajectory import Sampling
 from scoremachine.sources.compression import compress
 
 
@@ -82,18 +82,16 @@ class Run:
         process: str | None = None,
     ) -> None:
         check_integer("count", count)
-        check_integer("steps", steps)
-        check_integer("batch", batch)
-        check_name("sampler", sampler, SAMPLERS)
-        check_start(start)
         machine.corpus.indices(label)
         self.start = start
         self.shape = machine.corpus.shape[:1] + (size or machine.corpus.shape[1:])
         machine.check_shape(self.shape)
         self.process = process
+        self.sampling = Sampling(
+            steps, seed, sampler, label, machine.bandwidth, batch, self.shape, start, process
+        )
         if process is not None:
-            check_through(machine, process, self.shape, start)
-            machine.check_process()
+            check_process(machine, self.sampling)
         self.out, self.machine = Path(out), machine
         self.count, self.steps, self.seed, self.batch = count, steps, seed, batch
         self.sampler, self.schedule, self.label = sampler, schedule, label
@@ -102,10 +100,10 @@ class Run:
         # before "auto" is replaced by what it stands for
         self.asked = json.loads(json.dumps(self.settings()))
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, machine: Machine | None = None) -> dict[str, Any]:
         """Every setting that decides the pictures."""
         return {
-            **self.machine.settings(),
+            **(machine or self.machine).settings(),
             "class": self.label,
             "count": self.count,
             "steps": self.steps,
@@ -173,19 +171,8 @@ class Run:
     def _generate(self, missing: list[int]) -> float:
         start = time.perf_counter()
         for first, last in _stretches(missing):
-            for pictures, path in generate_batches(
-                self.machine,
-                range(first, last),
-                self.steps,
-                self.seed,
-                self.sampler,
-                self.label,
-                self.machine.bandwidth,
-                self.batch,
-                self.shape,
-                self.start,
-                self.process,
-            ):
+            batches = generate_batches(self.machine, range(first, last), self.sampling)
+            for pictures, path in batches:
                 for k, i in enumerate(pictures):
                     fields = {"x": path[-1][1][k].numpy()}
                     if self.trajectory:
@@ -220,7 +207,7 @@ class Run:
         if film is not None:
             drawing.save_film(film, self.out / "trajectory.gif")
         record = {
-            "settings": self.settings(),
+            "settings": self.settings(self.machine.resolved()),
             "asked": self.asked,
             "images": len(self.machine.corpus),
             "batch": self.batch,
@@ -270,8 +257,9 @@ def denoise_file(
         y = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)
         if not noisy:
             machine.check(y, sigma)
-            with PictureNoise(seed, range(len(y))):
-                y = y + sigma * torch.randn_like(y)
+            y = y + sigma * draw(
+                PictureNoise(seed, range(len(y))).generators(), y.shape[1:], y.dtype
+            )
     D = machine.denoise(y, sigma, label)
     strip = np.stack([y.numpy(), D.numpy()], axis=1).reshape(-1, *D.shape[1:])
     out = Path(out)
@@ -403,7 +391,7 @@ def compress_corpus(
     """
     if keep is not None:
         exact = build(machine, corpus, **settings)
-        exact.prepare()
+        exact = exact.prepare()
         mixture = compress(corpus, keep, sides_of(exact), seed=seed)
         mixture.save(Path(out) / "mixture.safetensors")
         print(f"{mixture.nbytes:,} bytes: {Path(out) / 'mixture.safetensors'}")

@@ -50,10 +50,13 @@ class Mixed(Calibrated, Protocol):
 
     members: Mapping[str, Calibrated]
 
-    def each(
-        self, y: torch.Tensor, sigma: torch.Tensor, index: np.ndarray, level: torch.Tensor
+    def answers(
+        self, y: torch.Tensor, sigma: torch.Tensor, index: np.ndarray
     ) -> list[torch.Tensor]:
         """D_m of every machine."""
+
+    def with_resolved_members(self) -> Mixed:
+        """The same, of machines with explicit settings."""
 
 
 @dataclass
@@ -139,7 +142,7 @@ def stack(
         y, level = x + sigma * eps, torch.full((len(x),), sigma, dtype=torch.float64)
         with torch.no_grad():
             target = x if network is None else network.denoise(y, sigma)
-            answers = machine.each(y, level, source, level)
+            answers = machine.answers(y, level, source)
         return torch.stack([*answers, y]).flatten(2).numpy(), target.flatten(1).numpy()
 
     def measured(sigma: float) -> dict[str, Any]:
@@ -232,7 +235,6 @@ def automatic_weights(machine: Mixed) -> WeightSchedule:
     M = len(machine.members)
     if N < 3:  # nothing can be held out
         return WeightSchedule([1.0], [[1 / M] * M], name="equal")
-    _decide(machine)
     subset = affordable(machine, len(AUTO_SIGMAS) * HELD_OUT)
     say(
         f"'auto': choosing weights of {', '.join(machine.members)} by denoising {HELD_OUT} "
@@ -247,7 +249,7 @@ def weights_towards(network: Teacher, machine: Mixed, corpus: Corpus) -> WeightS
     """The weights with which a composite agrees best with a network, as `calibration.towards`."""
     low, high = network.levels()
     sigmas = [s for s in TOWARDS_SIGMAS if low <= s <= high]
-    _decide(machine)
+    machine = machine.with_resolved_members()
     subset = affordable(machine, len(sigmas) * HELD_OUT, TOWARDS)
     say(
         f"choosing weights of {', '.join(machine.members)} by agreement with {network.name} on "
@@ -258,12 +260,6 @@ def weights_towards(network: Teacher, machine: Mixed, corpus: Corpus) -> WeightS
     nobody = np.zeros(0, dtype=np.int64)
     beyond = sorted({min(sigma, high) for sigma in BEYOND if high > max(TOWARDS_SIGMAS)})
     return stack(machine, sigmas, (*parts[:3], nobody), 0, network, beyond).schedule
-
-
-def _decide(machine: Mixed) -> None:
-    """Lets the machines choose what "auto" stands for before images are held out of them."""
-    for member in machine.members.values():
-        member.prepare()
 
 
 def _squared(d: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -240,6 +240,10 @@ class Augment:
                     f"{what} is {value!r}; expected a number from 0 to below {limit:g}"
                 )
             object.__setattr__(self, what, float(value))
+
+    def plain(self) -> dict[str, object]:
+        """It as JSON can hold it."""
+        return asdict(self)
 
     @classmethod
     def parse(cls, text: str) -> Augment:

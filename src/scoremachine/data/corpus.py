@@ -102,8 +102,8 @@ class Corpus:
         Arguments:
             source: A built-in name ("digits", "faces", "texture/brick", "photo/chelsea", ...), a
                 folder (folders below it are classes), a .zip of images (also with EDM's
-                dataset.json), an .npy or .npz file, one picture, "hf:NAME[:SPLIT]", an array, a
-                torch Dataset, or the .safetensors of a mixture (`compress`). EXIF rotation is
+                dataset.json), an .npy or .npz file, one picture, "hf:NAME[:SPLIT]", an array or a
+                torch Dataset. EXIF rotation is
                 honoured; alpha is flattened on white.
             size: Resize every image to cover this side, or (height, width), and crop its centre.
             grayscale: Read colour images as one channel.
@@ -123,14 +123,9 @@ class Corpus:
         if limit is not None and (not whole or limit < 1):
             raise ValueError(f"limit is {limit!r}; expected a whole number above 0")
         if isinstance(source, str | Path) and str(source).endswith(".safetensors"):
-            from scoremachine.sources.mixture import Mixture
-
-            if (size, limit) != (None, None) or grayscale:
-                raise ValueError(
-                    f"{source} is a mixture, which is as it was compressed; expected neither size, "
-                    "grayscale nor limit"
-                )
-            return Mixture.load(source)
+            raise ValueError(
+                f"{source} is a mixture, and no corpus of images: open it with Mixture.load"
+            )
         if isinstance(source, Corpus):
             if size is not None or grayscale:
                 raise ValueError(

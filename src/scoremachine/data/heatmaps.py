@@ -77,6 +77,10 @@ class HeatMaps:
                 f"{H} x {W} images have"
             )
 
+    def plain(self) -> str:
+        """It as a record holds it: by its key."""
+        return self.key
+
     @property
     def key(self) -> str:
         """A digest of the maps."""

@@ -46,6 +46,23 @@ class Moments:
         shrunk = self.V[rows] * (self.eigenvalues / (self.eigenvalues + sigma**2))
         return shrunk @ self.V.T
 
+    def filtered(self, offset: Tensor, sigma: Tensor) -> Tensor:
+        """The coefficients c of V in the Wiener filter's answer to an offset from the mean.
+
+        Arguments:
+            offset: y - mean, float64 (B, D).
+            sigma: The noise levels, (B,).
+
+        Returns:
+            c, float64 (B, r): V c is C (C + sigma^2 I)^-1 offset, where V is orthonormal.
+        """
+        projected = offset @ self.V
+        if self.orthonormal:
+            return projected * (self.eigenvalues / (self.eigenvalues + sigma[:, None] ** 2))
+        return torch.stack(
+            [row @ self.inverse(float(s)) for row, s in zip(projected, sigma, strict=True)]
+        )
+
     def inverse(self, sigma: float) -> Tensor:
         """(sigma^2 diag(1 / eigenvalues) + V^T V)^-1, of the last noise level."""
         if self._solved is None or self._solved[0] != sigma:

@@ -56,6 +56,7 @@ from scoremachine.engines.simd import (
 from scoremachine.engines.whole import accumulate_whole, fold_whole
 
 ROLLED = 2**20  # numbers that a piece of `rolled` may take: they stay in the cache
+WORKSPACE = 2**26  # numbers (512 MB) that the chunks of a call may take, about
 BOX, SOFT, MASKS = 0, 1, 2
 
 
@@ -693,7 +694,7 @@ def fold(request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
     lit = _variants(c, request.answers)
     best, found = known, []
     for shifts in _pieces(len(index), c):
-        parts = _parts(index, variants, shifts)
+        parts = _parts(index, variants, shifts, _numbers(c, leaders))
         m = np.full((parts, B, *c.grid), NOTHING)
         totals = np.zeros((parts, B, math.prod(c.grid) * LANES))
         logits = np.full((parts, B, leaders, *c.grid), NOTHING)
@@ -722,12 +723,14 @@ def accumulate_response(request: ScanRequest, known: Fold) -> torch.Tensor:
     m, Z = known.m.numpy(), known.Z.numpy()
     b_mean = m if request.u is None else known.mean[:, 0].contiguous().numpy()
     if c.whole and request.u is not None:
-        D = accumulate_whole(images, index, y, u, scale, T, m, Z, b_mean)
+        D = accumulate_whole(images, index, y, u, scale, T, (m, Z, b_mean))
     else:
-        D = np.zeros((PARTS, *y.shape))
+        most = _most_parts(math.prod(y.shape[1:]))
+        D = np.zeros((most, *y.shape))
         for shifts in _pieces(len(index), c):
             asked = y, u, c.response == "pixel", scale, T, plan, shifts, variants, lit, m, Z, b_mean
-            fill(_spread, (*source, index, *asked), (D[: _parts(index, variants, shifts)],))
+            parts = _parts(index, variants, shifts, math.prod(y.shape[1:]))
+            fill(_spread, (*source, index, *asked), (D[:parts],))
     return torch.from_numpy(functools.reduce(np.add, D))
 
 
@@ -753,9 +756,28 @@ def _source(request: ScanRequest) -> tuple[np.ndarray, np.ndarray, bool]:
     return request.images, request.answers, request.values is not None
 
 
-def _parts(index: np.ndarray, variants: np.ndarray, shifts: np.ndarray) -> int:
-    """Into how many parts the work is cut."""
-    return min(PARTS, -(-len(index) // LANES) * len(variants) * len(shifts))
+def _numbers(c: Collection, leaders: int) -> int:
+    """How many numbers a chunk of the first pass keeps for a picture."""
+    return math.prod(c.grid) * (1 + LANES + 2 * leaders)
+
+
+def _most_parts(numbers: int) -> int:
+    """Into how many chunks work is cut that keep so many numbers each: fewer of large pictures."""
+    return max(2, min(PARTS, WORKSPACE // numbers))
+
+
+def _parts(index: np.ndarray, variants: np.ndarray, shifts: np.ndarray, numbers: int) -> int:
+    """Into how many chunks the work is cut, whatever the number of threads."""
+    return min(_most_parts(numbers), -(-len(index) // LANES) * len(variants) * len(shifts))
+
+
+def batch(collection: Collection, channels: int, leaders: int) -> int:
+    """How many pictures fit into the workspace together; see `Engine`."""
+    first = _numbers(collection, leaders)
+    second = channels * math.prod(collection.frame) * 2  # wrapped pictures are larger
+    lanes = LANES * second  # of each of a few threads
+    kept = max(_most_parts(first) * first, _most_parts(second) * second + 2 * lanes)
+    return max(1, WORKSPACE // kept)
 
 
 def _pieces(n: int, collection: Collection) -> Iterator[np.ndarray]:

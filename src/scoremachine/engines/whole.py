@@ -127,13 +127,14 @@ def accumulate_whole(
     u: np.ndarray,
     scale: np.ndarray,
     T: np.ndarray,
-    m: np.ndarray,
-    Z: np.ndarray,
-    b_mean: np.ndarray,
+    known: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> np.ndarray:
-    """sum_s w_s (b_s - mean of b) s of whole images, (parts, B, C, H, W)."""
+    """sum_s w_s (b_s - mean of b) s of whole images, (parts, B, C, H, W).
+
+    `known`: m, Z and the mean of b at every site.
+    """
     B = len(y)
     total = np.zeros((min(PARTS, len(index)), *y.shape))
     flat, D = images.reshape(len(images), -1), total.reshape(len(total), B, -1)
-    fill(_spread, (flat, index, y.reshape(B, -1), u, scale, T, m, Z, b_mean), (D,))
+    fill(_spread, (flat, index, y.reshape(B, -1), u, scale, T, *known), (D,))
     return total

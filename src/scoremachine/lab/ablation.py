@@ -21,6 +21,7 @@ from scoremachine.calibration.heldout import (
 )
 from scoremachine.data.corpus import Corpus
 from scoremachine.machines import BoxMachine, build, kind_of, spelled
+from scoremachine.machines.machine import Batch
 from scoremachine.runtime.progress import Bar, bar
 from scoremachine.runtime.validation import check_integer
 
@@ -118,7 +119,9 @@ def _trials(
         errors, effective = [], []
         for P in patch_sizes:
             tried = machine.clone_with(corpus, patch_size=P)
-            found = tried.evidence(x + sigma * eps, levels, index, tried.windows(sigma, index))
+            batch = Batch(x + sigma * eps, levels, levels, index)
+            found = tried.evidence(batch, tried.windows(sigma, index))
+            assert found.fold is not None
             errors.append(((found.mean - x) ** 2).mean((1, 2, 3)).tolist())
             effective.append(float(found.fold.effective_sources.median()))
         return {"errors": errors, "effective": effective}

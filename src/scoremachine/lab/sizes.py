@@ -105,7 +105,7 @@ def sizes(
     _, others, _, reporting = split(corpus, 1, seed, reporting=held_out)
     source = corpus.subset(fewer(kind.name, others))
     exact = build(machine, source, **settings)
-    exact.prepare()
+    exact = exact.prepare()
     local = {exact.locality: exact.local} if isinstance(exact, LocalMachine) else {}
     sides = sides_of(exact)
     least = least_bytes(source, sides)

@@ -1,159 +1,29 @@
-"""The machines, one short file each, and `build`, which finds one by name."""
+"""The machines, one short file each, found by importing this folder, and `build`, by name."""
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Sequence
-from typing import Any
+import importlib
+import pkgutil
 
-import numpy as np
-
-from scoremachine.calibration import heldout as calibration
-from scoremachine.calibration.heldout import BANDWIDTHS, Calibration, Teacher
-from scoremachine.data.corpus import Corpus
+from scoremachine.machines.build import build, calibrate, kind_of, spelled
 from scoremachine.machines.composite import Composite
 from scoremachine.machines.equivariant import EquivariantLocalScore
 from scoremachine.machines.gaussian import GaussianScore
 from scoremachine.machines.ideal import EquivariantScore, IdealScore
 from scoremachine.machines.local import LocalScore
-from scoremachine.machines.machine import LocalMachine, Machine
+from scoremachine.machines.machine import MACHINES, LocalMachine, Machine
 from scoremachine.machines.patch_composite import PatchComposite, PatchCompositeFlex
 from scoremachine.machines.pca import PCALocality
 from scoremachine.machines.smoothed import SmoothedScore
-from scoremachine.machines.windowed import WINDOWS, BoxMachine, WindowMachine
-from scoremachine.runtime.parsing import any_number
-from scoremachine.runtime.validation import check_name, unknown
+from scoremachine.machines.windowed import BoxMachine, WindowMachine
 
-MACHINES: dict[str, type[Machine]] = {
-    machine.name: machine
-    for machine in (
-        IdealScore,
-        GaussianScore,
-        EquivariantScore,
-        LocalScore,
-        EquivariantLocalScore,
-        PatchComposite,
-        PatchCompositeFlex,
-        PCALocality,
-        SmoothedScore,
-        Composite,
-    )
-}
-ALIASES = {"cfdm": "smoothed"}
+TABLE = "ideal gaussian es ls els pspc pspc-flex pca smoothed composite".split()  # noqa: SIM905
 
-
-def kind_of(name: str) -> type[Machine]:
-    """The class of the machine called `name`; ValueError where there is none."""
-    name = ALIASES.get(name, name)
-    check_name("machine", name, MACHINES)
-    return MACHINES[name]
-
-
-def spelled(text: str) -> tuple[str, dict[str, Any]]:
-    """A machine as NAME[:LOCALITY][+WINDOW][+circular][+h]: its name, and settings of `build`.
-
-    The window is that of a machine of boxes, gaussian or wiener; circular is the boundary of
-    `els`; h stands for a calibrated bandwidth.
-
-    Raises:
-        ValueError: For an unknown name, or a locality of a machine that has none.
-    """
-    rest, *additions = re.split(r"\+(?!.*\.json)", text.strip())  # a path may hold one
-    name, colon, value = rest.partition(":")
-    kind = kind_of(name)
-    settings: dict[str, Any] = {}
-    for addition in additions:
-        if addition == "h":
-            settings["bandwidth"] = "auto"
-        elif addition in WINDOWS and issubclass(kind, BoxMachine):
-            settings["window"] = addition
-        elif addition == "circular" and issubclass(kind, EquivariantLocalScore):
-            settings["boundary"] = addition
-        else:
-            raise ValueError(
-                f"{text!r} has +{addition}; expected +h, +gaussian or +wiener with machines of "
-                "boxes (ls, els, pspc), or +circular with els"
-            )
-    if colon:
-        if kind.locality is None:
-            raise ValueError(f"{kind.name} has no locality: use {kind.name!r} without a colon")
-        if not value:
-            raise ValueError(
-                f"{text!r} says nothing after its colon; expected a number, auto, network, or a "
-                "schedule"
-            )
-        settings[kind.locality] = any_number(value)
-    return kind.name, settings
-
-
-def build(name: str, corpus: Corpus, **settings: Any) -> Machine:
-    """The machine called `name` on `corpus`.
-
-    Arguments:
-        name: "ideal", "gaussian", "es", "ls", "els", "pspc", "pspc-flex", "pca", "smoothed"
-            (also called "cfdm") or "composite".
-        corpus: The images.
-        settings: bandwidth, kernel, schedule, and what else the machine has. A `patch_size` of
-            "auto" is taken by machines without patches too.
-
-    Raises:
-        ValueError: For an unknown name or a setting that the machine does not have.
-    """
-    kind = kind_of(name)
-    known = [p for p in inspect.signature(kind.__init__).parameters if p not in ("self", "corpus")]
-    if settings.get("patch_size") == "auto" and "patch_size" not in known:
-        del settings["patch_size"]
-    for setting in settings:
-        if setting not in known:
-            met = f"machine {name!r} has no setting {setting!r}"
-            if setting == "label":
-                met += " (give it to denoise, score, log_density or generate)"
-            raise ValueError(unknown(met, setting, known))
-    return kind(corpus, **settings)
-
-
-def calibrate(
-    corpus: Corpus,
-    machine: str = "ls",
-    sigmas: Sequence[float] | np.ndarray | None = None,
-    held_out: int = 16,
-    values: Sequence[float] | None = None,
-    bandwidths: Sequence[float] = BANDWIDTHS,
-    seed: int = 0,
-    network: Teacher | None = None,
-    **settings: Any,
-) -> Calibration:
-    """Chooses locality (patch size, share, threshold or delta) and bandwidth per noise level.
-
-    By held-out denoising: some images are left out of the source; half of those choose, the other
-    half report the error of what was chosen. A corpus of a few pictures is cut into crops first,
-    and held-out crops lie at least a window away from the source's. The result is kept beside the
-    corpus.
-
-    Arguments:
-        corpus: The images; those not held out are the source.
-        machine: The machine's name.
-        sigmas: Noise levels; None: the 18 of EDM.
-        held_out: How many images choose; as many others report.
-        values: Values of the machine's locality to try; None: `machine.candidates()`, for boxes
-            odd sizes from 3 to the image's side. (A box of one pixel often has the smallest error
-            where the noise is small, but its pixels know nothing of each other, and samples get
-            specks.)
-        bandwidths: Bandwidths to try; 0 is always among them.
-        seed: Of the choice of images and of their noise.
-        network: A trained network (`scoremachine.Network`): choose what is nearest to its D, as
-            Kamb & Ganguli 2412.20292 and Niedoba et al. 2411.19339 do, not to the clean image.
-        settings: Further settings of the machine, such as `boundary`.
-
-    Raises:
-        ValueError: Where the corpus has too few images, or an argument is out of range.
-    """
-    prototype = build(machine, corpus, **settings)
-    return calibration.calibrate(
-        prototype, sigmas, held_out, values, bandwidths, seed, network=network
-    )
-
+# each machine enters MACHINES when its module is imported: in the order of the table, then others
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+for _name in [*TABLE, *sorted(MACHINES.keys() - set(TABLE))]:
+    MACHINES[_name] = MACHINES.pop(_name)
 
 __all__ = [
     "MACHINES",

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
 import torch
-from azula.noise import Schedule
 from torch import Tensor
 
-from scoremachine import machines
 from scoremachine.calibration.stacking import automatic_weights
 from scoremachine.core.processes import Process
-from scoremachine.core.schedules import BandwidthSchedule, WeightSchedule
+from scoremachine.core.schedules import WeightSchedule
 from scoremachine.data.corpus import Corpus
-from scoremachine.machines.machine import Label, Machine, apply_bandwidth, plain
+from scoremachine.machines.build import build, spelled
+from scoremachine.machines.machine import Bandwidth, Batch, Label, Machine, apply_bandwidth
 
 Members = str | Sequence["str | Machine"] | Mapping[str, Machine]
 
@@ -24,15 +24,15 @@ class Composite(Machine):
     """Other machines' answers and the noisy picture itself, mixed: D = w_0 y + sum_m w_m D_m.
 
     The weights of a noise level add up to 1 and may be negative. "auto" finds them by ridge least
-    squares on held-out images (`scoremachine.stacking`; Breiman 1996, Stacked regressions). w_0
-    does what a bandwidth does.
+    squares on held-out images (`scoremachine.calibration.stacking`; Breiman 1996, Stacked
+    regressions). w_0 does what a bandwidth does.
 
     Arguments:
         of: The machines: names by commas ("gaussian,ls:7,pspc"), or a sequence of names and
-            machines, or machines by label. A name is written as in `machines.spelled`.
+            machines, or machines by label. A name is written as in `machines.build.spelled`.
         weights: A `WeightSchedule`, as many numbers as machines (the rest to 1 is w_0), also as
             a text by commas, or "auto".
-        corpus, bandwidth, kernel, schedule: See `Machine`.
+        corpus, settings: See `Machine`.
 
     Raises:
         ValueError: For no machines, two of one label, machines of other shapes, or weights that are
@@ -46,15 +46,18 @@ class Composite(Machine):
         corpus: Corpus,
         of: Members = "ideal,gaussian,ls,pspc,pspc-flex,pca:auto",
         weights: WeightSchedule | Sequence[float] | float | str = "auto",
-        bandwidth: float | BandwidthSchedule | str = 0.0,
-        kernel: str = "auto",
-        schedule: Schedule | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(corpus, bandwidth, kernel, schedule)
-        self.members = _members(of, corpus, kernel)
+        super().__init__(corpus, **settings)
+        self.of = _members(of, corpus, self.kernel)
         self.weights = self._checked(weights)
-        self.equivariant = any(m.equivariant for m in self.members.values())
-        self.relative_cost = sum(m.relative_cost for m in self.members.values())
+        self.equivariant = any(m.equivariant for m in self.of.values())
+        self.relative_cost = sum(m.relative_cost for m in self.of.values())
+
+    @property
+    def members(self) -> dict[str, Machine]:
+        """The machines by label."""
+        return self.of
 
     def _checked(self, weights: Any) -> WeightSchedule | str:
         if isinstance(weights, str) and weights == "auto":
@@ -78,29 +81,52 @@ class Composite(Machine):
 
     def weights_at(self, sigma: float) -> np.ndarray:
         """The machines' weights at noise level `sigma`; the rest to 1 is the noisy picture's."""
-        if isinstance(self.weights, str):
-            self.weights = automatic_weights(self)
-        return self.weights(sigma)
+        weights = self.resolved().weights
+        assert isinstance(weights, WeightSchedule)
+        return weights(sigma)
 
-    def each(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> list[Tensor]:
+    @property
+    def is_resolved(self) -> bool:
+        explicit = super().is_resolved and not isinstance(self.weights, str)
+        return explicit and all(m.is_resolved for m in self.members.values())
+
+    def resolve(self) -> Self:
+        machine = self.with_resolved_members()
+        if isinstance(self.weights, str):
+            plain = machine.clone_with(bandwidth=0.0)
+            machine = machine.clone_with(weights=automatic_weights(plain))
+        return machine if machine.is_resolved else super(Composite, machine).resolve()
+
+    def with_resolved_members(self) -> Self:
+        """The same, of machines with explicit settings."""
+        return self.clone_with(of={label: m.resolved() for label, m in self.members.items()})
+
+    def each(self, batch: Batch) -> list[Tensor]:
         """D_m of every machine, with its own bandwidth."""
         found = []
         for member in self.members.values():
-            h = member.bandwidths(level)
-            D = member.mean(y, torch.sqrt(sigma**2 + h**2), index, level)
-            found.append(apply_bandwidth(D, y, sigma, h))
+            h = member.bandwidths(batch.level)
+            wider = replace(batch, sigma=torch.sqrt(batch.sigma**2 + h**2))
+            found.append(apply_bandwidth(member.mean(wider), batch.y, batch.sigma, h))
         return found
 
-    def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
-        w = torch.tensor(np.stack([self.weights_at(float(s)) for s in level]))
-        D = (1 - w.sum(1))[:, None, None, None] * (y if self.view is None else y / self.view.scale)
-        for m, D_m in enumerate(self.each(y, sigma, index, level)):
+    def answers(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> list[Tensor]:
+        """D_m of every machine for valid float64 pictures, the images at `index` the source."""
+        return self.with_resolved_members().each(Batch(y, sigma, sigma, index))
+
+    def mean(self, batch: Batch) -> Tensor:
+        w = torch.tensor(np.stack([self.weights_at(float(s)) for s in batch.level]))
+        D = (1 - w.sum(1))[:, None, None, None] * batch.y / self.source.scale
+        for m, D_m in enumerate(self.each(batch)):
             D = D + w[:, m, None, None, None] * D_m
         return D
 
-    def through(self, process: Process, t: float) -> Self:
-        other = super().through(process, t)
-        other.members = {label: m.through(process, t) for label, m in self.members.items()}
+    def under_process(
+        self, process: Process, t: float, bandwidth: Bandwidth | None = None
+    ) -> Machine:
+        other: Any = super().under_process(process, t, bandwidth)
+        members = {label: m.under_process(process, t) for label, m in self.resolved().of.items()}
+        other.__dict__["of"] = members
         return other
 
     def smaller(self, corpus: Corpus) -> Machine:
@@ -108,27 +134,15 @@ class Composite(Machine):
             corpus, of={label: m.smaller(corpus) for label, m in self.members.items()}
         )
 
-    def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> None:
-        for member in self.members.values():
+    def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> Self:
+        machine = super().prepare(label, levels)
+        for member in machine.members.values():
             member.prepare(label, levels)
-        self.weights_at(1.0)
-        super().prepare(label, levels)
-
-    def begin(self, x: Tensor | None) -> None:
-        for member in self.members.values():
-            member.begin(x)
-
-    def bandwidth_at(self, sigma: float) -> float:
-        if self.bandwidth == "auto":  # chosen for the weights that the machine has
-            self.weights_at(sigma)
-        return super().bandwidth_at(sigma)
-
-    def arguments(self) -> dict[str, Any]:
-        return {**super().arguments(), "of": self.members, "weights": self.weights}
+        return machine
 
     def settings(self) -> dict[str, object]:
         of = {label: member.settings() for label, member in self.members.items()}
-        return {**super().settings(), "of": of, "weights": plain(self.weights)}
+        return {**super().settings(), "of": of}
 
 
 def _members(of: Members, corpus: Corpus, kernel: str) -> dict[str, Machine]:
@@ -146,8 +160,8 @@ def _members(of: Members, corpus: Corpus, kernel: str) -> dict[str, Machine]:
     members: dict[str, Machine] = {}
     for label, each in said:
         if isinstance(each, str):
-            name, settings = machines.spelled(each)
-            each = machines.build(name, corpus, **{"kernel": kernel, **settings})
+            name, settings = spelled(each)
+            each = build(name, corpus, **{"kernel": kernel, **settings})
         if not isinstance(each, Machine):
             raise ValueError(f"of holds {each!r}; expected machines or their names")
         if each.corpus.shape != corpus.shape:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from scoremachine.data.moments import Moments, moments
-from scoremachine.machines.machine import Label, Machine
+from scoremachine.data.moments import moments
+from scoremachine.machines.machine import Batch, Label, Machine
 
 
 class GaussianScore(Machine):
@@ -27,32 +27,22 @@ class GaussianScore(Machine):
 
     name = "gaussian"
 
-    def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> None:
-        super().prepare(label, levels)
+    def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> Self:
         for _, index in self.by_label(label, 1):
             moments(self.corpus, index)
+        return super().prepare(label, levels)
 
-    def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
-        g = moments(self.corpus, index)
-        if self.view is not None:
-            return self._seen(g, y, index, level)
-        projected = (y.flatten(1) - g.mean) @ g.V
-        shrunk = projected * (g.eigenvalues / (g.eigenvalues + sigma[:, None] ** 2))
-        return (g.mean + shrunk @ g.V.T).reshape(y.shape)
-
-    def _seen(self, g: Moments, y: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
-        """mean + C A (A C A + sigma^2 I)^-1 (x_t - A mean), for one noise level."""
-        assert self.view is not None
-        seen = self.moments(index)  # A mean and A V, in units of the scale
-        offset = y.flatten(1) / self.view.scale - seen.mean
-        c = offset @ seen.V @ seen.inverse(float(level[0]))
-        return (g.mean + c @ g.V.T).reshape(y.shape)
+    def mean(self, batch: Batch) -> Tensor:
+        # with what a process shows of x, A x + sigma eps: mean + C A (A C A + sigma^2 I)^-1 (...)
+        g, seen = moments(self.corpus, batch.index), self.source.moments(batch.index)
+        scale = self.source.scale
+        c = seen.filtered(batch.y.flatten(1) / scale - seen.mean, batch.sigma / scale)
+        return (g.mean + c @ g.V.T).reshape(batch.y.shape)
 
     def log_density(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
         """log p(y) of N(mean, C + (sigma^2 + h^2) I), in nats, float64, shape (B,)."""
         pictures, levels = self.check(y, sigma)
-        h = torch.tensor([self.bandwidth_at(float(s)) for s in levels], dtype=torch.float64)
-        variance = (levels**2 + h**2)[:, None]
+        variance = (levels**2 + self.bandwidths(levels) ** 2)[:, None]
         log_p = torch.empty(len(pictures), dtype=torch.float64)
         for members, index in self.by_label(label, len(pictures)):
             g = moments(self.corpus, index)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from scoremachine.core.collection import Collection
-from scoremachine.core.posterior import posterior, with_slope
-from scoremachine.machines.machine import Label, Machine, gaussian_constant
-from scoremachine.runtime.progress import bar
-from scoremachine.sources.mixture import Mixture
+from scoremachine.core.posterior import with_slope
+from scoremachine.machines.machine import Batch, Label, Machine, gaussian_constant
+from scoremachine.sources.source import FoldRequest
 
 
 class IdealScore(Machine):
@@ -26,17 +24,15 @@ class IdealScore(Machine):
 
     name = "ideal"
     accepts_mixtures = True
-    source: Literal["same", "rolled"] = "same"
+    positions: Literal["same", "rolled"] = "same"
 
     def collection(self) -> Collection:
         """The machine's row."""
-        return Collection.of_images(self.corpus.shape[1:], self.source)
+        return Collection.of_images(self.corpus.shape[1:], self.positions)
 
-    def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
-        if isinstance(self.corpus, Mixture):
-            return self.corpus.posterior(y, sigma, self.collection())
-        asked = self.kernel, self.compared, index, y, sigma, self.collection()
-        return posterior(*asked, values=self.answers)[1]
+    def mean(self, batch: Batch) -> Tensor:
+        request = FoldRequest(batch.y, batch.sigma, self.collection(), batch.index)
+        return self.source.fold(request).mean
 
     def nearest(self, y: Tensor, label: Label = None) -> tuple[Tensor, Tensor]:
         """The training image nearest to each picture, and how far it is.
@@ -50,8 +46,8 @@ class IdealScore(Machine):
         distance = torch.empty(len(pictures), dtype=torch.float64)
         C, H, W = self.corpus.shape
         for members, index in self.by_label(label, len(pictures)):
-            asked = self.corpus.images, index, pictures[members], levels[members]
-            fold, _ = posterior(self.kernel, *asked, self.collection(), leaders=1)
+            asked = pictures[members], levels[members], self.collection(), index
+            fold = self.source.fold(FoldRequest(*asked, leaders=1)).fold
             found[members] = fold.places[:, 0, 0, 0] // (H * W)
             square = (-2 * fold.logits[:, 0, 0, 0]).clamp(min=0)
             distance[members] = torch.sqrt(square / (C * H * W))
@@ -62,18 +58,16 @@ class IdealScore(Machine):
 
         In nats, float64, shape (B,), differentiable by y.
         """
-        if isinstance(self.corpus, Mixture):
+        if not self.source.has_images:
             raise ValueError("a mixture's density is not computed here: use the images")
         pictures, levels = self.check(y, sigma)
-        h = torch.tensor([self.bandwidth_at(float(s)) for s in levels], dtype=torch.float64)
-        s, c = torch.sqrt(levels**2 + h**2), self.collection()
+        s, c = torch.sqrt(levels**2 + self.bandwidths(levels) ** 2), self.collection()
         log_p = gaussian_constant(math.prod(self.corpus.shape), s**2)
         for members, index in self.by_label(label, len(pictures)):
-            asked = self.corpus.images, index, pictures[members], s[members], c
-            fold, D = posterior(self.kernel, *asked)
+            evidence = self.source.fold(FoldRequest(pictures[members], s[members], c, index))
             sources = len(index) * c.sources_per_image
-            value = fold.log_partition[:, 0, 0] - math.log(sources)
-            slope = (D - pictures[members]) / s[members, None, None, None] ** 2
+            value = evidence.fold.log_partition[:, 0, 0] - math.log(sources)
+            slope = (evidence.mean - pictures[members]) / s[members, None, None, None] ** 2
             log_p = log_p.index_add(0, members, with_slope(value, slope, pictures[members]))
         return log_p
 
@@ -87,26 +81,4 @@ class EquivariantScore(IdealScore):
 
     name = "es"
     accepts_mixtures = False
-    source = "rolled"
-
-    def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
-        if self.view is None:
-            return super().mean(y, sigma, index, level)
-        if y.requires_grad:
-            raise ValueError("es has no derivative under a forward process: use another machine")
-        # a process that knows frequencies knows where a picture begins: every translation by itself
-        view, images = self.view, self.corpus.images[index]
-        whole, rows = Collection.of_images(self.corpus.shape[1:]), np.arange(len(index))
-        logs, means = [], []
-        _, H, W = self.corpus.shape
-        with bar("Translating", total=H * W) as progress:
-            for dy in range(H):
-                for dx in range(W):
-                    moved = np.roll(images, (dy, dx), (2, 3))
-                    seen = view.process.seen(moved, view.t)
-                    fold, D = posterior(self.kernel, seen, rows, y, sigma, whole, values=moved)
-                    logs.append(fold.log_partition[:, 0, 0])
-                    means.append(D)
-                    progress.advance()
-        w = torch.softmax(torch.stack(logs), 0)
-        return (w[..., None, None, None] * torch.stack(means)).sum(0)
+    positions = "rolled"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-from abc import abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -15,40 +16,68 @@ from azula.denoise import Denoiser, DiracPosterior
 from azula.noise import Schedule, VPSchedule
 from torch import Tensor
 
-from scoremachine import engines as kernels
+from scoremachine import engines
 from scoremachine.calibration.heldout import automatic_bandwidth, automatic_locality
+from scoremachine.core.noise import PictureNoise
 from scoremachine.core.processes import Process
 from scoremachine.core.schedules import (
     LOCALITIES,
     BandwidthSchedule,
-    ByLevel,
     LevelSchedule,
     check_bandwidth,
 )
 from scoremachine.data.corpus import Corpus
-from scoremachine.data.moments import Moments, moments
-from scoremachine.sources.mixture import Mixture
+from scoremachine.runtime.lru import LRUCache
+from scoremachine.sources import source_of
+from scoremachine.sources.source import Source
 
 Label = int | str | Tensor | np.ndarray | Sequence[int | str] | None
+Bandwidth = float | BandwidthSchedule | str
+LEAST, MOST = 1e-100, 1e100  # noise levels: their squares and inverse squares are float64 numbers
 
 
-@dataclass(frozen=True)
-class View:
-    """The images as a forward process shows them at a time.
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Noisy pictures, as a machine's `mean` takes them.
 
     Attributes:
-        process, t: The process x_t = A_t x + sigma_t eps, and the time.
-        images: A_t x of every image, float32 (N, C, H, W).
-        scale: The largest gain: sigma_t / scale is the noise level at which settings are looked up.
+        y: float64 on the CPU, shape (B, C, H, W).
+        sigma: Their noise levels, the bandwidth included, float64 (B,).
+        level: The noise levels at which settings are looked up, float64 (B,).
+        index: Positions of the images that are the source, int64 (n,).
+        noise: Where a machine that perturbs pictures takes its noise from; None: from itself.
     """
 
-    process: Process
-    t: float
-    images: np.ndarray
-    scale: float
+    y: Tensor
+    sigma: Tensor
+    level: Tensor
+    index: np.ndarray
+    noise: PictureNoise | None = None
+
+    def at(self, members: Tensor) -> Batch:
+        """Some of the pictures, by a mask or by positions."""
+        if members.dtype == torch.bool:
+            members = torch.nonzero(members)[:, 0]
+        noise = None if self.noise is None else self.noise.of(members)
+        return replace(
+            self, y=self.y[members], sigma=self.sigma[members], level=self.level[members],
+            noise=noise,
+        )  # fmt: skip
 
 
-class Machine(Denoiser):
+MACHINES: dict[str, type[Machine]] = {}  # by name, as their modules are imported
+
+
+class Frozen(ABCMeta):
+    """Machines do not change after they are made."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        machine = super().__call__(*args, **kwargs)
+        machine.__dict__["_frozen"] = True
+        return machine
+
+
+class Machine(Denoiser, metaclass=Frozen):
     """A training-free denoiser: D(y, sigma) = E[x | y] under what it takes the corpus to say.
 
     Images x are in [-1, 1]; y = x + sigma eps, in float, shape (B, C, H, W). D is differentiable
@@ -59,6 +88,10 @@ class Machine(Denoiser):
 
     where D_0 is the machine with h = 0. A machine is an azula `Denoiser`: `machine(x_t, t).mean`
     is E[x | x_t] for x_t = alpha_t x + sigma_t eps under `machine.schedule`.
+
+    A machine never changes: what varies is an argument, other settings make another machine
+    (`clone_with`), and so does the choice that "auto" stands for (`resolved`). Any number of
+    threads may use one; it can be pickled and copied.
 
     Arguments:
         corpus: The images.
@@ -73,44 +106,62 @@ class Machine(Denoiser):
     name: str
     equivariant = False  # whether its source is every position
     locality: str | None = None  # the setting that says how far it sees, where it has one
-    relative_cost: float = 1.0  # about how much dearer a source is than one of a plain box
+    relative_cost: float = 1.0  # about what a source costs, in units of one of a plain box
     accepts_mixtures = False  # whether its source may be a mixture of Gaussians
-    view: View | None = None  # where pictures are compared with other than the images themselves
 
     def __init__(
         self,
         corpus: Corpus,
-        bandwidth: float | BandwidthSchedule | str = 0.0,
+        bandwidth: Bandwidth = 0.0,
         kernel: str = "auto",
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(corpus, Corpus):
-            raise ValueError(
-                f"a machine is made of a Corpus, not of {type(corpus).__name__}: "
-                "use Corpus.open(source) or Corpus(images)"
-            )
-        if isinstance(corpus, Mixture) and not self.accepts_mixtures:
+        self.corpus, self.kernel = corpus, kernel
+        self.source: Any = self.make_source(corpus, kernel)
+        if not (self.source.has_images or self.accepts_mixtures):
             raise ValueError(
                 f"{self.name} needs images, and a mixture is the source of ideal, ls and els "
                 "alone: use one of them, or the images that were compressed"
             )
-        self.corpus = corpus
         self.bandwidth = check_bandwidth(bandwidth)
-        self.kernel_name = kernel
-        self.kernel = kernels.choose(kernel)
         if not (schedule is None or callable(schedule)):
             raise ValueError(f"schedule is {schedule!r}; expected an azula Schedule or None")
         self.schedule = VPSchedule() if schedule is None else schedule
+        self._memo: LRUCache[Any] = LRUCache(2)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):
+            MACHINES[cls.name] = cls
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_frozen") and name != "training":  # which torch sets
+            known = self.__dict__.get(name)
+            same = type(known) is type(value) and isinstance(value, str | float) and known == value
+            if not same:
+                raise AttributeError(
+                    f"{self.name} does not change after it is made, so {name} cannot be set: make "
+                    f"another with clone_with({name}=...), or pass it as an argument"
+                )
+        super().__setattr__(name, value)
+
+    def make_source(self, corpus: Any, kernel: str) -> Source:
+        """What pictures are compared with."""
+        return source_of(corpus, kernel)
 
     @abstractmethod
-    def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
-        """D with h = 0 of valid float64 pictures, the images at `index` being the source.
+    def mean(self, batch: Batch) -> Tensor:
+        """D with h = 0 of valid pictures, float64 (B, C, H, W)."""
 
-        `level` is the noise level at which settings are looked up: sigma without the bandwidth.
-        """
-
-    def denoise(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
+    def denoise(
+        self,
+        y: Tensor,
+        sigma: float | Tensor,
+        label: Label = None,
+        bandwidth: Bandwidth | None = None,
+        noise: PictureNoise | None = None,
+    ) -> Tensor:
         """D(y, sigma), an estimate of E[x | y].
 
         Arguments:
@@ -118,6 +169,9 @@ class Machine(Denoiser):
             sigma: Their noise level, > 0: a number, or one for each picture, shape (B,).
             label: The class (position or name) whose images alone are the source; or one for
                 each picture; None: all images.
+            bandwidth: h, as the machine's own; None: that.
+            noise: Where a machine that perturbs pictures (`smoothed`) takes its noise from; None:
+                from its own seed.
 
         Returns:
             D, with y's shape, dtype and device.
@@ -131,16 +185,33 @@ class Machine(Denoiser):
             return y.clone()
         D = torch.empty_like(pictures)
         for members, index in self.by_label(label, len(pictures)):
-            D[members] = self.denoise_from(pictures[members], levels[members], index)
+            some = None if noise is None else noise.of(members)
+            asked = pictures[members], levels[members], index
+            D[members] = self.denoise_from(*asked, bandwidth, some)
         return D.to(dtype=y.dtype, device=y.device)
 
-    def denoise_from(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
+    def denoise_from(
+        self,
+        y: Tensor,
+        sigma: Tensor,
+        index: np.ndarray,
+        bandwidth: Bandwidth | None = None,
+        noise: PictureNoise | None = None,
+    ) -> Tensor:
         """D of valid float64 pictures, the images at `index` being the source."""
-        h = self.bandwidths(sigma)
-        return apply_bandwidth(self.mean(y, torch.sqrt(sigma**2 + h**2), index, sigma), y, sigma, h)
+        machine = self.resolved()
+        h = machine.bandwidths(sigma, bandwidth)
+        batch = Batch(y, torch.sqrt(sigma**2 + h**2), sigma, index, noise)
+        return apply_bandwidth(machine.mean(batch), y, sigma, h)
 
     def denoise_through(
-        self, process: Process, x_t: Tensor, t: float, label: Label = None
+        self,
+        process: Process,
+        x_t: Tensor,
+        t: float,
+        label: Label = None,
+        bandwidth: Bandwidth | None = None,
+        noise: PictureNoise | None = None,
     ) -> Tensor:
         """E[x | x_t] under another forward process, x_t = A_t x + sigma_t eps.
 
@@ -150,77 +221,82 @@ class Machine(Denoiser):
             process: The process.
             x_t: Noisy pictures, floats, shape (B, C, H, W).
             t: The time in [0, 1].
-            label: As in `denoise`.
+            label, bandwidth, noise: As in `denoise`.
 
         Returns:
             D, with x_t's shape, dtype and device.
 
         Raises:
-            ValueError: As `denoise`, and for a machine with a bandwidth.
+            ValueError: As `denoise`, and for a bandwidth.
         """
         pictures, _ = self.check(x_t, 1.0)
         process.check(pictures.shape[2:])
         _, sigma = process(torch.tensor(t, dtype=torch.float64))
-        viewed = self.through(process, t)
-        assert viewed.view is not None
+        viewed = self.under_process(process, t, bandwidth)
         sigmas = sigma.double().expand(len(pictures))
         D = torch.empty_like(pictures)
         for members, index in self.by_label(label, len(pictures)):
-            level = sigmas[members] / viewed.view.scale
-            D[members] = viewed.mean(pictures[members], sigmas[members], index, level)
+            level = sigmas[members] / viewed.source.scale
+            some = None if noise is None else noise.of(members)
+            D[members] = viewed.mean(Batch(pictures[members], sigmas[members], level, index, some))
         return D.to(dtype=x_t.dtype, device=x_t.device)
 
-    def check_process(self) -> None:
+    def check_process(self, bandwidth: Bandwidth | None = None) -> None:
         """ValueError where the machine runs under no other forward process."""
-        if isinstance(self.corpus, Mixture):
+        if not self.source.has_images:
             raise ValueError("a mixture knows no other forward process: use the images")
-        if self.bandwidth != 0.0:
+        h = self.bandwidth if bandwidth is None else bandwidth
+        if h != 0.0:
             raise ValueError(
-                f"bandwidth is {self.bandwidth!r}, and a forward process that damps some "
-                "frequencies more than others makes no round Gaussian of one: use bandwidth 0"
+                f"bandwidth is {h!r}, and a forward process that damps some frequencies more than "
+                "others makes no round Gaussian of one: use bandwidth 0"
             )
 
-    def through(self, process: Process, t: float) -> Self:
-        """The machine that compares with A_t s; the last one is kept."""
-        known = self.__dict__.get("_through")
-        if known is not None and known[0] is process and known[1] == t:
-            return known[2]
-        self.check_process()
-        self.prepare()
-        gains, _ = process(torch.tensor(t, dtype=torch.float64))
-        other = copy.copy(self)
-        for cached in ("_known", "_through"):
-            other.__dict__.pop(cached, None)
-        images = process.seen(self.corpus.images, t)
-        other.view = View(process, t, images, float(gains.max()))
-        self.__dict__["_through"] = process, t, other
-        return other
-
-    @property
-    def compared(self) -> np.ndarray:
-        """What pictures are compared with: the images, or what a process shows of them."""
-        return self.corpus.images if self.view is None else self.view.images
-
-    @property
-    def answers(self) -> np.ndarray | None:
-        """What the compared images answer with, where that is something else."""
-        return None if self.view is None else self.corpus.images
-
-    def moments(self, index: np.ndarray, low_rank: bool = False) -> Moments:
-        """Mean and covariance of what pictures are compared with, in units of `View.scale`."""
-        found = moments(self.corpus, index, low_rank)
-        if self.view is None:
-            return found
-        view, shape = self.view, self.corpus.shape
-        return found.seen(
-            lambda x: view.process.apply(x.reshape(-1, *shape), view.t).flatten(1) / view.scale
+    def under_process(
+        self, process: Process, t: float, bandwidth: Bandwidth | None = None
+    ) -> Machine:
+        """The machine that compares with A_t s; the last one is remembered."""
+        self.check_process(bandwidth)
+        machine = (
+            self.resolved() if bandwidth is None else self.clone_with(bandwidth=0.0).resolved()
+        )
+        return self._memo.get(
+            ("process", process, t),
+            lambda: machine.with_source(machine.source.under_process(process, t)),
         )
 
-    def score(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
-        """The score (D - y) / sigma^2 of the noisy density, with y's shape."""
-        D = self.denoise(y, sigma, label)
-        levels = torch.as_tensor(sigma, dtype=D.dtype, device=D.device)
-        return (D - y) / levels.reshape(-1, 1, 1, 1) ** 2
+    def with_source(self, source: Source) -> Self:
+        """The same machine, that compares pictures with something else."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, LRUCache):
+                other.__dict__[name] = LRUCache(value.size)
+        other.__dict__["source"] = source
+        return other
+
+    def score(
+        self,
+        y: Tensor,
+        sigma: float | Tensor,
+        label: Label = None,
+        bandwidth: Bandwidth | None = None,
+    ) -> Tensor:
+        """The score (D - y) / sigma^2 of the noisy density, with y's shape and dtype.
+
+        Raises:
+            ValueError: As `denoise`, and where y's dtype cannot hold it.
+        """
+        pictures, levels = self.check(y, sigma)
+        D = self.denoise(pictures, levels, label, bandwidth)
+        score = (D - pictures) / levels[:, None, None, None] ** 2
+        if y.dtype == torch.float16 and score.numel():
+            largest = float(score.detach().abs().max())
+            if largest > torch.finfo(torch.float16).max:
+                raise ValueError(
+                    f"the score has entries of {largest:.3g}, more than float16 can hold: give y "
+                    "in float32, float64 or bfloat16"
+                )
+        return score.to(dtype=y.dtype, device=y.device)
 
     def log_density(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
         """log p(y) in nats, float64, shape (B,), where the machine is a density's."""
@@ -229,20 +305,27 @@ class Machine(Denoiser):
             "Use 'ideal' or 'gaussian'"
         )
 
-    def forward(self, x_t: Tensor, t: Tensor, label: Label = None) -> DiracPosterior:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        label: Label = None,
+        bandwidth: Bandwidth | None = None,
+        noise: PictureNoise | None = None,
+    ) -> DiracPosterior:
         """azula's form: E[x | x_t] for x_t = alpha_t x + sigma_t eps.
 
         Arguments:
             x_t: Noisy pictures, shape (B, C, H, W).
             t: The time in [0, 1], shape () or (B,).
-            label: As in `denoise`.
+            label, bandwidth, noise: As in `denoise`.
         """
         alpha, sigma = (
             torch.as_tensor(v, dtype=torch.float64, device="cpu")
             for v in self.schedule(torch.as_tensor(t))
         )
         y = x_t / alpha.to(x_t).reshape(-1, 1, 1, 1)
-        return DiracPosterior(mean=self.denoise(y, sigma / alpha, label))
+        return DiracPosterior(mean=self.denoise(y, sigma / alpha, label, bandwidth, noise))
 
     def check(self, y: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
         """`y` and `sigma` as float64 on the CPU, shapes (B, C, H, W) and (B,); or ValueError."""
@@ -272,7 +355,7 @@ class Machine(Denoiser):
                 shape = tuple(label.shape)
                 raise ValueError(f"labels have shape {shape}; expected one, or one a picture")
             label = label.tolist()
-        if label is None or isinstance(label, int | str):
+        if label is None or isinstance(label, int | np.integer | str):
             return [(torch.arange(B), self.corpus.indices(label))]
         if len(label) != B:
             raise ValueError(f"{len(label)} labels for {B} pictures; expected one for each")
@@ -284,39 +367,50 @@ class Machine(Denoiser):
             for value in dict.fromkeys(label)
         ]
 
-    def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> None:
-        """Does what is done once: choices that "auto" stands for, measurements of the corpus.
+    @property
+    def is_resolved(self) -> bool:
+        """Whether no setting is "auto"."""
+        return self.bandwidth != "auto"
 
-        `levels`: the noise levels that will be asked for, as far as they are known.
+    def resolved(self) -> Self:
+        """The machine with explicit settings: what "auto" stands for is chosen once.
+
+        It is chosen on held-out images; see `scoremachine.calibration`. Threads that ask meanwhile
+        wait for the choice.
         """
-        self.bandwidth_at(1.0)
+        return self if self.is_resolved else self._memo.get("resolved", self.resolve)
 
-    def begin(self, x: Tensor | None) -> None:
-        """Hears that a sampler starts from pictures x (B, C, H, W), or (None) that it has ended."""
+    def resolve(self) -> Self:
+        """Chooses what "auto" stands for; see `resolved`."""
+        return self.clone_with(bandwidth=automatic_bandwidth(self.clone_with(bandwidth=0.0)))
 
-    def bandwidth_at(self, sigma: float) -> float:
-        """The bandwidth h at noise level `sigma`."""
-        if self.bandwidth == "auto":
-            self.bandwidth = automatic_bandwidth(self.clone_with(self.corpus, bandwidth=0.0))
-        if isinstance(self.bandwidth, BandwidthSchedule):
-            return self.bandwidth(sigma)
-        assert isinstance(self.bandwidth, float)
-        return self.bandwidth
+    def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> Self:
+        """Does what is done once, and returns the machine with explicit settings.
 
-    def bandwidths(self, sigma: Tensor) -> Tensor:
-        """The bandwidth h at each of some noise levels, float64 (B,)."""
-        return torch.tensor([self.bandwidth_at(float(s)) for s in sigma], dtype=torch.float64)
+        Chooses what "auto" stands for, measures the corpus, builds indexes.
+
+        Arguments:
+            label: As in `denoise`.
+            levels: The noise levels that will be asked for, as far as they are known.
+        """
+        return self.resolved()
+
+    def bandwidths(self, sigma: Tensor, bandwidth: Bandwidth | None = None) -> Tensor:
+        """The bandwidth h at each of some noise levels, float64 (B,): the machine's, or another."""
+        h = self.resolved().bandwidth if bandwidth is None else check_bandwidth(bandwidth)
+        if isinstance(h, str):
+            h = self.clone_with(bandwidth=h).resolved().bandwidth
+        if isinstance(h, BandwidthSchedule):
+            return torch.tensor([h(float(s)) for s in sigma], dtype=torch.float64)
+        return torch.full((len(sigma),), float(h), dtype=torch.float64)
 
     def arguments(self) -> dict[str, Any]:
         """What the machine was made with, apart from its corpus."""
-        return {
-            "bandwidth": self.bandwidth,
-            "kernel": self.kernel_name,
-            "schedule": self.schedule,
-        }
+        return {name: getattr(self, name) for name in setting_names(type(self))}
 
-    def clone_with(self, corpus: Corpus, **changes: Any) -> Machine:
+    def clone_with(self, corpus: Any = None, **changes: Any) -> Self:
         """The same kind of machine with other images, or other arguments."""
+        corpus = self.corpus if corpus is None else corpus
         return type(self)(corpus, **{**self.arguments(), **changes})
 
     def smaller(self, corpus: Corpus) -> Machine:
@@ -332,14 +426,11 @@ class Machine(Denoiser):
         return False
 
     def settings(self) -> dict[str, object]:
-        """What distinguishes this machine, for the record of a run."""
-        return {
-            "machine": self.name,
-            "corpus": self.corpus.name,
-            "corpus_key": self.corpus.key,
-            "bandwidth": plain(self.bandwidth),
-            "kernel": kernels.name_of(self.kernel),
-        }
+        """What distinguishes this machine, for the record of a run, as JSON can hold it."""
+        named = {"machine": self.name, "corpus": self.corpus.name, "corpus_key": self.corpus.key}
+        arguments = {k: v for k, v in self.arguments().items() if k != "schedule"}
+        found = named | {name: plain(value) for name, value in arguments.items()}
+        return found | {"kernel": engines.name_of(engines.choose(self.kernel))}
 
 
 class LocalMachine(Machine):
@@ -349,30 +440,29 @@ class LocalMachine(Machine):
         corpus: The images.
         local: A number, a schedule, the name of a published one, the path of a calibration.json,
             or "auto" (held-out calibration).
-        bandwidth, kernel, schedule: See `Machine`.
+        settings: See `Machine`.
     """
 
     locality: str  # the setting's name
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        local: Any,
-        bandwidth: float | BandwidthSchedule | str = 0.0,
-        kernel: str = "auto",
-        schedule: Schedule | None = None,
-    ) -> None:
-        super().__init__(corpus, bandwidth, kernel, schedule)
-        if isinstance(corpus, Mixture) and isinstance(local, str) and local == "auto":
+    def __init__(self, corpus: Corpus, local: Any, **settings: Any) -> None:
+        super().__init__(corpus, **settings)
+        automatic = isinstance(local, str) and local == "auto"
+        if automatic and not self.source.has_images:
             raise ValueError(
                 f"a mixture has no images to hold out, so {self.locality} cannot be 'auto': give a "
                 "number or a schedule, as that of the machine of the images"
             )
-        if not (isinstance(local, str) and local == "auto"):
+        if not automatic:
             local = LOCALITIES[self.locality].of(local)
             for value in local.values:
                 self.check_local(value.item())
-        self.local = local
+        setattr(self, self.locality, local)
+
+    @property
+    def local(self) -> Any:
+        """The setting at each noise level, a `LevelSchedule`, or "auto"."""
+        return getattr(self, self.locality)
 
     def check_local(self, value: Any) -> None:
         """Raises ValueError where no machine of this kind can have that value."""
@@ -386,31 +476,40 @@ class LocalMachine(Machine):
 
     def choose(self) -> LevelSchedule:
         """What "auto" stands for."""
-        return automatic_locality(self.clone_with(self.corpus, bandwidth=0.0))
+        return automatic_locality(self.clone_with(bandwidth=0.0))
+
+    @property
+    def is_resolved(self) -> bool:
+        return super().is_resolved and not isinstance(self.local, str)
+
+    def resolve(self) -> Self:
+        if not isinstance(self.local, str):
+            return super().resolve()
+        return self.clone_with(**{self.locality: self.choose()}).resolved()
 
     def smaller(self, corpus: Corpus) -> Machine:
         return self.clone_with(corpus, **{self.locality: "auto"})
 
     def local_at(self, sigma: float) -> Any:
         """The setting's value at noise level `sigma`."""
-        if isinstance(self.local, str):
-            self.local = self.choose()
-        return self.local(sigma)
+        return self.resolved().local(sigma)
 
-    def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> None:
-        self.local_at(1.0)
-        super().prepare(label, levels)
 
-    def bandwidth_at(self, sigma: float) -> float:
-        if self.bandwidth == "auto":  # chosen for the locality that the machine has
-            self.local_at(sigma)
-        return super().bandwidth_at(sigma)
+def setting_names(kind: type[Machine]) -> list[str]:
+    """The names of a machine's settings: the arguments that it is made with, but for the corpus."""
+    names = [kind.locality] if kind.locality else []
+    for each in reversed(kind.__mro__):
+        if "__init__" in vars(each) and issubclass(each, Machine):
+            for name, p in inspect.signature(each.__init__).parameters.items():
+                named = p.kind is not inspect.Parameter.VAR_KEYWORD
+                if named and name not in ("self", "corpus", "local", *names):
+                    names.append(name)
+    return names
 
-    def arguments(self) -> dict[str, Any]:
-        return {**super().arguments(), self.locality: self.local}
 
-    def settings(self) -> dict[str, object]:
-        return {**super().settings(), self.locality: plain(self.local)}
+def plain(value: Any) -> object:
+    """A setting as what JSON can hold."""
+    return value.plain() if hasattr(value, "plain") else value
 
 
 def checked(
@@ -444,6 +543,11 @@ def checked(
         )
     if not (torch.isfinite(levels).all() and (levels > 0).all()):
         raise ValueError(f"sigma is {levels.tolist()}; expected a finite number above 0")
+    if not ((levels >= LEAST).all() and (levels <= MOST).all()):
+        raise ValueError(
+            f"sigma is {levels.tolist()}; expected a noise level from {LEAST:g} to {MOST:g}, whose "
+            "square float64 can hold"
+        )
     return pictures, levels.expand(len(y)).contiguous()
 
 
@@ -451,11 +555,6 @@ def apply_bandwidth(D: Tensor, y: Tensor, sigma: Tensor, h: Tensor) -> Tensor:
     """D of sources that are Gaussians of bandwidth h, from D_0(y, sqrt(sigma^2 + h^2))."""
     a = (sigma**2 / (sigma**2 + h**2))[:, None, None, None]
     return torch.where(a == 1, D, a * D + (1 - a) * y)
-
-
-def plain(value: object) -> object:
-    """A setting as what JSON can hold."""
-    return value.plain() if isinstance(value, ByLevel) else value
 
 
 def gaussian_constant(D: int, variance: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from azula.noise import Schedule
 
 from scoremachine.core.collection import Collection
-from scoremachine.core.schedules import BandwidthSchedule, ShareSchedule
+from scoremachine.core.schedules import ShareSchedule
 from scoremachine.core.windows import Masks
 from scoremachine.data.corpus import Corpus
 from scoremachine.data.heatmaps import HeatMaps
@@ -45,11 +44,12 @@ class PatchCompositeFlex(WindowMachine):
             (held-out calibration, the default).
         heat_maps: "wiener" (default): the squared entries of the corpus's own Wiener filter at the
             same noise level; or `HeatMaps`; or the path of a file of them.
-        corpus, bandwidth, kernel, schedule: See `Machine`.
+        corpus, settings: See `Machine`.
     """
 
     name = "pspc-flex"
     locality = "share"
+    share: ShareSchedule | str
     depends_on_noise = True
     relative_cost = 3.0
 
@@ -57,12 +57,10 @@ class PatchCompositeFlex(WindowMachine):
         self,
         corpus: Corpus,
         share: float | ShareSchedule | str = "auto",
-        bandwidth: float | BandwidthSchedule | str = 0.0,
-        kernel: str = "auto",
-        schedule: Schedule | None = None,
         heat_maps: HeatMaps | str | Path = "wiener",
+        **settings: Any,
     ) -> None:
-        super().__init__(corpus, share, bandwidth, kernel, schedule)
+        super().__init__(corpus, share, **settings)
         if isinstance(heat_maps, str | Path) and heat_maps != "wiener":
             heat_maps = HeatMaps.load(heat_maps)
         if isinstance(heat_maps, HeatMaps):
@@ -73,11 +71,6 @@ class PatchCompositeFlex(WindowMachine):
             )
         self.heat_maps = heat_maps
 
-    @property
-    def share(self) -> ShareSchedule | str:
-        """The share at each noise level, or "auto"."""
-        return self.local
-
     def candidates(self) -> list[float]:
         return [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 1.0]
 
@@ -86,18 +79,11 @@ class PatchCompositeFlex(WindowMachine):
         if isinstance(self.heat_maps, HeatMaps):
             maps = self.heat_maps(sigma)
         else:
-            maps = self.moments(index).heat_maps(sigma, self.corpus.shape)
+            maps = self.source.moments(index).heat_maps(sigma, self.corpus.shape)
         q = holding(maps, share)
         if q.all():  # one window, the whole image
             return Collection.of_images(image)
         return Collection(image, Masks.of([q], image), "pixels", "window")
-
-    def arguments(self) -> dict[str, Any]:
-        return {**super().arguments(), "heat_maps": self.heat_maps}
-
-    def settings(self) -> dict[str, object]:
-        maps = self.heat_maps if isinstance(self.heat_maps, str) else self.heat_maps.key
-        return {**super().settings(), "heat_maps": maps}
 
 
 def holding(maps: np.ndarray, share: float) -> np.ndarray:

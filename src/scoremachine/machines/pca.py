@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-from azula.noise import Schedule
 from torch import Tensor
 
 from scoremachine.core.collection import Collection
-from scoremachine.core.schedules import BandwidthSchedule, ThresholdSchedule
+from scoremachine.core.schedules import ThresholdSchedule
 from scoremachine.core.windows import Masks
 from scoremachine.data.corpus import Corpus
 from scoremachine.machines.windowed import WindowMachine
@@ -29,35 +29,26 @@ class PCALocality(WindowMachine):
     Arguments:
         threshold: tau in (0, 1] (0.02; the paper takes 0.05 for CIFAR-10), a `ThresholdSchedule`,
             or "auto" (held-out calibration).
-        corpus, bandwidth, kernel, schedule: See `Machine`.
+        corpus, settings: See `Machine`.
     """
 
     name = "pca"
     locality = "threshold"
+    threshold: ThresholdSchedule | str
     depends_on_noise = True
     relative_cost = 10.0
 
     def __init__(
-        self,
-        corpus: Corpus,
-        threshold: float | ThresholdSchedule | str = 0.02,
-        bandwidth: float | BandwidthSchedule | str = 0.0,
-        kernel: str = "auto",
-        schedule: Schedule | None = None,
+        self, corpus: Corpus, threshold: float | ThresholdSchedule | str = 0.02, **settings: Any
     ) -> None:
-        super().__init__(corpus, threshold, bandwidth, kernel, schedule)
-
-    @property
-    def threshold(self) -> ThresholdSchedule | str:
-        """The threshold tau at each noise level, or "auto"."""
-        return self.local
+        super().__init__(corpus, threshold, **settings)
 
     def candidates(self) -> list[float]:
         return [0.0005, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4]
 
     def collection(self, tau: float, sigma: float, index: np.ndarray) -> Collection:
         C, H, W = self.corpus.shape
-        g = self.moments(index, low_rank=True)
+        g = self.source.moments(index, low_rank=True)
 
         def ratios(progress: Bar) -> Iterator[tuple[np.ndarray, Tensor]]:
             for rows, block in g.wiener_blocks(sigma):
@@ -75,10 +66,5 @@ class PCALocality(WindowMachine):
 
         with bar("Finding windows", total=2 * C * H * W) as progress:
             window = Masks.of(masks(progress), (C * H, W))
+        # the channels of an image below each other, so that each of its values is a pixel
         return Collection((C * H, W), window, "pixels", "pixel")
-
-    @property
-    def images(self) -> np.ndarray:
-        """The channels of an image below each other, so that each of its values is a pixel."""
-        N, C, H, W = self.compared.shape
-        return self.compared.reshape(N, 1, C * H, W)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from azula.noise import Schedule
 from torch import Tensor
 
 from scoremachine.core.collection import Collection
-from scoremachine.core.fold import Fold
-from scoremachine.core.posterior import posterior, units_of_x, with_slope
-from scoremachine.core.processes import Process
-from scoremachine.core.schedules import BandwidthSchedule, SmoothingSchedule
+from scoremachine.core.posterior import units_of_x, with_slope
+from scoremachine.core.schedules import SmoothingSchedule
 from scoremachine.data.corpus import Corpus
-from scoremachine.machines.machine import LocalMachine
+from scoremachine.machines.machine import Batch, LocalMachine
+from scoremachine.runtime.lru import LRUCache
 from scoremachine.runtime.validation import check_integer
+from scoremachine.sources.source import Evidence, FoldRequest
+
+PERTURBATIONS, UNIFORM = 1, 2  # streams of a picture's noise
 
 
 class SmoothedScore(LocalMachine):
@@ -42,26 +43,25 @@ class SmoothedScore(LocalMachine):
             the way; elsewhere they belong to the machine and depend on its seed alone, so that D
             is a function. "fresh": drawn anew at every step.
         seed: Of the machine's own perturbations, and of the uniform draws.
-        corpus, bandwidth, kernel, schedule: See `Machine`.
+        corpus, settings: See `Machine`.
     """
 
     name = "smoothed"
     locality = "delta"
+    delta: SmoothingSchedule | str
 
     def __init__(
         self,
         corpus: Corpus,
         delta: float | SmoothingSchedule | str = "auto",
-        bandwidth: float | BandwidthSchedule | str = 0.0,
-        kernel: str = "auto",
-        schedule: Schedule | None = None,
         M: int = 4,
         neighbours: int | None = None,
         uniform: int = 0,
         perturbations: str = "fixed",
         seed: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(corpus, delta, bandwidth, kernel, schedule)
+        super().__init__(corpus, delta, **settings)
         M = check_integer("M", M)
         if neighbours is not None:
             neighbours = check_integer("neighbours", neighbours)
@@ -75,13 +75,7 @@ class SmoothedScore(LocalMachine):
             seed = check_integer("seed", seed)
         self.M, self.neighbours, self.uniform = M, neighbours, uniform
         self.perturbations, self.seed = perturbations, seed
-        self._indexes: dict[bytes, Any] = {}
-        self._trajectory: Tensor | None = None
-
-    @property
-    def delta(self) -> SmoothingSchedule | str:
-        """The perturbations' standard deviation at each noise level, or "auto"."""
-        return self.local
+        self._neighbours: LRUCache[Any] = LRUCache(1)
 
     def choose(self) -> SmoothingSchedule:
         return SmoothingSchedule.constant(self._scale)
@@ -89,7 +83,7 @@ class SmoothedScore(LocalMachine):
     def candidates(self) -> list[float]:
         return [0.0, *(self._scale * factor for factor in (0.25, 0.5, 1.0, 2.0, 4.0))]
 
-    @cached_property
+    @property
     def _scale(self) -> float:
         """An eighth of the median distance to the nearest other image, among up to 512 of them."""
         N = len(self.corpus)
@@ -101,113 +95,90 @@ class SmoothedScore(LocalMachine):
         nearest = nearest[torch.isfinite(nearest)]
         return round(float(nearest.median()) / 8, 3) if len(nearest) else 0.0
 
-    def through(self, process: Process, t: float) -> Self:
-        other = super().through(process, t)
-        other._indexes = {} if other._indexes is self._indexes else other._indexes
-        other._trajectory = self._trajectory
-        return other
+    def mean(self, batch: Batch) -> Tensor:
+        delta = torch.tensor([self.local_at(float(s)) for s in batch.level], dtype=torch.float64)
+        # under a process, x_t is in units of the source's scale
+        reach = (delta * (1 + batch.level) * self.source.scale)[:, None, None, None, None]
+        queries = (batch.y[:, None] + reach * self._perturbations(batch)).flatten(0, 1)
+        repeated = replace(batch, y=queries, sigma=batch.sigma.repeat_interleave(self.M))
+        D = self._all(repeated) if self.neighbours is None else self._near(repeated)
+        return D.reshape(len(batch.y), self.M, *batch.y.shape[1:]).mean(1)
 
-    def begin(self, x: Tensor | None) -> None:
-        self._trajectory = None
-        if x is not None and self.perturbations == "fixed":
-            noise = [torch.randn_like(x, dtype=torch.float64) for _ in range(self.M)]
-            self._trajectory = torch.stack(noise, dim=1)
+    def _stream(self, level: Tensor, kind: int) -> list[int]:
+        """What tells the noise of this machine from other noise of a picture."""
+        if self.perturbations == "fixed":
+            return [kind]
+        return [kind, int(level[:1].contiguous().view(torch.int64))]  # another at every noise level
 
-    def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
-        delta = torch.tensor([self.local_at(float(s)) for s in level], dtype=torch.float64)
-        reach = (delta * (1 + level))[:, None, None, None, None]
-        if self.view is not None:  # x_t is in other units
-            reach = reach * self.view.scale
-        queries = (y[:, None] + reach * self._perturbations(y)).flatten(0, 1)
-        levels = sigma.repeat_interleave(self.M)
-        answer = self._all if self.neighbours is None else self._near
-        return answer(queries, levels, index).reshape(len(y), self.M, *y.shape[1:]).mean(1)
-
-    def _perturbations(self, y: Tensor) -> Tensor:
+    def _perturbations(self, batch: Batch) -> Tensor:
         """eps, shape (B, M, C, H, W) or (1, M, C, H, W)."""
-        if self.perturbations == "fresh":  # a sampler's noise has its own generators
-            return torch.stack([torch.randn_like(y) for _ in range(self.M)], dim=1)
-        if self._trajectory is not None and len(self._trajectory) == len(y):
-            return self._trajectory
-        generator = torch.Generator().manual_seed(self.seed)
-        shape = 1, self.M, *y.shape[1:]
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    def _keys(self, B: int, n: int) -> Tensor:
-        """A random number for each image and query, (B, M, n): the least are drawn."""
-        like = torch.empty(B, self.M, n)
+        shape = self.M, *batch.y.shape[1:]
+        if batch.noise is not None:
+            return batch.noise.normal(shape, *self._stream(batch.level, PERTURBATIONS))
         if self.perturbations == "fresh":
-            return torch.randn_like(like)
+            return torch.randn(len(batch.y), *shape, dtype=torch.float64)
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randn(like.shape[1:], generator=generator).expand_as(like)
+        return torch.randn(1, *shape, generator=generator, dtype=torch.float64)
 
-    def _all(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
-        asked = self.kernel, self.compared, index, y, sigma, self._collection
-        return posterior(*asked, values=self.answers)[1]
+    def _keys(self, batch: Batch) -> Tensor:
+        """A random number for each query and image, (B M, n): the least are drawn."""
+        n, B = len(batch.index), len(batch.y) // self.M
+        if self.perturbations == "fixed":
+            generator = torch.Generator().manual_seed(self.seed)
+            return torch.randn(self.M, n, generator=generator).repeat(B, 1)
+        if batch.noise is None:
+            return torch.randn(B * self.M, n)
+        return batch.noise.normal((self.M, n), *self._stream(batch.level, UNIFORM)).flatten(0, 1)
+
+    def _all(self, batch: Batch) -> Tensor:
+        return self._folded(batch, batch.index).mean
+
+    def _folded(self, batch: Batch, index: np.ndarray) -> Evidence:
+        return self.source.fold(FoldRequest(batch.y, batch.sigma, self._collection, index))
 
     @property
     def _collection(self) -> Collection:
         return Collection.of_images(self.corpus.shape[1:])
 
-    def _near(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
+    def _near(self, batch: Batch) -> Tensor:
+        index = batch.index
         K = min(self.neighbours or 1, len(index))
         L = min(self.uniform, len(index) - K)
-        keys = self._keys(len(y) // self.M, len(index)).flatten(0, 1).numpy() if L else None
+        keys = self._keys(batch).numpy() if L else None
         found = self._index(index).kneighbors(
-            y.detach().flatten(1).float().numpy(), n_neighbors=K, return_distance=False
+            batch.y.detach().flatten(1).float().numpy(), n_neighbors=K, return_distance=False
         )
         D = []
         for p, near in enumerate(found):
-            query, level = y[p : p + 1], sigma[p : p + 1]
+            query = replace(batch, y=batch.y[p : p + 1], sigma=batch.sigma[p : p + 1])
             rest = np.delete(np.arange(len(index)), near)
             drawn = rest[:0] if keys is None else rest[np.argsort(keys[p][rest])[:L]]
-            D.append(self._weighted(query, level, index[near], index[drawn], len(rest)))
+            D.append(self._weighted(query, index[near], index[drawn], len(rest)))
         return torch.cat(D)
 
-    def _weighted(
-        self, y: Tensor, sigma: Tensor, near: np.ndarray, drawn: np.ndarray, rest: int
-    ) -> Tensor:
+    def _weighted(self, batch: Batch, near: np.ndarray, drawn: np.ndarray, rest: int) -> Tensor:
         """The mean over `near`, and over `drawn` with each standing for rest / L images."""
-
-        def asked(index: np.ndarray) -> tuple[Fold, Tensor]:
-            where = np.sort(index), y, sigma, self._collection
-            return posterior(self.kernel, self.compared, *where, values=self.answers)
-
-        first, D = asked(near)
+        first = self._folded(batch, np.sort(near))
         if len(drawn) == 0:
-            return D
-        other, D_other = asked(drawn)
+            return first.mean
+        other = self._folded(batch, np.sort(drawn))
+        assert first.fold is not None
+        assert other.fold is not None
         # log of the two sums' ratio, whose gradient is (D - y) / sigma^2 - (D_other - y) / sigma^2,
         # with means of what is compared for D
-        ratio = first.log_partition - other.log_partition - math.log(rest / len(drawn))
-        apart = D - D_other
-        if self.view is not None:
-            apart = self.view.process.apply(apart, self.view.t)
-        a = torch.sigmoid(with_slope(ratio[:, 0, 0], apart / sigma**2, y))
+        log_near, log_other = first.fold.log_partition, other.fold.log_partition
+        ratio = log_near - log_other - math.log(rest / len(drawn))
+        difference = self.source.seen(first.mean - other.mean)
+        a = torch.sigmoid(with_slope(ratio[:, 0, 0], difference / batch.sigma**2, batch.y))
         a = a[:, None, None, None]
-        return a * D + (1 - a) * D_other
+        return a * first.mean + (1 - a) * other.mean
 
     def _index(self, index: np.ndarray) -> Any:
         """scikit-learn's index of the images at `index`, made once."""
         from sklearn.neighbors import NearestNeighbors
 
-        key = index.tobytes()
-        if key not in self._indexes:
-            x = units_of_x(self.compared[index]).flatten(1).float().numpy()
-            self._indexes = {key: NearestNeighbors(algorithm="brute").fit(x)}
-        return self._indexes[key]
+        def fitted() -> Any:
+            x = units_of_x(self.source.keys[index]).flatten(1).float().numpy()
+            return NearestNeighbors(algorithm="brute").fit(x)
 
-    def arguments(self) -> dict[str, Any]:
-        return {**super().arguments(), **self._own()}
-
-    def settings(self) -> dict[str, object]:
-        return {**super().settings(), **self._own()}
-
-    def _own(self) -> dict[str, Any]:
-        return {
-            "M": self.M,
-            "neighbours": self.neighbours,
-            "uniform": self.uniform,
-            "perturbations": self.perturbations,
-            "seed": self.seed,
-        }
+        return self._neighbours.get(index.tobytes(), fitted)

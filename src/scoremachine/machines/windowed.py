@@ -5,43 +5,24 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
 import torch
-from azula.noise import Schedule
 from torch import Tensor
 
 from scoremachine.core.collection import Collection
-from scoremachine.core.fold import Fold
-from scoremachine.core.posterior import Engine, posterior
-from scoremachine.core.schedules import BandwidthSchedule, PatchSchedule
+from scoremachine.core.schedules import PatchSchedule
 from scoremachine.core.windows import Augment, Box, Soft, Window, check_window
 from scoremachine.data.corpus import Corpus
-from scoremachine.machines.machine import LocalMachine
+from scoremachine.machines.machine import Batch, LocalMachine
 from scoremachine.runtime.lru import LRUCache
-from scoremachine.sources.mixture import Mixture
+from scoremachine.sources.source import Evidence, FoldRequest
 
 KEPT_WINDOWS = 64
 WINDOWS = {"box": 1.0, "gaussian": 2.0, "wiener": 10.0}  # how much dearer a logit is
 FAINTEST = 1e-6  # the least weight in a tapered window
-
-
-@dataclass
-class Evidence:
-    """What one pass over the source says of a batch: the mean and where it comes from.
-
-    Attributes:
-        mean: D with h = 0, float64 (B, C, H, W).
-        fold: The sites' folds: log-partition, effective sources, leading sources.
-        collection: The windows they belong to.
-    """
-
-    mean: Tensor
-    fold: Fold
-    collection: Collection
 
 
 class WindowMachine(LocalMachine):
@@ -49,21 +30,16 @@ class WindowMachine(LocalMachine):
 
     depends_on_noise = False  # whether windows depend on the noise level itself
 
-    @cached_property
-    def _known(self) -> LRUCache[Collection]:
-        return LRUCache(KEPT_WINDOWS)
+    def __init__(self, corpus: Corpus, local: Any, **settings: Any) -> None:
+        super().__init__(corpus, local, **settings)
+        self._rows: LRUCache[Collection] = LRUCache(KEPT_WINDOWS)
 
-    def clone_with(self, corpus: Corpus, **changes: Any) -> WindowMachine:
+    def clone_with(self, corpus: Any = None, **changes: Any) -> Self:
         other = super().clone_with(corpus, **changes)
-        assert isinstance(other, WindowMachine)
-        if corpus is self.corpus and changes.keys() <= {"bandwidth", "kernel", self.locality}:
-            other.__dict__["_known"] = self._known  # on which these have no bearing
+        same = corpus is None or corpus is self.corpus
+        if same and changes.keys() <= {"bandwidth", "kernel", self.locality}:
+            other.__dict__["_rows"] = self._rows  # on which these have no bearing
         return other
-
-    @property
-    def images(self) -> np.ndarray:
-        """The images as the windows see them, (N, C, H, W)."""
-        return self.compared
 
     @abstractmethod
     def collection(self, value: Any, sigma: float, index: np.ndarray) -> Collection:
@@ -72,7 +48,7 @@ class WindowMachine(LocalMachine):
     def windows(
         self, level: float, index: np.ndarray, canvas: tuple[int, int] | None = None
     ) -> Collection:
-        """The machine's row at a noise level; the last few are kept.
+        """The machine's row at a noise level; the last few are remembered.
 
         `canvas`: height and width of the pictures, where they are not those of the images.
         """
@@ -82,52 +58,30 @@ class WindowMachine(LocalMachine):
             return found if canvas is None else replace(found, canvas=canvas)
 
         key = *self._row(level), index.tobytes() if self.depends_on_noise else b"", canvas
-        return self._known.get(key, make)
+        return self._rows.get(key, make)
 
     def _row(self, sigma: float) -> tuple[Any, float]:
         return self.local_at(sigma), sigma if self.depends_on_noise else 0.0
 
-    def engine_for(self, collection: Collection, index: np.ndarray) -> Engine:
-        """The kernel that folds the images at `index` for a row."""
-        return self.kernel
-
-    def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
-        D = torch.empty_like(y)
-        for members, row in self.by_row(y, level, index):
-            asked = y[members], sigma[members]
-            if isinstance(self.corpus, Mixture):
-                D[members] = self.corpus.posterior(*asked, row)
-            else:
-                D[members] = self.evidence(*asked, index, row).mean
+    def mean(self, batch: Batch) -> Tensor:
+        D = torch.empty_like(batch.y)
+        for members, row in self.by_row(batch):
+            D[members] = self.evidence(batch.at(members), row).mean
         return D
 
-    def by_row(
-        self, y: Tensor, level: Tensor, index: np.ndarray
-    ) -> Iterator[tuple[Tensor, Collection]]:
-        """The machine's rows for pictures, and which of them they are for."""
-        rows = [self._row(float(s)) for s in level]
-        H, W = y.shape[2:]
+    def by_row(self, batch: Batch) -> Iterator[tuple[Tensor, Collection]]:
+        """The machine's rows for pictures, and which of them they are for, bool (B,)."""
+        rows = [self._row(float(s)) for s in batch.level]
+        H, W = batch.y.shape[2:]
         canvas = None if self.corpus.shape[1:] == (H, W) else (H, W)
         for row in dict.fromkeys(rows):
             members = torch.tensor([other == row for other in rows])
-            yield members, self.windows(float(level[members][0]), index, canvas)
+            yield members, self.windows(float(batch.level[members][0]), batch.index, canvas)
 
-    def evidence(
-        self,
-        y: Tensor,
-        sigma: Tensor,
-        index: np.ndarray,
-        collection: Collection,
-        leaders: int = 0,
-    ) -> Evidence:
-        """The fold of valid float64 pictures that share a row; see `posterior`."""
-        images, values = self.images, self.answers
-        pictures = y.reshape(-1, images.shape[1], *collection.frame)
-        kernel = self.engine_for(collection, index)
-        if values is not None:
-            values = values.reshape(images.shape)
-        fold, D = posterior(kernel, images, index, pictures, sigma, collection, leaders, values)
-        return Evidence(D.reshape(y.shape), fold, collection)
+    def evidence(self, batch: Batch, row: Collection, leaders: int = 0) -> Evidence:
+        """The fold of pictures that share a row; see `FoldRequest`."""
+        self.source.prepare(row, batch.index)
+        return self.source.fold(FoldRequest(batch.y, batch.sigma, row, batch.index, leaders))
 
 
 class BoxMachine(WindowMachine):
@@ -142,21 +96,20 @@ class BoxMachine(WindowMachine):
             like the corpus's Wiener filter at the noise level, averaged over positions. Query and
             response are tapered alike (Niedoba et al. 2605.24192).
         augment: None, an `Augment`, or its text, as "flips,shifts=1": a wider source.
-        bandwidth, kernel, schedule: See `Machine`.
+        settings: See `Machine`.
     """
 
     locality = "patch_size"
+    patch_size: PatchSchedule | str
     odd = True  # whether a box has to have a middle pixel
 
     def __init__(
         self,
         corpus: Corpus,
         patch_size: int | PatchSchedule | str = "auto",
-        bandwidth: float | BandwidthSchedule | str = 0.0,
-        kernel: str = "auto",
-        schedule: Schedule | None = None,
         window: str = "box",
         augment: Augment | str | None = None,
+        **settings: Any,
     ) -> None:
         if window not in WINDOWS:
             raise ValueError(f"window is {window!r}; expected 'box', 'gaussian' or 'wiener'")
@@ -164,17 +117,12 @@ class BoxMachine(WindowMachine):
             augment = Augment.parse(augment)
         if not isinstance(augment, Augment | None):
             raise ValueError(f"augment is {augment!r}; expected an Augment, its text, or None")
-        super().__init__(corpus, patch_size, bandwidth, kernel, schedule)
+        super().__init__(corpus, patch_size, **settings)
         self.window, self.augment = window, augment or Augment()
         self.depends_on_noise = window == "wiener"
         self.relative_cost = WINDOWS[window] * (
             len(self.augment.variants) * (2 * self.augment.shifts + 1) ** 2
         )
-
-    @property
-    def patch_size(self) -> PatchSchedule | str:
-        """The box's side at each noise level, or "auto"."""
-        return self.local
 
     def check_local(self, value: Any) -> None:
         check_window(PatchSchedule.check(value), self.corpus.shape[1:], self.odd)
@@ -189,18 +137,12 @@ class BoxMachine(WindowMachine):
             return Box(shape)
         if self.window == "gaussian":
             return Soft.gaussian(*shape)
-        g = self.moments(index)
+        g = self.source.moments(index)
         return Soft.of(stationary(g.heat_maps(sigma, self.corpus.shape), self.corpus.shape, shape))
 
     def wider(self) -> dict[str, Any]:
         """How far and in which variants the source reaches, for a `Collection`."""
         return {"reach": self.augment.shifts, "variants": self.augment.variants}
-
-    def arguments(self) -> dict[str, Any]:
-        return {**super().arguments(), "window": self.window, "augment": self.augment}
-
-    def settings(self) -> dict[str, object]:
-        return {**super().settings(), "window": self.window, "augment": asdict(self.augment)}
 
 
 def stationary(maps: np.ndarray, image: tuple[int, int, int], shape: tuple[int, int]) -> np.ndarray:

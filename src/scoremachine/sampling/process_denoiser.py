@@ -6,11 +6,13 @@ import torch
 from azula.denoise import Denoiser, DiracPosterior
 from torch import Tensor
 
+from scoremachine.core.noise import PictureNoise
 from scoremachine.core.processes import Process, Pyramid
-from scoremachine.machines.machine import Label, Machine
+from scoremachine.machines.machine import Bandwidth, Label, Machine
+from scoremachine.runtime.lru import LRUCache
 
 
-class Through(Denoiser):
+class ProcessDenoiser(Denoiser):
     """azula's form of a machine under a process: E[z | z_t] of coefficients z = T x.
 
     Under a pyramid, whose finer bands are noise from some time on, a machine of block means
@@ -25,27 +27,38 @@ class Through(Denoiser):
         super().__init__()
         process.check(machine.corpus.shape[1:])
         self.machine, self.schedule = machine, process
-        self._coarse: dict[int, Through] = {}
+        self._coarse: LRUCache[ProcessDenoiser] = LRUCache(8)
 
-    def forward(self, z_t: Tensor, t: Tensor, label: Label = None) -> DiracPosterior:
+    def forward(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        label: Label = None,
+        bandwidth: Bandwidth | None = None,
+        noise: PictureNoise | None = None,
+    ) -> DiracPosterior:
         """E[z | z_t] for coefficients z_t, shape (B, C, H, W), at a time t, shape ()."""
         process, at = self.schedule, float(t)
         halvings = process.coarse(at) if isinstance(process, Pyramid) else 0
         if halvings:
             H, W = (n // 2**halvings for n in process.shape)
             mean = torch.zeros_like(z_t)
-            small = self.coarse(halvings)(z_t[..., :H, :W] / 2**halvings, t, label).mean
+            small = self.coarse(halvings)(
+                z_t[..., :H, :W] / 2**halvings, t, label, bandwidth, noise
+            ).mean
             mean[..., :H, :W] = small * 2**halvings
             return DiracPosterior(mean=mean)
         x_t = process.picture(z_t)
-        D = self.machine.denoise_through(process, x_t, at, label)
+        D = self.machine.denoise_through(process, x_t, at, label, bandwidth, noise)
         return DiracPosterior(mean=process.coefficients(D))
 
-    def coarse(self, halvings: int) -> Through:
+    def coarse(self, halvings: int) -> ProcessDenoiser:
         """The same for means of blocks of 2^halvings pixels, whose noise is that much less."""
-        if halvings not in self._coarse:
+
+        def made() -> ProcessDenoiser:
             process = self.schedule
             assert isinstance(process, Pyramid)
             machine = self.machine.smaller(self.machine.corpus.block_means(2**halvings))
-            self._coarse[halvings] = Through(machine, process.halved(halvings))
-        return self._coarse[halvings]
+            return ProcessDenoiser(machine.resolved(), process.halved(halvings))
+
+        return self._coarse.get(halvings, made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,71 @@ import torch
 from azula.denoise import Denoiser, Posterior
 from torch import Tensor
 
+from scoremachine.core.noise import PictureNoise, draw
+from scoremachine.core.processes import Process
+from scoremachine.core.schedules import BandwidthSchedule, check_bandwidth
 from scoremachine.machines.machine import Label, Machine
-from scoremachine.sampling.noise import PictureNoise
-from scoremachine.sampling.process_denoiser import Through
+from scoremachine.runtime.validation import check_integer, check_name, check_seed
+from scoremachine.sampling.process_denoiser import ProcessDenoiser
 from scoremachine.sampling.samplers import SAMPLERS
 from scoremachine.sampling.schedules import times_of
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a generation asks for, apart from the denoiser and the number of pictures.
+
+    Attributes:
+        steps: How many noise levels are visited (Heun looks twice at all but the last).
+        seed: Picture i draws all its noise from generators made of (seed, i).
+        sampler: "ddim", "ddpm", "euler" or "heun", azula's.
+        label: The class whose images alone are the source; None: all.
+        bandwidth: The bandwidth h while generating, whatever the machine's own: with h > 0
+            samples keep white grain of standard deviation h.
+        batch: How many pictures go together; costs memory, changes no result.
+        shape: (C, H, W), where the denoiser is no machine, or an `els` that draws pictures of
+            another size than its images; None: the images'.
+        start: When to start, in [0, 1), in the time of Scarvelis et al. 2310.12395, where 0 is
+            noise and sigma = (1 - start) / start. Above 0 a trajectory begins with training images
+            that have this much noise: fewer steps, and the start already decides much.
+        process: Another forward process than x_t = alpha_t x + sigma_t eps: "heat", "pyramid" or a
+            `Process`; alpha_t and sigma_t are those of the machine's schedule.
+
+    Raises:
+        ValueError: For a value out of its range or an unknown name.
+    """
+
+    steps: int = 20
+    seed: int = 0
+    sampler: str = "ddim"
+    label: Label = None
+    bandwidth: float | BandwidthSchedule | str = 0.0
+    batch: int = 8
+    shape: tuple[int, int, int] | None = None
+    start: float = 0.0
+    process: Process | str | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("steps", self.steps)
+        check_integer("batch", self.batch)
+        check_seed(self.seed)
+        check_name("sampler", self.sampler, SAMPLERS)
+        check_bandwidth(self.bandwidth)
+        check_start(self.start)
+        if not (self.label is None or isinstance(self.label, int | np.integer | str)):
+            raise ValueError(
+                f"label is {self.label!r}; generation takes one class for all pictures, or None"
+            )
+
+    def for_shape(self, shape: tuple[int, int, int]) -> Sampling:
+        """The same, of pictures of a shape."""
+        return replace(self, shape=shape)
+
+
+def check_start(start: float) -> None:
+    """ValueError unless `start` is a time in [0, 1)."""
+    if isinstance(start, bool) or not isinstance(start, int | float) or not 0 <= start < 1:
+        raise ValueError(f"start is {start!r}; expected a time from 0 (noise) to below 1")
 
 
 class RecordingDenoiser(Denoiser):
@@ -34,50 +95,48 @@ class RecordingDenoiser(Denoiser):
 
 
 def trajectory(
-    denoiser: Denoiser,
-    pictures: range,
-    shape: tuple[int, int, int],
-    steps: int,
-    seed: int,
-    sampler: str,
-    label: Label,
-    start: float = 0.0,
+    denoiser: Denoiser, pictures: range, sampling: Sampling
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
     """The reverse process of some pictures: yields (x_t, D, t) at each of the n noise levels.
 
-    The times fall evenly from the first to 0; at the last the walk ends, and D is the result: no
-    step ever goes to a vanishing sigma.
+    The times fall evenly from the first to 0; at the last the trajectory ends, and D is the
+    result: no step ever goes to a vanishing sigma.
+
+    Arguments:
+        denoiser: A machine, a machine under a process, or any azula denoiser.
+        pictures: The numbers of the pictures, which decide their noise.
+        sampling: What is asked for; `shape` has to be given, and `batch` is not looked at.
     """
-    watched = RecordingDenoiser(denoiser)
-    stepper = SAMPLERS[sampler](watched, silent=True)
-    given = {} if label is None else {"label": label}
-    with PictureNoise(seed, pictures) as noise, torch.no_grad():
-        times = times_of(denoiser.schedule, steps, start)
+    noise = PictureNoise(sampling.seed, pictures)
+    generators = noise.generators()
+    recording = RecordingDenoiser(denoiser)
+    stepper = SAMPLERS[sampling.sampler](
+        recording, lambda x: draw(generators, x.shape[1:], x.dtype).to(x.device)
+    )
+    given: dict[str, Any] = {} if sampling.label is None else {"label": sampling.label}
+    if isinstance(denoiser, Machine | ProcessDenoiser):
+        given |= {"bandwidth": sampling.bandwidth, "noise": noise}
+    assert sampling.shape is not None
+    with torch.no_grad():
+        times = times_of(denoiser.schedule, sampling.steps, sampling.start)
         alpha, sigma = denoiser.schedule(times[0])
-        x = sigma * torch.randn_like(torch.empty(len(pictures), *shape))
-        if start > 0:
-            x = x + alpha * _training_images(denoiser, noise, label).to(x)
-        machine = denoiser.machine if isinstance(denoiser, Through) else denoiser
-        if isinstance(machine, Machine):
-            machine.begin(x)
-        try:
-            for t, s in itertools.pairwise(times):
-                watched.answers.clear()
-                x_s = stepper.step(x, t, s, **given)
-                yield x, watched.answers[0], float(t)
-                x = x_s
-            yield x, watched(x, times[-1], **given).mean, float(times[-1])
-        finally:
-            if isinstance(machine, Machine):
-                machine.begin(None)
+        x = sigma * draw(generators, sampling.shape, torch.get_default_dtype())
+        if sampling.start > 0:
+            assert isinstance(denoiser, Machine)
+            x = x + alpha * _training_images(denoiser, generators, sampling.label).to(x)
+        for t, s in itertools.pairwise(times):
+            recording.answers.clear()
+            x_s = stepper.step(x, t, s, **given)
+            yield x, recording.answers[0], float(t)
+            x = x_s
+        yield x, recording(x, times[-1], **given).mean, float(times[-1])
 
 
-def _training_images(denoiser: Denoiser, noise: PictureNoise, label: Label) -> Tensor:
+def _training_images(machine: Machine, generators: list[torch.Generator], label: Label) -> Tensor:
     """An image of the corpus for each picture, drawn by the picture's own generator."""
-    assert isinstance(denoiser, Machine)
-    corpus, generators = denoiser.corpus, noise.generators
+    corpus = machine.corpus
     picks = np.empty(len(generators), dtype=np.int64)
-    for members, index in denoiser.by_label(label, len(generators)):
+    for members, index in machine.by_label(label, len(generators)):
         for p in members.tolist():
             picks[p] = index[int(torch.randint(len(index), (1,), generator=generators[p]))]
     return torch.from_numpy(np.array(corpus.images[picks])).double() / 127.5 - 1

@@ -13,7 +13,7 @@ from scoremachine.data.corpus import Corpus
 from scoremachine.data.moments import moments_of, within_reach
 from scoremachine.runtime.progress import bar
 from scoremachine.runtime.validation import check_integer, check_seed
-from scoremachine.sources.mixture import Clusters, Mixture, _gray
+from scoremachine.sources.mixture import Clusters, Mixture, gray_levels
 
 RANKS = (0, 2, 4, 8, 16, 32, 64, 128, 256)  # that a budget is shared out for
 
@@ -259,7 +259,7 @@ def _of_rank(
     means, V, d = torch.empty(K, D), torch.zeros(K, D, rank), torch.empty(K, D)
     for k, members in enumerate(np.split(order, np.cumsum(counts)[:-1])):
         mine = x[members]
-        means[k] = _gray(mine.mean(0)) / 127.5 - 1
+        means[k] = gray_levels(mine.mean(0)) / 127.5 - 1
         rest = mine - means[k]
         r = min(rank, len(members) - 1)
         if r > 0:

@@ -29,9 +29,11 @@ from torch import Tensor
 
 from scoremachine.core.collection import Collection, classes
 from scoremachine.core.posterior import wrap
+from scoremachine.core.processes import Process
 from scoremachine.core.windows import Box
-from scoremachine.data.corpus import Corpus
+from scoremachine.data.moments import Moments
 from scoremachine.runtime.files import written
+from scoremachine.sources.source import Evidence, FoldRequest, Source
 
 ROOM = 2**26  # numbers in memory at once
 
@@ -64,7 +66,7 @@ class Clusters:
 
     def stored(self) -> dict[str, Tensor]:
         """What is written: whole gray levels as bytes, what half precision holds in that."""
-        gray = _gray(self.means)
+        gray = gray_levels(self.means)
         whole = torch.equal(gray / 127.5 - 1, self.means)
         halves = {name: each.half() for name, each in (("V", self.V), ("d", self.d))}
         exact = all(torch.equal(half.float(), vars(self)[name]) for name, half in halves.items())
@@ -173,27 +175,69 @@ class _Merged:
         return self.S / self.Z
 
 
-class Mixture(Corpus):
-    """Clusters in place of images, on which `ideal`, `ls` and `els` run; see `compress`.
+class Mixture:
+    """Clusters in place of images, a source of `ideal`, `ls` and `els`; see `compress`.
 
-    As a corpus its images are the clusters' means, rounded.
+    It takes the place of a corpus wherever a machine is made: it has no images, so nothing can be
+    held out of it, and no classes.
 
     Attributes:
         whole: Clusters of images.
         patches: By side P, clusters of P x P patches from every position; those `els` needs.
+        name: What to call it in messages and records.
+        shape: (C, H, W) of the images.
+        key: What identifies its content, as hexadecimal digits.
     """
+
+    has_images = False
+    scale = 1.0
 
     def __init__(
         self, whole: Clusters, patches: Mapping[int, Clusters] | None = None, name: str = "mixture"
     ) -> None:
-        gray = _gray(whole.means).clamp(0, 255).byte().numpy()
-        super().__init__(gray.reshape(-1, *whole.shape), name=name)
         self.whole, self.patches = whole, dict(sorted((patches or {}).items()))
+        self.name, self.shape = name, whole.shape
         digest = hashlib.sha256()
         for c in (whole, *self.patches.values()):
             for tensor in (c.weights, c.means, c.V, c.d):
                 digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
-        self._key = digest.hexdigest()[:32]
+        self.key = digest.hexdigest()[:32]
+
+    def __len__(self) -> int:
+        """The number of clusters of images."""
+        return len(self.whole)
+
+    def __repr__(self) -> str:
+        C, H, W = self.shape
+        return f"Mixture({self.name!r}, {len(self)} clusters, {C} x {H} x {W})"
+
+    def indices(self, label: int | str | None = None) -> np.ndarray:
+        """The positions of all clusters, int64: a mixture has no classes.
+
+        Raises:
+            ValueError: For a label.
+        """
+        if label is not None:
+            raise ValueError(
+                f"the mixture {self.name!r} has no classes, so none is {label!r}: leave the label "
+                "out, or compress the images of that class"
+            )
+        return np.arange(len(self))
+
+    def prepare(self, collection: Collection, index: np.ndarray) -> None:
+        """Nothing: clusters are folded as they are."""
+
+    def fold(self, request: FoldRequest) -> Evidence:
+        """The posterior mean; see `Source`."""
+        return Evidence(self.posterior(request.y, request.sigma, request.collection), None)
+
+    def moments(self, index: np.ndarray, low_rank: bool = False) -> Moments:
+        """A ValueError: machines that need the images' covariance are made of images."""
+        raise ValueError("a mixture has no covariance of images here: use the images")
+
+    def under_process(self, process: Process, t: float) -> Source:
+        """A ValueError: clusters are seen as they are."""
+        raise ValueError("a mixture knows no other forward process: use the images")
 
     def save(self, path: str | Path) -> None:
         """Writes it as safetensors; `Mixture.load` reads it."""
@@ -364,6 +408,6 @@ def _stored(file: Any, side: str, shape: str) -> Clusters:
     return Clusters(weights.double() / total, means, V.float(), d.float(), (C, h, w))
 
 
-def _gray(x: Tensor) -> Tensor:
+def gray_levels(x: Tensor) -> Tensor:
     """The nearest whole gray levels, 0 to 255 of x in [-1, 1]."""
     return torch.round((x + 1) * 127.5)

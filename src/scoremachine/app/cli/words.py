@@ -204,6 +204,15 @@ def corpus_of(
 ) -> Corpus:
     from scoremachine.data.corpus import Corpus
 
+    if data.endswith(".safetensors"):
+        from scoremachine.sources.mixture import Mixture
+
+        if (size, limit) != (None, None) or grayscale:
+            raise ValueError(
+                f"{data} is a mixture, which is as it was compressed; expected neither size, "
+                "grayscale nor limit"
+            )
+        return Mixture.load(data)  # type: ignore[return-value]  # machines take either
     return Corpus.open(data, size=size, grayscale=grayscale, limit=limit, strict=strict)
 
 

@@ -28,7 +28,7 @@ from scoremachine.runtime.progress import bar, say
 from scoremachine.runtime.validation import check_integer, check_name
 from scoremachine.sampling.generate import generate_batches
 from scoremachine.sampling.samplers import SAMPLERS
-from scoremachine.sampling.trajectory import trajectory
+from scoremachine.sampling.trajectory import Sampling, trajectory
 
 ERROR = 1e-2  # the largest of a pixel that els may make where it searches; networks are further
 LEVELS = 10  # noise levels of the forward process, unless others are asked for
@@ -373,10 +373,10 @@ class _Comparing:
 
     def reverse(self, count: int) -> tuple[list[Part], dict[str, np.ndarray]]:
         """The network's own way."""
-        way = list(
-            trajectory(self.network, range(count), self.network.shape, self.steps, self.seed,
-                 self.sampler, None)
-        )  # fmt: skip
+        sampling = Sampling(
+            self.steps, self.seed, self.sampler, shape=self.network.shape, bandwidth=0.0
+        )
+        way = list(trajectory(self.network, range(count), sampling))
         points = []
         for x_t, D, t in way:
             alpha, sigma = self.schedule(torch.tensor(t, dtype=torch.float64))
@@ -416,10 +416,11 @@ class _Comparing:
             some = range(first, min(first + BATCH, count))
 
             def make(some: range = some) -> Tensor:
-                batches = generate_batches(
-                    denoiser, some, self.steps, self.seed, self.sampler, None, bandwidth,
-                    len(some), self.network.shape,
+                sampling = Sampling(
+                    self.steps, self.seed, self.sampler, None, bandwidth, len(some),
+                    self.network.shape,
                 )  # fmt: skip
+                batches = generate_batches(denoiser, some, sampling)
                 return torch.cat([path[-1][1] for _, path in batches]).float()
 
             key = ["samples", self.asked.get(label), self._way(len(some)), first]

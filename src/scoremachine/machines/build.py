@@ -1,0 +1,128 @@
+"""Machines by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from scoremachine.calibration import heldout
+from scoremachine.calibration.heldout import BANDWIDTHS, Calibration, Teacher
+from scoremachine.data.corpus import Corpus
+from scoremachine.machines.machine import MACHINES, Machine, setting_names
+from scoremachine.machines.windowed import WINDOWS
+from scoremachine.runtime.parsing import any_number
+from scoremachine.runtime.validation import check_name, unknown
+
+ALIASES = {"cfdm": "smoothed"}
+
+
+def kind_of(name: str) -> type[Machine]:
+    """The class of the machine called `name`; ValueError where there is none."""
+    name = ALIASES.get(name, name)
+    check_name("machine", name, MACHINES)
+    return MACHINES[name]
+
+
+def spelled(text: str) -> tuple[str, dict[str, Any]]:
+    """A machine as NAME[:LOCALITY][+WINDOW][+circular][+h]: its name, and settings of `build`.
+
+    The window is that of a machine of boxes, gaussian or wiener; circular is the boundary of
+    `els`; h stands for a calibrated bandwidth.
+
+    Raises:
+        ValueError: For an unknown name, or a locality of a machine that has none.
+    """
+    rest, *additions = re.split(r"\+(?!.*\.json)", text.strip())  # a path may hold one
+    name, colon, value = rest.partition(":")
+    kind = kind_of(name)
+    known = setting_names(kind)
+    settings: dict[str, Any] = {}
+    for addition in additions:
+        if addition == "h":
+            settings["bandwidth"] = "auto"
+        elif addition in WINDOWS and "window" in known:
+            settings["window"] = addition
+        elif addition == "circular" and "boundary" in known:
+            settings["boundary"] = addition
+        else:
+            raise ValueError(
+                f"{text!r} has +{addition}; expected +h, +gaussian or +wiener with machines of "
+                "boxes (ls, els, pspc), or +circular with els"
+            )
+    if colon:
+        if kind.locality is None:
+            raise ValueError(f"{kind.name} has no locality: use {kind.name!r} without a colon")
+        if not value:
+            raise ValueError(
+                f"{text!r} says nothing after its colon; expected a number, auto, network, or a "
+                "schedule"
+            )
+        settings[kind.locality] = any_number(value)
+    return kind.name, settings
+
+
+def build(name: str, corpus: Corpus, **settings: Any) -> Machine:
+    """The machine called `name` on `corpus`.
+
+    Arguments:
+        name: "ideal", "gaussian", "es", "ls", "els", "pspc", "pspc-flex", "pca", "smoothed"
+            (also called "cfdm") or "composite".
+        corpus: The images, or a `Mixture` of them.
+        settings: bandwidth, kernel, schedule, and what else the machine has. A `patch_size` of
+            "auto" is taken by machines without patches too.
+
+    Raises:
+        ValueError: For an unknown name or a setting that the machine does not have.
+    """
+    kind = kind_of(name)
+    known = setting_names(kind)
+    if settings.get("patch_size") == "auto" and "patch_size" not in known:
+        del settings["patch_size"]
+    for setting in settings:
+        if setting not in known:
+            met = f"machine {name!r} has no setting {setting!r}"
+            if setting == "label":
+                met += " (give it to denoise, score, log_density or generate)"
+            raise ValueError(unknown(met, setting, known))
+    return kind(corpus, **settings)
+
+
+def calibrate(
+    corpus: Corpus,
+    machine: str = "ls",
+    sigmas: Sequence[float] | np.ndarray | None = None,
+    held_out: int = 16,
+    seed: int = 0,
+    network: Teacher | None = None,
+    **settings: Any,
+) -> Calibration:
+    """Chooses locality (patch size, share, threshold or delta) and bandwidth per noise level.
+
+    By held-out denoising: some images are left out of the source; half of those choose, the other
+    half report the error of what was chosen. A corpus of a few pictures is cut into crops first,
+    and held-out crops lie at least a window away from the source's. The result is kept beside the
+    corpus.
+
+    Arguments:
+        corpus: The images; those not held out are the source.
+        machine: The machine's name.
+        sigmas: Noise levels; None: the 18 of EDM.
+        held_out: How many images choose; as many others report.
+        seed: Of the choice of images and of their noise.
+        network: A trained network (`scoremachine.Network`): choose what is nearest to its D, as
+            Kamb & Ganguli 2412.20292 and Niedoba et al. 2411.19339 do, not to the clean image.
+        settings: `values` and `bandwidths` to try, and further settings of the machine, such as
+            `boundary`. `values`: of the machine's locality; None: `machine.candidates()`, for boxes
+            odd sizes from 3 to the image's side. (A box of one pixel often has the smallest error
+            where the noise is small, but its pixels know nothing of each other, and samples get
+            specks.) 0 is always among the bandwidths.
+
+    Raises:
+        ValueError: Where the corpus has too few images, or an argument is out of range.
+    """
+    values, bandwidths = settings.pop("values", None), settings.pop("bandwidths", BANDWIDTHS)
+    prototype = build(machine, corpus, **settings)
+    return heldout.calibrate(prototype, sigmas, held_out, values, bandwidths, seed, network=network)

@@ -1,0 +1,149 @@
+"""Images as a source, as they are or as a forward process shows them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoremachine.core.collection import Collection
+from scoremachine.core.posterior import Engine, posterior
+from scoremachine.core.processes import Process
+from scoremachine.data.corpus import Corpus
+from scoremachine.data.moments import Moments, moments
+from scoremachine.engines import choose
+from scoremachine.runtime.lru import LRUCache
+from scoremachine.runtime.progress import bar
+from scoremachine.sources.source import Evidence, FoldRequest, Source
+
+
+class ImageSource:
+    """The images of a corpus.
+
+    Arguments:
+        corpus: The images.
+        kernel: The engine that folds them: "auto", "numba", "torch" or "reference".
+    """
+
+    has_images = True
+    scale = 1.0
+
+    def __init__(self, corpus: Corpus, kernel: str) -> None:
+        choose(kernel)  # refuses what is none
+        self.corpus, self.kernel = corpus, kernel
+        self.name, self.shape = corpus.name, corpus.shape
+
+    @property
+    def engine(self) -> Engine:
+        """What computes the folds."""
+        return choose(self.kernel)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """What pictures are compared with, (N, C, H, W): uint8, or float32 in units of x."""
+        return self.corpus.images
+
+    @property
+    def values(self) -> np.ndarray | None:
+        """What is averaged, uint8 (N, C, H, W), where that is not what is compared."""
+        return None
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What is seen of pictures x (B, C, H, W)."""
+        return x
+
+    def engine_for(self, collection: Collection, index: np.ndarray) -> Engine:
+        """The engine that folds the images at `index` for a row."""
+        return self.engine
+
+    def prepare(self, collection: Collection, index: np.ndarray) -> None:
+        """Nothing: images are folded as they are."""
+
+    def fold(self, request: FoldRequest) -> Evidence:
+        """The posterior mean and the folds of the sites, by `posterior`."""
+        c, keys, values = request.collection, self.keys, self.values
+        keys = keys.reshape(len(keys), -1, *c.image)  # a row may have the channels side by side
+        if values is not None:
+            values = values.reshape(keys.shape)
+        y = request.y.reshape(-1, keys.shape[1], *c.frame)
+        engine = self.engine_for(c, request.index)
+        asked = request.index, y, request.sigma, c, request.leaders, values
+        fold, D = posterior(engine, keys, *asked)
+        return Evidence(D.reshape(request.y.shape), fold)
+
+    def moments(self, index: np.ndarray, low_rank: bool = False) -> Moments:
+        """Mean and covariance of the images at `index`."""
+        return moments(self.corpus, index, low_rank)
+
+    def under_process(self, process: Process, t: float) -> Source:
+        """The images as a forward process shows them."""
+        return ProcessedImages(self.corpus, self.kernel, process, t)
+
+
+class ProcessedImages(ImageSource):
+    """The images as a forward process x_t = A_t x + sigma_t eps shows them at a time.
+
+    Logits compare x_t with A_t s, and what is averaged is s.
+
+    Arguments:
+        corpus, kernel: See `ImageSource`.
+        process, t: The process, and the time in [0, 1].
+    """
+
+    def __init__(self, corpus: Corpus, kernel: str, process: Process, t: float) -> None:
+        super().__init__(corpus, kernel)
+        self.process, self.t = process, t
+        gains, _ = process(torch.tensor(t, dtype=torch.float64))
+        self.scale = float(gains.max())
+        self._seen: LRUCache[np.ndarray] = LRUCache(1)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """A_t x of every image, float32 (N, C, H, W)."""
+        return self._seen.get("keys", lambda: self.process.seen(self.corpus.images, self.t))
+
+    @property
+    def values(self) -> np.ndarray:
+        """The images."""
+        return self.corpus.images
+
+    def seen(self, x: Tensor) -> Tensor:
+        """A_t x."""
+        return self.process.apply(x, self.t)
+
+    def fold(self, request: FoldRequest) -> Evidence:
+        if request.collection.source == "rolled":
+            return self._rolled(request)
+        return super().fold(request)
+
+    def moments(self, index: np.ndarray, low_rank: bool = False) -> Moments:
+        """Mean and covariance of A_t x / scale."""
+
+        def seen(x: Tensor) -> Tensor:
+            return self.seen(x.reshape(-1, *self.shape)).flatten(1) / self.scale
+
+        return moments(self.corpus, index, low_rank).seen(seen)
+
+    def _rolled(self, request: FoldRequest) -> Evidence:
+        """The images under every circular translation, one translation after the other.
+
+        A process that knows frequencies knows where a picture begins: A_t does not commute with
+        translations, so that there is no correlation to be had by Fourier transform.
+        """
+        if request.y.requires_grad:
+            raise ValueError("es has no derivative under a forward process: use another machine")
+        images, rows = self.corpus.images[request.index], np.arange(len(request.index))
+        whole, logs, means = Collection.of_images(self.shape[1:]), [], []
+        _, H, W = self.shape
+        with bar("Translating", total=H * W) as progress:
+            for dy in range(H):
+                for dx in range(W):
+                    moved = np.roll(images, (dy, dx), (2, 3))
+                    keys = self.process.seen(moved, self.t)
+                    asked = keys, rows, request.y, request.sigma, whole
+                    fold, D = posterior(self.engine, *asked, values=moved)
+                    logs.append(fold.log_partition[:, 0, 0])
+                    means.append(D)
+                    progress.advance()
+        w = torch.softmax(torch.stack(logs), 0)
+        return Evidence((w[..., None, None, None] * torch.stack(means)).sum(0), None)
