@@ -124,7 +124,8 @@ def test_auto_is_the_default_and_chooses_sizes(name, capsys):
     assert machine.patch_size == "auto"
     D = machine.denoise(torch.zeros(1, 1, 7, 7), 0.5)
     assert torch.isfinite(D).all()
-    assert isinstance(machine.patch_size, sm.PatchSchedule)
+    assert machine.patch_size == "auto"  # a machine does not change
+    assert isinstance(machine.resolved().patch_size, sm.PatchSchedule)
     said = re.findall(r"'auto': choosing (\w+ \w+)", capsys.readouterr().err)
     assert said == ["patch sizes"]
 

@@ -203,8 +203,8 @@ def test_what_cannot_work_is_refused_with_a_sentence(corpus):
 def test_a_bias_is_what_sets_a_denoiser_apart_from_the_ideal(corpus):
     order = np.random.default_rng(0).permutation(60)
     source = corpus.subset(np.setdiff1d(np.arange(60), order[:5]))
-    ls, ideal = (as_network(sm.build(n, source)) for n in ("ls", "ideal"))
-    ls.denoiser.local = sm.PatchSchedule.constant(3)
+    ls = as_network(sm.build("ls", source, patch_size=3))
+    ideal = as_network(sm.build("ideal", source))
     found = shared_bias([ls, ideal], ["ls:3", "gaussian"], corpus, [2.0, 0.5], pictures=5)
     assert found.labels == ["trained-ls", "trained-ideal", "ls:3", "gaussian"]
     assert found.sigmas == [2.0, 0.5]

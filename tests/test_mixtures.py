@@ -334,9 +334,13 @@ def test_sizes_of_els_and_of_others(tmp_path):
         sizes(corpus, "ls", ["ten"], [0.5], patch_size=3)
 
 
-def test_a_mixture_is_a_corpus_that_opens(tmp_path):
+def test_a_mixture_is_no_corpus(tmp_path):
     compress(sm.Corpus.open("digits"), "2%").save(tmp_path / "m.safetensors")
-    corpus = sm.Corpus.open(tmp_path / "m.safetensors")
-    assert isinstance(corpus, Mixture)
-    with pytest.raises(ValueError, match="a mixture, which is as it was compressed"):
-        sm.Corpus.open(tmp_path / "m.safetensors", size=4)
+    with pytest.raises(ValueError, match=r"open it with Mixture\.load"):
+        sm.Corpus.open(tmp_path / "m.safetensors")
+    mixture = Mixture.load(tmp_path / "m.safetensors")
+    assert mixture.shape == (1, 8, 8)
+    with pytest.raises(ValueError, match="has no classes, so none is 3"):
+        mixture.indices(3)
+    with pytest.raises(ValueError, match="start begins with training images, and a mixture"):
+        sm.generate(sm.build("ideal", mixture), 1, 2, start=0.5)

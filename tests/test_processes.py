@@ -18,7 +18,7 @@ from scoremachine.core.processes import (
     haar,
     process_of,
 )
-from scoremachine.sampling.process_denoiser import Through
+from scoremachine.sampling.process_denoiser import ProcessDenoiser
 from scoremachine.sampling.schedules import EDMSchedule
 from test_machines import smooth_corpus
 
@@ -298,7 +298,7 @@ def test_the_ideal_machine_ends_at_its_images_whatever_the_process(process, samp
 
 def test_azulas_samplers_take_it_as_it_is():
     corpus = smooth_corpus(N=8, H=8, W=8)
-    through = Through(small("ls", corpus), HeatDissipation((8, 8)))
+    through = ProcessDenoiser(small("ls", corpus), HeatDissipation((8, 8)))
     sampler = DDIMSampler(through, steps=8, silent=True)
     z = sampler(torch.randn(2, 1, 8, 8))
     assert torch.isfinite(through.schedule.picture(z)).all()
@@ -307,7 +307,7 @@ def test_azulas_samplers_take_it_as_it_is():
 def test_a_pyramid_begins_with_small_pictures():
     corpus = smooth_corpus(N=12, H=8, W=8)
     process = Pyramid((8, 8))
-    through = Through(small("ideal", corpus), process)
+    through = ProcessDenoiser(small("ideal", corpus), process)
     z_t = torch.randn(2, 1, 8, 8, dtype=torch.float64)
     D = process.picture(through(z_t, torch.tensor(0.5)).mean)
     means = corpus.block_means(2)

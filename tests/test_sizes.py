@@ -14,6 +14,7 @@ from scoremachine.core.collection import Collection
 from scoremachine.core.posterior import ScanRequest, wrap
 from scoremachine.core.windows import Box
 from scoremachine.engines import cpu, strips
+from scoremachine.sources.searched import Search
 
 
 def along(i: int, P: int, seen: int, n: int, boundary: str) -> tuple[list[int], list[list[int]]]:
@@ -90,8 +91,8 @@ def test_a_search_keeps_its_word_at_other_sizes(image, canvas, P, boundary, boun
     corpus = sm.Corpus(random_images(2, 30, 1, *image))
     settings = {"patch_size": P, "boundary": boundary}
     exact = small("els", corpus, search="exact", **settings)
-    searched = small("els", corpus, search="bounded", bound=bound, error=0.01, **settings)
-    searched._bounded.patience = 1e9  # whatever it costs, it is the search that answers
+    # whatever it costs, it is the search that answers
+    searched = small("els", corpus, search=Search("bounded", 0.01, bound, 1e9), **settings)
     x = torch.from_numpy(random_images(3, 2, 1, *canvas)).double() / 127.5 - 1
     y = x + 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     found = searched.denoise_bounded(y, 0.2)

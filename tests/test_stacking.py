@@ -259,10 +259,11 @@ def test_auto_is_the_default_and_says_so(capsys):
     y, sigma = noised(corpus, [0.5])
     m.denoise(y, sigma)
     assert "choosing weights of gaussian, ls:3, pspc:5" in capsys.readouterr().err
-    assert m.weights.name == "held-out"
+    assert m.weights == "auto"
+    assert m.resolved().weights.name == "held-out"
     again = sm.build("composite", corpus, of=OF)
     assert torch.equal(again.denoise(y, sigma), m.denoise(y, sigma))
-    assert json.loads(json.dumps(m.settings()))["weights"]["name"] == "held-out"
+    assert json.loads(json.dumps(m.resolved().settings()))["weights"]["name"] == "held-out"
 
 
 def test_two_images_are_mixed_evenly():

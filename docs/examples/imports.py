@@ -19,7 +19,18 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LAYERS = "runtime core data engines sources calibration machines sampling lab app".split()
+LAYERS = [
+    "runtime",
+    "core",
+    "data",
+    "engines",
+    "sources",
+    "calibration",
+    "machines",
+    "sampling",
+    "lab",
+    "app",
+]
 
 
 def imports(src: Path) -> tuple[Counter[tuple[str, str]], Counter[str]]:
