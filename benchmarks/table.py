@@ -373,6 +373,19 @@ def memory(bench: Bench) -> Iterator[Row]:
                 [("1.1x", growth <= 1.1)],
                 f"{growth:.2f}x",
             )
+        shape = (80, 3, 256, 256)
+        np.save(path, np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+        for machine in ("ls", "pspc", "ideal"):
+            child = [sys.executable, str(Path(__file__).with_name("memory.py"))]
+            child += [str(path), "80", "64", machine]
+            answer = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True)
+            peak = int(answer.stdout)
+            pictures = 64 * np.prod(shape[1:]) * 8  # y and D themselves, in float64
+            yield Row(
+                f"memory of {machine}, batch of 64 pictures of 256 x 256, besides y and D",
+                [("1 GB", peak - 2 * pictures < 1e9)],
+                f"{(peak - 2 * pictures) / 1e9:.2f} GB",
+            )
 
 
 GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {

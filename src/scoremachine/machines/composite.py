@@ -15,7 +15,7 @@ from scoremachine.core.processes import Process
 from scoremachine.core.schedules import WeightSchedule
 from scoremachine.data.corpus import Corpus
 from scoremachine.machines.build import build, spelled
-from scoremachine.machines.machine import Bandwidth, Batch, Label, Machine, apply_bandwidth
+from scoremachine.machines.machine import Batch, Label, Machine, apply_bandwidth
 
 Members = str | Sequence["str | Machine"] | Mapping[str, Machine]
 
@@ -121,11 +121,9 @@ class Composite(Machine):
             D = D + w[:, m, None, None, None] * D_m
         return D
 
-    def under_process(
-        self, process: Process, t: float, bandwidth: Bandwidth | None = None
-    ) -> Machine:
-        other: Any = super().under_process(process, t, bandwidth)
-        members = {label: m.under_process(process, t) for label, m in self.resolved().of.items()}
+    def seen_through(self, process: Process, t: float) -> Self:
+        other = super().seen_through(process, t)
+        members = {label: m.under_process(process, t) for label, m in self.of.items()}
         other.__dict__["of"] = members
         return other
 

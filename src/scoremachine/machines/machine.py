@@ -260,10 +260,11 @@ class Machine(Denoiser, metaclass=Frozen):
         machine = (
             self.resolved() if bandwidth is None else self.clone_with(bandwidth=0.0).resolved()
         )
-        return self._memo.get(
-            ("process", process, t),
-            lambda: machine.with_source(machine.source.under_process(process, t)),
-        )
+        return self._memo.get(("process", process, t), lambda: machine.seen_through(process, t))
+
+    def seen_through(self, process: Process, t: float) -> Self:
+        """What `under_process` remembers."""
+        return self.with_source(self.source.under_process(process, t))
 
     def with_source(self, source: Source) -> Self:
         """The same machine, that compares pictures with something else."""
