@@ -81,7 +81,7 @@ def noised(corpus: Corpus, sigma, seed: int = 0) -> tuple[torch.Tensor, torch.Te
 
 def small(name: str, corpus: Corpus | np.ndarray, **settings) -> sm.Machine:
     """The machine called `name` with its settings in `SMALL`, or others."""
-    corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
+    corpus = Corpus(corpus) if isinstance(corpus, np.ndarray) else corpus
     return sm.build(name, corpus, **{**SMALL.get(name, {}), **settings})
 
 

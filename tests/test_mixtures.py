@@ -15,6 +15,7 @@ from scoremachine.calibration.heldout import held_out_pictures, split
 from scoremachine.core.collection import Collection
 from scoremachine.core.windows import Box
 from scoremachine.lab.sizes import sizes
+from scoremachine.sources import compression
 from scoremachine.sources import mixture as mixtures
 from scoremachine.sources.compression import budget_of, compress
 from scoremachine.sources.mixture import Clusters, Mixture
@@ -161,7 +162,7 @@ def test_as_many_clusters_as_images_are_the_images():
 
 def test_all_patches_are_els_itself():
     corpus = random_corpus(N=3)
-    whole = sm.Corpus(mixtures._patches(corpus, 3, 0))  # every patch, as if it were an image
+    whole = sm.Corpus(compression._patches(corpus, 3, 0))  # every patch, as if it were an image
     patches = compress(whole, len(whole)).whole
     m = Mixture(compress(corpus, 3).whole, {3: patches})
     y, sigma = noised(corpus, SIGMAS)
@@ -182,7 +183,7 @@ def test_one_cluster_is_the_gaussian_machine(N):
 
 def test_a_budget_for_all_covariance_may_be_spent_on_it(monkeypatch):
     """Where there are no other ways, that is the only one."""
-    monkeypatch.setattr(mixtures, "RANKS", ())
+    monkeypatch.setattr(compression, "RANKS", ())
     corpus = smooth_corpus(N=200, C=1, H=6, W=6)
     takes = 4 * 36 * 37
     m = compress(corpus, f"{takes}B")
