@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from scoremachine.data import readers as sources
 from scoremachine.data.corpus import Corpus, cache_root
+from scoremachine.data.data_sets import picture
 from test_corpus import Pairs, images, pack, png, save
 
 
@@ -156,7 +156,9 @@ def test_bad_images_are_skipped_and_told_at_every_open(tmp_path, packed):
         for name, data in (whole | bad).items():
             (source / name).write_bytes(data)
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"skipped 2 .*cut\.png, text\.jpg"):
+        with pytest.warns(
+            UserWarning, match=r"skipped 2 .*cut\.png \(.*trunc.*\), text\.jpg \(not an"
+        ):
             corpus = Corpus.open(source)
         np.testing.assert_array_equal(corpus.images, u)
         with pytest.raises(ValueError, match=r"cut\.png"):
@@ -366,4 +368,4 @@ def test_a_missing_datasets_library_is_told_in_a_sentence(monkeypatch):
 
 def test_float_images_outside_the_unit_range_are_refused():
     with pytest.raises(ValueError, match="range from"):
-        sources.picture(torch.full((3, 4, 4), -1.0))
+        picture(torch.full((3, 4, 4), -1.0))

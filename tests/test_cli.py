@@ -249,6 +249,51 @@ def test_denoise_takes_arrays_as_they_are_and_adds_noise_to_pictures(inside, tmp
             assert 0.5 < (got - x).std() < 0.9
 
 
+def test_denoise_takes_a_built_in_picture_and_says_when_a_path_has_its_name(
+    inside, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", "texture/brick", "--size", 8, "--machine", "ideal", "--sigma", 1]
+    for name in ("photo/chelsea", "built-in:photo/chelsea"):
+        done = inside("denoise", name, *words, "--out", tmp_path / "out")
+        assert done.returncode == 0, done.stderr
+        assert np.load(tmp_path / "out" / "denoised.npz")["y"].shape == (1, 1, 8, 8)
+    (tmp_path / "photo" / "chelsea").mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "photo" / "chelsea" / "0.png")
+    done = inside("denoise", "photo/chelsea", *words, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "built-in:photo/chelsea" in done.stderr
+    done = inside("denoise", "./photo/chelsea", *words, "--noisy", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert (np.load(tmp_path / "out" / "denoised.npz")["y"] == -1).all()
+
+
+def test_data_may_name_a_split_or_an_array_in_every_command(inside, tmp_path):
+    u = np.random.default_rng(0).integers(0, 256, (10, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", x_train=u[:5], x_test=u[5:], masks=u)
+    settings = ["--machine", "ideal", "--count", 1, "--steps", 2]
+    for words, said in (
+        ([], "train is opened"),
+        (["--split", "test"], ""),
+        (["--array", "masks"], ""),
+        (["--split", "extra"], "no split 'extra'"),
+        (["--array", "mask"], "did you mean 'masks'"),
+    ):
+        out = tmp_path / "-".join(["run", *words])
+        done = inside("generate", "--data", tmp_path / "set.npz", *settings, "--out", out, *words)
+        assert done.returncode == (2 if words and said else 0), done.stderr
+        assert said in done.stderr
+
+
+@pytest.mark.parametrize("panel", cli.COMMANDS)
+def test_every_command_that_opens_data_takes_a_split_and_an_array(panel):
+    import inspect
+
+    for command in cli.COMMANDS[panel]:
+        names = inspect.signature(command).parameters
+        assert "data" not in names or {"split", "array"} <= set(names), command
+
+
 @pytest.mark.parametrize(
     ("array", "says"),
     [

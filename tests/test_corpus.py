@@ -401,5 +401,5 @@ def test_importing_the_corpus_is_cheap():
     import sys
 
     heavy = "{'PIL', 'torch', 'sklearn', 'skimage', 'datasets'}"
-    code = f"import sys, scoremachine.corpus; assert not {heavy} & set(sys.modules)"
+    code = f"import sys, scoremachine.data.corpus; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

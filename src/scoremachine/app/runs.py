@@ -231,7 +231,7 @@ def _stretches(places: list[int]) -> list[tuple[int, int]]:
 
 
 def denoise_file(
-    file: Path,
+    file: str | Path,
     machine: Machine,
     sigma: float,
     out: Path,
@@ -241,6 +241,7 @@ def denoise_file(
 ) -> Tensor:
     """Denoises a picture: a float .npy as it is, an image with noise added unless `noisy`.
 
+    `file` may be a text that names a built-in picture; a Path is always a path.
     Writes denoised.png (what was denoised beside the result) and denoised.npz (`y`, `D`) to
     `out`; returns D, shape (B, C, H, W).
     """
@@ -248,7 +249,7 @@ def denoise_file(
     if Path(file).suffix == ".npy":
         y = _float_pictures(Path(file))
     else:
-        picture = Corpus.open(Path(file), size=(H, W), grayscale=C == 1)
+        picture = Corpus.open(file, size=(H, W), grayscale=C == 1)
         images = picture.images
         if images.shape[1] == 1:
             images = np.repeat(images, C, axis=1)

@@ -10,7 +10,6 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scoremachine.runtime.progress import bar
 from scoremachine.runtime.validation import unknown
 
 if TYPE_CHECKING:
-    from scoremachine.data.readers import Contents, Source
+    from scoremachine.data.contents import Contents, Source
+    from scoremachine.data.reading import Kept
 
 LAYOUT = 1  # of the cache; another number is another key
 LARGEST_SIDE = 16_384  # pixels that `size` may ask for
@@ -96,24 +95,39 @@ class Corpus:
         limit: int | None = None,
         *,
         strict: bool = False,
+        split: str | None = None,
+        array: str | None = None,
     ) -> Corpus:
         """Opens images, reading them once into a cache from which they are mapped ever after.
 
+        Classes are those of label files (EDM's dataset.json; metadata.csv, .jsonl or .parquet
+        with file_name and label), otherwise of folders; folders of splits (train, test, ...) and
+        shards (00000, ...) are no classes. EXIF rotation is applied and alpha flattened on white.
+        Every page of a TIFF and every frame of an animation is an image. Gray values of other than
+        8 bits are scaled by one factor for the whole corpus: floats must be in [0, 1]; integers
+        are taken for 8, 12 or 16 bits, the fewest that hold the largest. Whatever had to be
+        decided is told in a warning of one sentence.
+
         Arguments:
-            source: A built-in name ("digits", "faces", "texture/brick", "photo/chelsea", ...), a
-                folder (folders below it are classes), a .zip of images (also with EDM's
-                dataset.json), an .npy or .npz file, one picture, "hf:NAME[:SPLIT]", an array or a
-                torch Dataset. EXIF rotation is
-                honoured; alpha is flattened on white.
+            source: A built-in name ("digits", "faces", "texture/brick", "photo/chelsea", ...; also
+                "built-in:NAME"), a folder, a .zip of images, an .npy or .npz file, one picture, a
+                list of paths of pictures, "hf:NAME[:SPLIT]", an array, a torch Dataset or a
+                datasets.Dataset.
             size: Resize every image to cover this side, or (height, width), and crop its centre.
             grayscale: Read colour images as one channel.
             limit: Use at most so many images, evenly spread over the source.
             strict: Refuse a source with unreadable images instead of skipping them.
+            split: The split of a folder, a .zip, an .npz or a Hugging Face data set; None: train,
+                where there are several.
+            array: Which array of an .npz has the images, or which column of a Hugging Face data
+                set.
 
         Raises:
             FileNotFoundError: For a missing path or an unknown name.
-            ValueError: For no images, images of several sizes without `size`, images that must
-                not be read (too large, pointing outside), or senseless arguments.
+            ValueError: For no images, images of several sizes without `size`, values in a range
+                that nothing tells, images that must not be read (too large, pointing outside),
+                several splits or arrays of which none is asked for, a name that is a built-in set
+                and a path too, or senseless arguments.
             OSError: Where the cache cannot be written.
         """
         from scoremachine.data import readers as sources
@@ -127,21 +141,22 @@ class Corpus:
                 f"{source} is a mixture, and no corpus of images: open it with Mixture.load"
             )
         if isinstance(source, Corpus):
-            if size is not None or grayscale:
+            if any(given is not None for given in (size, split, array)) or grayscale:
                 raise ValueError(
-                    f"{source.name!r} is open already, so size and grayscale cannot change; "
-                    "expected limit alone: give them where it is opened first"
+                    f"{source.name!r} is open already, so size, grayscale, split and array cannot "
+                    "change; expected limit alone: give them where it is opened first"
                 )
             chosen = _chosen(len(source), limit)
             return source if len(chosen) == len(source) else source.subset(chosen)
         if isinstance(source, np.ndarray) or type(source).__module__ == "torch":
+            sources.refuse("an array", split=split, array=array)
             given = cls(source)
             images = given.images
             ids = [str(i) for i in range(len(given))]
             contents = sources.Contents(ids, images.__getitem__, array=images)
             found = sources.Source("array", ["pixels", given.key], lambda: contents)
         else:
-            found = sources.find(source)
+            found = sources.find(source, split, array)
         if found.identity is None:
             found.identity = ["content", _content(found.contents())]
         key = _key(found.identity, size, grayscale, limit)
@@ -158,6 +173,7 @@ class Corpus:
 
     @classmethod
     def _of_array(cls, found: Source, contents: Contents, limit: int | None) -> Corpus:
+        _tell(contents.notes)
         whole = cls(
             contents.array,
             contents.labels,
@@ -173,7 +189,7 @@ class Corpus:
     def _cached(cls, home: Path, key: str, strict: bool) -> Corpus | None:
         """What the cache holds under a key; None if nothing, or nothing whole."""
         try:
-            meta = json.loads((home / "meta.json").read_text())
+            meta = json.loads((home / "meta.json").read_text(encoding="utf-8"))
             shape = tuple(meta["shape"])
             if (home / "images.u8").stat().st_size != np.prod(shape):
                 raise ValueError("the file of pixels has another length")
@@ -184,6 +200,7 @@ class Corpus:
             shutil.rmtree(home, ignore_errors=True)
             return None
         _tell_skipped(meta["skipped"], meta["name"], strict)
+        _tell(meta.get("notes", []))
         return cls(
             np.memmap(home / "images.u8", dtype=np.uint8, mode="r", shape=shape),
             meta["labels"],
@@ -364,8 +381,9 @@ def _as_it_is(array: np.ndarray, size: tuple[int, int] | None, grayscale: bool) 
 
 def _chosen(N: int, limit: int | None) -> np.ndarray:
     """At most `limit` of N places, evenly spread."""
-    n = N if limit is None else min(limit, N)
-    return np.unique(np.linspace(0, N - 1, n).astype(np.int64))
+    from scoremachine.data.reading import spread
+
+    return spread(N, limit)
 
 
 def _content(contents: Contents) -> str:
@@ -398,12 +416,14 @@ def _tell_skipped(skipped: list[str], name: str, strict: bool) -> None:
         )
     warnings.warn(
         f"skipped {len(skipped)} of the images in {name}, which cannot be read: {some}",
-        stacklevel=5,
+        stacklevel=4,
     )
 
 
-class _ColourMet(Exception):  # noqa: N818
-    """A colour image among what began as grayscale."""
+def _tell(notes: Sequence[str]) -> None:
+    """Warns of what was decided about a source."""
+    for note in notes:
+        warnings.warn(note, stacklevel=4)
 
 
 def _build(
@@ -417,28 +437,25 @@ def _build(
 ) -> None:
     """Reads the images into a folder beside `home` and renames it when it is whole."""
     with _new_folder(home) as fresh:
-        path = fresh / "images.u8"
-        try:
-            kept, skipped, shape = _read(path, name, contents, limit, size, 1, force=grayscale)
-        except _ColourMet:
-            kept, skipped, shape = _read(path, name, contents, limit, size, 3, force=True)
-        if not kept:
+        kept = _read(fresh / "images.u8", name, contents, size, grayscale, limit)
+        if not kept.places:
             raise ValueError(
-                f"none of the {len(skipped)} images in {name} can be read "
-                f"({', '.join(skipped[:3])}): check that they are whole"
+                f"none of the {len(kept.skipped)} images in {name} can be read: "
+                f"{', '.join(kept.skipped[:3])}; expected files that Pillow can open"
             )
         if strict:
-            _tell_skipped(skipped, name, strict)
+            _tell_skipped(kept.skipped, name, strict)
         labels = contents.labels
         meta = {
             "name": name,
-            "shape": [len(kept), *shape],
-            "labels": None if labels is None else [labels[i] for i in kept],
+            "shape": [len(kept.places), *kept.shape],
+            "labels": None if labels is None else [labels[i] for i in kept.places],
             "class_names": contents.class_names,
-            "ids": [contents.ids[i] for i in kept],
-            "skipped": skipped,
+            "ids": kept.ids,
+            "skipped": kept.skipped,
+            "notes": [*contents.notes, *kept.notes],
         }
-        (fresh / "meta.json").write_text(json.dumps(meta))
+        (fresh / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 @contextmanager
@@ -483,43 +500,11 @@ def _read(
     path: Path,
     name: str,
     contents: Contents,
-    limit: int | None,
     size: tuple[int, int] | None,
-    channels: int,
-    force: bool,
-) -> tuple[list[int], list[str], tuple[int, ...]]:
-    """Writes the pixels one image after the other; returns what was kept, skipped, (C, H, W).
+    grayscale: bool,
+    limit: int | None,
+) -> Kept:
+    """Writes the pixels to `path`; Pillow is imported here, when something is to be read."""
+    from scoremachine.data import reading
 
-    Raises:
-        _ColourMet: At the first colour image, where one channel was tried and is not forced.
-    """
-    from scoremachine.data.decoding import Refused, is_gray, to_pixels
-
-    kept: list[int] = []
-    skipped: list[str] = []
-    shapes: Counter[tuple[int, ...]] = Counter()
-    chosen = _chosen(len(contents.ids), limit)
-    with open(path, "wb") as out, bar(f"Reading {name}", total=len(chosen)) as progress:
-        for i in map(int, chosen):
-            progress.advance()
-            try:
-                image = contents.read(i)
-                if not force and not is_gray(image):
-                    raise _ColourMet
-                pixels = to_pixels(image, size, channels)
-            except (_ColourMet, Refused, MemoryError):
-                raise
-            except Exception:  # whatever a decoder raises over a bad file
-                skipped.append(contents.ids[i])
-                continue
-            kept.append(i)
-            shapes[pixels.shape] += 1
-            if len(shapes) == 1:
-                out.write(pixels.data)
-    if len(shapes) > 1:
-        some = ", ".join(f"{H} x {W} ({n:,})" for (_, H, W), n in shapes.most_common(3))
-        raise ValueError(
-            f"the images in {name} have {len(shapes)} sizes, such as {some}; give one to "
-            f"resize and crop them to, such as size={min(min(s[1:]) for s in shapes)}"
-        )
-    return kept, skipped, next(iter(shapes), (0, 0, 0))
+    return reading.read(path, name, contents, size, grayscale, limit)

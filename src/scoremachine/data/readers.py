@@ -1,111 +1,152 @@
-"""Where images come from: built-in sets, folders, zips, arrays, torch and Hugging Face data sets.
+"""Where images come from: built-in sets, folders, zips, lists of files, arrays and data sets.
 
 Each kind of source becomes a `Source`: what identifies its content cheaply, so that what is cached
 is found at once, and a way to look at its `Contents`: names, classes, a function that reads one
-image. Nothing is decoded before it is asked for.
+file. Nothing is decoded before it is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import posixpath
 import re
+import stat
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from scoremachine.data.array_files import array_file
+from scoremachine.data.contents import Contents, Source
+from scoremachine.data.data_sets import (
+    dataset,
+    hugging_face,
+    hugging_face_object,
+    is_hugging_face,
+)
+from scoremachine.data.decoding import decoded, suffixes
+from scoremachine.data.layout import EDM, METADATA, labelled, natural, of_split
 from scoremachine.runtime.validation import unknown
 
-SUFFIXES = {
-    ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
-}  # fmt: skip
 LARGEST_ENTRY = 2**30  # bytes of one file inside a zip
+BUILT_IN_PREFIX = "built-in:"
+READING = 2  # of the rules by which files become images and classes; another number, another key
+# what lies beside images and is no surprise: texts, tables, what systems leave, label formats
+NO_IMAGES = {
+    ".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".rst", ".xml", ".yaml", ".yml", ".toml",
+    ".html", ".htm", ".parquet", ".log", ".ini", ".db", ".py", ".ipynb", ".sh", ".m", ".pdf",
+    ".sha256", ".md5", ".caption", ".lnk", ".ds_store",
+}  # fmt: skip
+NO_SUFFIX = {
+    "license",
+    "licence",
+    "readme",
+    "copying",
+    "notice",
+    "authors",
+    "makefile",
+    "changelog",
+}
+INSTEAD = {  # what to do about other files
+    ".tar": "unpack it and open the folder", ".gz": "unpack it and open the folder",
+    ".tgz": "unpack it and open the folder", ".7z": "unpack it and open the folder",
+    ".rar": "unpack it and open the folder", ".arrow": "open its folder as hf:PATH",
+    ".parquet": "open its folder as hf:PATH", ".heic": "convert them to .png or .jpg",
+    ".pt": "save its images as uint8 with numpy.save", ".pth": "save its images as uint8 with "
+    "numpy.save", ".pkl": "pickles are refused: save its images as uint8 with numpy.save",
+    ".mat": "save its images as uint8 with numpy.save", ".h5": "save its images as uint8 with "
+    "numpy.save", ".mp4": "extract its frames as .png", ".safetensors": "give its path itself",
+}  # fmt: skip
 
 
-@dataclass
-class Contents:
-    """The images of a source, not read yet.
-
-    Attributes:
-        ids: A name for every image.
-        read: Image i as a PIL image or a uint8 array (C, H, W). Whatever it raises means that the
-            image is bad, unless it is `pixels.Refused`.
-        labels: Its class, as a position in `class_names`.
-        class_names: The classes.
-        array: All images at once, uint8 (N, C, H, W), where they lie in one array already.
-    """
-
-    ids: Sequence[str]
-    read: Callable[[int], Any]
-    labels: list[int] | None = None
-    class_names: tuple[str, ...] | None = None
-    array: np.ndarray | None = None
-
-
-@dataclass
-class Source:
-    """Where images come from.
-
-    Attributes:
-        name: What to call it in messages.
-        identity: What tells this content from another, as JSON can hold it; None where only
-            reading it all would tell.
-        contents: Finds what it holds.
-    """
-
-    name: str
-    identity: Any
-    contents: Callable[[], Contents]
-
-
-def find(source: Any) -> Source:
+def find(source: Any, split: str | None = None, array: str | None = None) -> Source:
     """The source behind whatever `Corpus.open` takes.
 
     Raises:
         FileNotFoundError: For a missing path or an unknown name.
-        ValueError: For a source that holds no images, or must not be read.
+        ValueError: For a source that holds no images, must not be read, or has no such split or
+            array; for a name that is a built-in set and a path too.
     """
     if isinstance(source, str | os.PathLike):
-        text = os.fspath(source)
-        if not text.strip():
-            raise ValueError(
-                "the name of the images is empty; expected a built-in set, a folder, a .zip, an "
-                ".npy or .npz file, or hf:NAME (. is the folder that you are in)"
-            )
-        if text.startswith("hf:"):
-            return hugging_face(text)
-        path = Path(text)
-        if text in BUILT_IN and isinstance(source, str) and not ("/" in text and path.exists()):
-            return built_in(text)
-        if path.is_dir():
-            return folder(path)
-        if path.suffix.lower() == ".zip" and path.is_file():
-            return archive(path)
-        if path.suffix.lower() in (".npy", ".npz") and path.is_file():
-            return array_file(path)
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            return files(path.name, path.parent, [path.name])
-        if path.exists():
-            raise ValueError(
-                f"{text} is no source of images; expected a folder, a .zip, an .npy or .npz file, "
-                "or one picture"
-            )
-        raise FileNotFoundError(_unknown(text))
+        return _named(source, os.fspath(source), split, array)
+    if is_hugging_face(source):
+        return hugging_face_object(source, None, split, array)
+    refuse(type(source).__name__, split=split, array=array)
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        if _holds_paths(source):
+            return listed([os.fspath(path) for path in source])
         return dataset(source)
+    instead = ""
+    if isinstance(source, Iterable):
+        instead = ": make a list of it"
+    if hasattr(source, "dataset"):
+        instead = ": give its .dataset"
     raise ValueError(
-        f"a corpus cannot be opened from {type(source).__name__}; expected a name, a path, "
-        "hf:NAME, an array or a torch Dataset"
+        f"a corpus cannot be opened from {type(source).__name__}; expected a name, a path, a list "
+        f"of paths, hf:NAME, an array or a torch Dataset{instead}"
     )
 
 
+def refuse(name: str, **options: Any) -> None:
+    """ValueError for an option (split, array) that a source does not have."""
+    for option, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} has no {option}s, so {option}={value!r} means nothing: leave it out"
+            )
+
+
+def _named(source: Any, text: str, split: str | None, array: str | None) -> Source:
+    if not text.strip():
+        raise ValueError(
+            "the name of the images is empty; expected a built-in set, a folder, a .zip, an "
+            ".npy or .npz file, or hf:NAME (. is the folder that you are in)"
+        )
+    if text.startswith("hf:"):
+        return hugging_face(text, split, array)
+    path, suffix = Path(text), Path(text).suffix.lower()
+    if path.is_file() and suffix in (".npy", ".npz"):
+        return array_file(path, split, array)
+    refuse(text, array=array)
+    if isinstance(source, str) and (text in BUILT_IN or text.startswith(BUILT_IN_PREFIX)):
+        refuse(text, split=split)
+        if text in BUILT_IN and os.path.lexists(text):
+            raise ValueError(
+                f"{text} is a built-in set, and a path too; say ./{text} for the path, or "
+                f"{BUILT_IN_PREFIX}{text} for the built-in set"
+            )
+        return built_in(text.removeprefix(BUILT_IN_PREFIX))
+    if path.is_dir():
+        return folder(path, split)
+    if suffix == ".zip" and path.is_file():
+        return archive(path, split)
+    refuse(text, split=split)
+    if suffix in suffixes() and path.is_file():
+        return files(path.name, path.parent, [path.name])
+    if path.exists():
+        instead = INSTEAD.get(suffix)
+        raise ValueError(
+            f"{text} is no source of images; expected a folder, a .zip, an .npy or .npz file, "
+            f"or one picture{': ' + instead if instead else ''}"
+        )
+    raise FileNotFoundError(_unknown(text))
+
+
+def _holds_paths(source: Any) -> bool:
+    """Whether all items are paths; an item that is no path may be an image."""
+    if len(source) == 0 or not isinstance(source, Sequence):
+        return False
+    return all(isinstance(item, str | os.PathLike) for item in source)
+
+
 def _unknown(text: str) -> str:
+    if text in BUILT_IN:  # a Path, which is never a built-in set
+        return f"there is no file or folder {text}; the built-in set is {BUILT_IN_PREFIX}{text}"
     path = Path(text)
     beside = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
     return unknown(f"no file, folder or built-in set is called {text!r}", text, BUILT_IN, beside)
@@ -158,7 +199,13 @@ BUILT_IN: dict[str, Callable[[], tuple[np.ndarray, Any]]] = {
 
 
 def built_in(name: str) -> Source:
-    """A built-in set: digits (8 x 8), faces (25 x 25), or one texture or photo."""
+    """A built-in set: digits (8 x 8), faces (25 x 25), or one texture or photo.
+
+    Raises:
+        FileNotFoundError: For another name.
+    """
+    if name not in BUILT_IN:
+        raise FileNotFoundError(unknown(f"no built-in set is called {name!r}", name, BUILT_IN))
     images, target = BUILT_IN[name]()
     array = images.astype(np.uint8)
     classes = None if target is None else tuple(map(str, np.unique(target)))
@@ -172,30 +219,70 @@ def built_in(name: str) -> Source:
 # Files
 
 
-def natural(text: str) -> list[tuple[int, int, str]]:
-    """A sort key that puts 2 before 10."""
-    pieces = re.split(r"(\d+)", text)
-    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in pieces if p]
+@dataclass
+class Listing:
+    """The files of a folder or a zip, by what they are good for; paths with / in them.
+
+    Attributes:
+        images: Files of suffixes that Pillow reads.
+        label_files: Files that may give labels (`layout`).
+        others: How many others there are by suffix, those apart that are no surprise.
+        known: How many there are of those that are no surprise.
+    """
+
+    images: list[str] = field(default_factory=list)
+    label_files: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    known: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, paths: Iterable[str], name: str) -> Listing:
+        """Sorts files; ValueError if there are no images among them."""
+        listing, read = cls(), suffixes()
+        for path in paths:
+            base = posixpath.basename(path)
+            suffix = posixpath.splitext(base)[1].lower()
+            if suffix in read:
+                listing.images.append(path)
+            elif base == EDM or base in METADATA:
+                listing.label_files.append(path)
+            elif suffix in NO_IMAGES or base.lower() in NO_SUFFIX:
+                listing.known[suffix] += 1
+            else:
+                listing.others[suffix] += 1
+        if not listing.images:
+            raise ValueError(listing._no_images(name))
+        listing.images.sort(key=natural)
+        return listing
+
+    def _no_images(self, name: str) -> str:
+        there = self.others or self.known
+        sentence = (
+            f"{name} holds no images; expected files such as .png or .jpg in it or in folders "
+            "below it"
+        )
+        if there:
+            sentence += f"; it holds {_counted(there)}"
+        instead = [INSTEAD[suffix] for suffix, _ in there.most_common() if suffix in INSTEAD]
+        return f"{sentence}: {instead[0]}" if instead else sentence
+
+    def notes(self, name: str) -> list[str]:
+        """A sentence about files that are surprisingly no images, if there are any."""
+        if not self.others:
+            return []
+        return [f"left out what is no image that can be read in {name}: {_counted(self.others)}"]
 
 
-def classes_of(paths: Sequence[str]) -> tuple[list[int] | None, tuple[str, ...] | None]:
-    """Labels from folders: the path below what all images share names the class."""
-    folders = [posixpath.dirname(path) for path in paths]
-    shared = posixpath.commonpath(set(folders)) if all(folders) else ""
-    below = len(shared) + 1 if shared else 0
-    names = [folder[below:] for folder in folders]
-    if not all(names):
-        return None, None
-    classes = tuple(sorted(set(names), key=natural))
-    place = {name: k for k, name in enumerate(classes)}
-    return [place[name] for name in names], classes
+def _counted(suffixes: Counter[str]) -> str:
+    return ", ".join(
+        f"{n:,} {suffix or 'without a suffix'}" for suffix, n in suffixes.most_common(5)
+    )
 
 
-def folder(root: Path) -> Source:
-    """All images below a folder; links are followed, loops refused."""
-    found: list[str] = []
+def folder(root: Path, split: str | None = None) -> Source:
+    """All images below a folder, of one split; links are followed, loops refused."""
 
-    def visit(here: Path, above: tuple[Path, ...]) -> None:
+    def visit(here: Path, above: tuple[Path, ...]) -> Iterator[str]:
         real = here.resolve()
         if real in above:
             raise ValueError(
@@ -206,46 +293,92 @@ def folder(root: Path) -> Source:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                visit(Path(entry.path), (*above, real))
-            elif Path(entry.name).suffix.lower() in SUFFIXES:
-                found.append(Path(entry.path).relative_to(root).as_posix())
+                yield from visit(Path(entry.path), (*above, real))
+            else:
+                yield Path(entry.path).relative_to(root).as_posix()
 
     try:
-        visit(root, ())
+        listing = Listing.of(visit(root, ()), f"the folder {root}")
     except OSError as error:
         if error.errno == 40:  # ELOOP: a link that points to itself
             raise ValueError(f"{error.filename} is a loop of links: remove it") from None
         raise
-    if not found:
-        raise ValueError(
-            f"the folder {root} holds no images; expected files such as .png or .jpg in it or in "
-            "folders below it"
-        )
-    return files(root.name or str(root), root, found)
+    name = root.name or str(root)
+    paths, notes = of_split(name, listing.images, split)
+    identity = ["files", READING, _stats(root, [*paths, *listing.label_files]), split]
+
+    def contents() -> Contents:
+        def load(path: str) -> bytes:
+            return (root / path).read_bytes()
+
+        return _labelled(name, paths, listing, load, notes)
+
+    return Source(name, identity, contents)
+
+
+def _labelled(
+    name: str,
+    paths: Sequence[str],
+    listing: Listing,
+    load: Callable[[str], bytes],
+    notes: Sequence[str],
+) -> Contents:
+    """The contents of a folder or a zip, of which `load` gives the bytes of one file."""
+    found = labelled(name, paths, listing.label_files, load)
+
+    def read(i: int) -> Any:
+        return decoded(load(found.paths[i]), found.paths[i])
+
+    notes = [*listing.notes(name), *notes, *found.notes]
+    return Contents(found.paths, read, found.labels, found.class_names, notes=notes)
+
+
+def _stats(root: Path, paths: Iterable[str]) -> list[list[Any]]:
+    """Path, size and time of change of files: what tells them from changed ones."""
+    found = []
+    for path in paths:
+        stat = os.stat(root / path) if os.path.exists(root / path) else os.lstat(root / path)
+        found.append([path, stat.st_size, stat.st_mtime_ns])
+    return found
 
 
 def files(name: str, root: Path, paths: list[str]) -> Source:
-    """Image files below `root`."""
-    identity = []
+    """Image files below `root`, in their order, without classes."""
+
+    def read(i: int) -> Any:
+        return decoded((root / paths[i]).read_bytes(), paths[i])
+
+    identity = ["files", READING, _stats(root, paths)]
+    return Source(name, identity, lambda: Contents(paths, read))
+
+
+def listed(paths: list[str]) -> Source:
+    """A list of image files, in its order. Folders give no classes here.
+
+    Raises:
+        FileNotFoundError: If one is missing.
+        ValueError: If one is a folder.
+    """
     for path in paths:
-        stat = os.stat(root / path) if os.path.exists(root / path) else os.lstat(root / path)
-        identity.append([path, stat.st_size, stat.st_mtime_ns])
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            raise FileNotFoundError(
+                f"the list of {len(paths):,} paths has {path!r}, which cannot be read "
+                f"({error.strerror}); expected image files"
+            ) from None
+        if stat.S_ISDIR(mode):
+            raise ValueError(
+                f"the list of {len(paths):,} paths has {path!r}, a folder; expected image files: "
+                "open a folder by its name alone"
+            )
+    source = files(f"{len(paths):,} files", Path(), paths)
+    source.identity.append([os.path.abspath(path) for path in paths])
+    return source
 
-    def contents() -> Contents:
-        from scoremachine.data.decoding import decoded
 
-        ids = sorted(paths, key=natural)
-
-        def read(i: int) -> Any:
-            return decoded((root / ids[i]).read_bytes(), ids[i])
-
-        return Contents(ids, read, *classes_of(ids))
-
-    return Source(name, ["files", identity], contents)
-
-
-def archive(path: Path) -> Source:
-    """The images in a zip; its dataset.json, where there is one, names their classes."""
+def archive(path: Path, split: str | None = None) -> Source:
+    """The images in a zip, of one split."""
     try:
         opened = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
@@ -255,12 +388,11 @@ def archive(path: Path) -> Source:
     with open(path, "rb") as raw:  # the directory of entries: names, sizes, checksums
         raw.seek(opened.start_dir)
         directory = hashlib.sha256(raw.read()).hexdigest()
-    return Source(path.name, ["zip", directory], lambda: _entries(path, opened))
+    identity = ["zip", READING, directory, split]
+    return Source(path.name, identity, lambda: _entries(path, opened, split))
 
 
-def _entries(path: Path, opened: zipfile.ZipFile) -> Contents:
-    from scoremachine.data.decoding import decoded
-
+def _entries(path: Path, opened: zipfile.ZipFile, split: str | None) -> Contents:
     entries = {}
     for info in opened.infolist():
         place = info.filename.replace("\\", "/")
@@ -274,191 +406,14 @@ def _entries(path: Path, opened: zipfile.ZipFile) -> Contents:
                 f"{path} holds {place!r}, which unpacks to {info.file_size:,} bytes; expected at "
                 f"most {LARGEST_ENTRY:,}: it may be a decompression bomb"
             )
+        if info.flag_bits & 1:
+            raise ValueError(
+                f"{path} is encrypted; expected a zip without a password: unpack it with its "
+                "password and open the folder"
+            )
         hidden = any(part.startswith((".", "__MACOSX")) for part in place.split("/"))
-        if info.is_dir() or hidden or posixpath.splitext(place)[1].lower() not in SUFFIXES:
-            continue
-        entries[place] = info
-    if not entries:
-        raise ValueError(f"{path} holds no images; expected entries such as .png or .jpg")
-    ids = sorted(entries, key=natural)
-    labels, classes = classes_of(ids)
-    if "dataset.json" in opened.namelist():
-        labels, classes = _edm_labels(path, opened.read("dataset.json"), ids)
-
-    def read(i: int) -> Any:
-        return decoded(opened.read(entries[ids[i]]), ids[i])
-
-    return Contents(ids, read, labels, classes)
-
-
-def _edm_labels(
-    path: Path, text: bytes, names: list[str]
-) -> tuple[list[int] | None, tuple[str, ...] | None]:
-    """Labels of the EDM data set layout: {"labels": [[name, class], ...] or null}."""
-    try:
-        listed = json.loads(text)["labels"]
-        if listed is None:
-            return None, None
-        label = {name.replace("\\", "/"): int(value) for name, value in listed}
-        labels = [label[name] for name in names]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"the dataset.json in {path} gives no class to every image ({error!r}); expected "
-            '{"labels": [["00000/img00000000.png", 6], ...]} or {"labels": null}'
-        ) from None
-    return labels, tuple(str(k) for k in range(max(labels) + 1))
-
-
-# ---------------------------------------------------------------------------------------------
-# Arrays and data sets
-
-
-def array_file(path: Path) -> Source:
-    """An .npy or .npz file of uint8 images (N, C, H, W), (N, H, W, C) or (N, H, W)."""
-    labels = None
-    try:
-        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            array = loaded
-        else:
-            with loaded:
-                array = _member(path, loaded, ("images", "x", "data", "arr_0"))
-                given = [k for k in ("labels", "label", "y") if k in loaded.files]
-                labels = loaded[given[0]] if given else None
-    except (ValueError, EOFError, zipfile.BadZipFile, OSError, TypeError) as error:
-        raise ValueError(
-            f"{path} cannot be read as plain arrays ({error}); pickles are refused: save uint8 "
-            "images with numpy.save or numpy.savez"
-        ) from None
-    array = channels_first(array, str(path))
-    if labels is not None:
-        if labels.shape != (len(array),) or labels.dtype.kind not in "iu" or labels.min() < 0:
-            raise ValueError(
-                f"{path} holds labels that are {labels.dtype} of shape {labels.shape}; expected "
-                f"{len(array)} whole numbers from 0 up, one for each image"
-            )
-        labels = labels.tolist()
-    classes = None if labels is None else tuple(str(k) for k in range(max(labels) + 1))
-    stat = path.stat()
-    identity = ["array", str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-    ids = [str(i) for i in range(len(array))]
-    contents = Contents(ids, array.__getitem__, labels, classes, array)
-    return Source(path.name, identity, lambda: contents)
-
-
-def _member(path: Path, loaded: Any, wanted: tuple[str, ...]) -> np.ndarray:
-    for name in wanted:
-        if name in loaded.files:
-            return loaded[name]
-    pictures = [k for k in loaded.files if loaded[k].dtype == np.uint8 and loaded[k].ndim in (3, 4)]
-    if len(pictures) == 1:
-        return loaded[pictures[0]]
-    raise ValueError(f"no array called {' or '.join(wanted)}; it has {', '.join(loaded.files)}")
-
-
-def channels_first(array: np.ndarray, what: str) -> np.ndarray:
-    """uint8 images as (N, C, H, W), from that, (N, H, W, C) or (N, H, W); else a ValueError."""
-    if array.dtype != np.uint8:
-        raise ValueError(
-            f"{what} holds {array.dtype}; expected uint8 from 0 to 255: multiply images in [0, 1] "
-            "by 255 and round"
-        )
-    if array.ndim == 3:
-        array = array[:, None]
-    elif array.ndim == 4 and array.shape[1] not in (1, 3, 4) and array.shape[3] in (1, 3, 4):
-        array = array.transpose(0, 3, 1, 2)
-    if array.ndim != 4 or array.shape[1] not in (1, 3, 4) or 0 in array.shape:
-        raise ValueError(
-            f"{what} has shape {array.shape}; expected (N, C, H, W), (N, H, W, C) or (N, H, W) "
-            "with 1, 3 or 4 channels and at least one image"
-        )
-    return array
-
-
-def dataset(source: Any) -> Source:
-    """A torch Dataset of images, or of (image, label) pairs. Its content is its identity."""
-
-    def item(i: int) -> tuple[Any, Any]:
-        got = source[i]
-        return (got[0], got[1]) if isinstance(got, tuple | list) else (got, None)
-
-    if len(source) == 0:
-        raise ValueError(f"the data set {type(source).__name__} is empty; expected images")
-    labels = None
-    if item(0)[1] is not None:
-        labels = [int(item(i)[1]) for i in range(len(source))]
-    classes = getattr(source, "classes", None)
-    if labels is not None and classes is None:
-        classes = tuple(str(k) for k in range(max(labels) + 1))
-
-    def read(i: int) -> Any:
-        return picture(item(i)[0])
-
-    names = None if labels is None or classes is None else tuple(map(str, classes))
-    ids = [str(i) for i in range(len(source))]
-    return Source(type(source).__name__, None, lambda: Contents(ids, read, labels, names))
-
-
-def picture(image: Any) -> Any:
-    """A data set's image as a PIL image or a uint8 array (C, H, W); floats are in [0, 1]."""
-    from PIL import Image
-
-    if isinstance(image, Image.Image):  # a tensor has .mode and .size too
-        return image
-    array = np.asarray(image)
-    if array.dtype.kind == "f":
-        if array.min() < 0 or array.max() > 1:
-            raise ValueError(
-                f"a data set's float images range from {array.min():.3g} to {array.max():.3g}; "
-                "expected [0, 1]: leave normalization out of its transform"
-            )
-        array = np.rint(array * 255).astype(np.uint8)
-    if array.ndim == 2:
-        array = array[None]
-    return channels_first(array[None], "a data set's image")[0]
-
-
-def hugging_face(text: str) -> Source:
-    """hf:NAME[:SPLIT], through the datasets library; NAME may be a folder of one."""
-    name, _, split = text.removeprefix("hf:").partition(":")
-    if not name:
-        raise ValueError(f"{text} names no data set; expected hf:NAME or hf:NAME:SPLIT")
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"{text} needs the datasets library: pip install 'scoremachine[hf]'"
-        ) from None
-    try:
-        if (Path(name) / "dataset_info.json").exists() or (
-            Path(name) / "dataset_dict.json"
-        ).exists():
-            loaded = datasets.load_from_disk(name)
-        else:
-            loaded = datasets.load_dataset(name)
-    except Exception as error:  # the library raises many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"the data set {name!r} cannot be loaded ({reason}): check its name, the connection, "
-            "or give a folder that holds it"
-        ) from None
-    if isinstance(loaded, dict):
-        split = split or ("train" if "train" in loaded else next(iter(loaded)))
-        if split not in loaded:
-            raise ValueError(f"{name!r} has no split {split!r}; it has {', '.join(loaded)}")
-        loaded = loaded[split]
-    columns = [k for k, f in loaded.features.items() if isinstance(f, datasets.Image)]
-    if not columns:
-        raise ValueError(f"{name!r} has no column of images; it has {', '.join(loaded.features)}")
-    labels = classes = None
-    for column, feature in loaded.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            labels, classes = [int(k) for k in loaded[column]], tuple(feature.names)
-            break
-
-    def read(i: int) -> Any:
-        return loaded[i][columns[0]]
-
-    ids = [str(i) for i in range(len(loaded))]
-    contents = Contents(ids, read, labels, classes)
-    return Source(text, ["hf", loaded._fingerprint], lambda: contents)
+        if not info.is_dir() and not hidden:
+            entries[place] = info
+    listing = Listing.of(entries, str(path))
+    paths, notes = of_split(path.name, listing.images, split)
+    return _labelled(path.name, paths, listing, lambda p: opened.read(entries[p]), notes)

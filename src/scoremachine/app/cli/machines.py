@@ -9,6 +9,7 @@ import typer
 
 from scoremachine.app.cli.words import (
     GOES_ON,
+    ArrayName,
     AugmentText,
     Bandwidth,
     BoundaryName,
@@ -27,6 +28,7 @@ from scoremachine.app.cli.words import (
     Settings,
     Size,
     Sizes,
+    Split,
     Strict,
     WindowName,
     corpus_of,
@@ -84,6 +86,8 @@ def generate(
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
     kernel: KernelName = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -93,7 +97,7 @@ def generate(
 
     with progress.quiet(quiet):
         side, drawn = sizes_of(size)
-        corpus = corpus_of(data, side, grayscale, limit, strict)
+        corpus = corpus_of(data, side, grayscale, limit, strict, split, array)
         settings = settings_of(patch_size, bandwidth, boundary, window, augment, others, kernel)
         built = machine_of(machine, corpus, schedule, settings)
         where = sampler, schedule, label, batch, trajectory, start, drawn, process
@@ -109,7 +113,12 @@ def generate(
 
 
 def denoise(
-    file: Annotated[Path, typer.Argument(help="A picture, or a float .npy in [-1, 1].")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="A picture, a built-in one (photo/chelsea), or a float .npy in [-1, 1]."
+        ),
+    ],
     sigma: Annotated[float, typer.Option(help="The noise level, in units of [-1, 1].")],
     data: Data,
     out: Out = Path("runs/denoise"),
@@ -129,6 +138,8 @@ def denoise(
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
     kernel: KernelName = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -137,7 +148,7 @@ def denoise(
     from scoremachine.runtime import progress
 
     with progress.quiet(quiet):
-        corpus = corpus_of(data, size, grayscale, limit, strict)
+        corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
         settings = settings_of(patch_size, bandwidth, boundary, window, augment, others, kernel)
         built = machine_of(machine, corpus, "vp", settings)
         denoise_file(file, built, sigma, out, noisy=noisy, seed=seed, label=label)
@@ -171,6 +182,8 @@ def calibrate(
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
     kernel: KernelName = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -185,7 +198,7 @@ def calibrate(
         if beside is not None:
             other = LOCALITIES[kind_of(machine).locality or "patch_size"].of(beside)
         settings = settings_of(None, None, boundary, window, augment, others, kernel)
-        where = data, size, grayscale, limit, strict
+        where = data, size, grayscale, limit, strict, split, array
         teachers, corpus = networks_and_corpus([network] if network else [], *where)
         calibrate_corpus(corpus, machine, held_out, steps, seed, other, out, settings, *teachers)
 
@@ -204,13 +217,15 @@ def index(
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
     """Build the indexes of patches that els searches, which it would build when it needs them."""
     from scoremachine.runtime import progress
 
     with progress.quiet(quiet):
-        corpus = corpus_of(data, size, grayscale, limit, strict)
+        corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
         images = corpus.indices(label)
         settings = {"search": "bounded"} | ({} if boundary is None else {"boundary": boundary})
         sizes = [any_number(part) for part in parts_of(patch_size) or [""]]
@@ -241,6 +256,8 @@ def zoo(
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
     """Draw every machine's samples from the same noise, with the nearest training images."""
@@ -251,7 +268,7 @@ def zoo(
     with progress.quiet(quiet):
         names = names_of(machines)
         schedule_of(schedule)  # refuses what is none before images are read
-        corpus = corpus_of(data, size, grayscale, limit, strict)
+        corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
         settings = count, steps, seed, sampler, schedule, label, resume
         with interruptible(
             lambda: "the same command with --resume goes on after the pictures that are finished"
@@ -279,6 +296,8 @@ def denoising_error(
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure every machine's held-out denoising error per noise level: table, CSV and plot."""
@@ -288,7 +307,7 @@ def denoising_error(
     with progress.quiet(quiet):
         names = names_of(machines)
         also = [(name, any_number(value)) for name, value in pairs(published)]
-        corpus = corpus_of(data, size, grayscale, limit, strict)
+        corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
         measure_errors(corpus, out, names, steps, choosing, reporting, seed, also)
 
 
@@ -316,6 +335,8 @@ def compress(
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
     """Find how small a machine can be: images as ever fewer Gaussians, against denoising error."""
@@ -324,7 +345,7 @@ def compress(
     from scoremachine.runtime import progress
 
     with progress.quiet(quiet):
-        corpus = corpus_of(data, size, grayscale, limit, strict)
+        corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
         settings = settings_of(patch_size, None, boundary, None, None, None, "auto")
         asked = [number(word, int, word) for word in parts_of(sizes)] or list(SIZES)
         kept = None if keep is None else number(keep, int, keep)
@@ -350,6 +371,8 @@ def ablation(
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure patch sizes and ways to compose patches, by kind of picture and resolution."""
@@ -361,7 +384,7 @@ def ablation(
     if sides is not None and (None in every or min(side or 0 for side in every) < 1):
         raise ValueError(f"sides are {sides!r}; expected whole numbers of pixels, as 28,32,64")
     with progress.quiet(quiet):
-        how = grayscale, limit, strict
+        how = grayscale, limit, strict, split, array
         corpora = [resized(name, side, *how) for name in data for side in every]
         with interruptible(lambda: GOES_ON):
             ablate(corpora, parts_of(machine), levels, held_out, seed, out)

@@ -9,6 +9,7 @@ import typer
 
 from scoremachine.app.cli.words import (
     GOES_ON,
+    ArrayName,
     Data,
     Everywhere,
     Grayscale,
@@ -19,6 +20,7 @@ from scoremachine.app.cli.words import (
     Quiet,
     Seed,
     Size,
+    Split,
     Strict,
     any_value,
     corpus_of,
@@ -68,6 +70,8 @@ def train(
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a small reference network: weights, their card and the loss curve in --out."""
@@ -79,7 +83,7 @@ def train(
         seconds = seconds_of(budget) if budget is not None else None if steps else 600.0
         how = Training(steps, seconds, batch, rate, seed, held_out, precision, device)
         settings = {name: any_value(value) for name, value in pairs(others)}
-        corpus = corpus_of(data, size, grayscale, limit, strict)
+        corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
         with interruptible(lambda: "the same command with --resume goes on after the last step"):
             train_network(corpus, network, out, how, resume, settings)
 
@@ -106,6 +110,8 @@ def compare(
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure how well machines predict a trained network: tables, curves and pictures in --out."""
@@ -115,7 +121,9 @@ def compare(
 
     with progress.quiet(quiet):
         way = None if schedule is None else schedule_of(schedule)
-        (loaded,), corpus = networks_and_corpus([network], data, size, grayscale, limit, strict)
+        (loaded,), corpus = networks_and_corpus(
+            [network], data, size, grayscale, limit, strict, split, array
+        )
         with interruptible(lambda: GOES_ON):
             compare_network(
                 loaded, parts_of(machine), corpus, out, report, pictures=pictures, count=count,
@@ -141,6 +149,8 @@ def sensitivity(
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
     """Draw what denoisers look at, from their gradients: maps and their widths in --out."""
@@ -149,7 +159,7 @@ def sensitivity(
 
     levels = levels_of(sigmas)
     with progress.quiet(quiet):
-        where = data, size, grayscale, limit, strict
+        where = data, size, grayscale, limit, strict, split, array
         loaded, corpus = networks_and_corpus([network] if network else [], *where)
         names = parts_of(machine)
         settings = levels, count, pixels, seed, everywhere
@@ -176,6 +186,8 @@ def bias(
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure how networks and machines differ from the ideal denoiser, and how alike they do."""
@@ -185,7 +197,7 @@ def bias(
     levels = levels_of(sigmas)
     with progress.quiet(quiet):
         every, corpus = networks_and_corpus(
-            parts_of(networks), data, size, grayscale, limit, strict
+            parts_of(networks), data, size, grayscale, limit, strict, split, array
         )
         names = parts_of(machine)
         with interruptible(lambda: GOES_ON):
@@ -210,6 +222,8 @@ def quality(
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
     """Judge samples of machines, networks and VAEs: how good, how new, how varied."""
@@ -217,7 +231,7 @@ def quality(
     from scoremachine.runtime import progress
 
     with progress.quiet(quiet):
-        where = data, size, grayscale, limit, strict
+        where = data, size, grayscale, limit, strict, split, array
         every, corpus = networks_and_corpus(parts_of(networks), *where)
         names = parts_of(machine)
         if not names and not every:
@@ -241,6 +255,8 @@ def study(
     grayscale: Grayscale = False,
     limit: Limit = None,
     strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure when the theory holds: by images, training time and kind of network. Hours."""
@@ -248,7 +264,7 @@ def study(
     from scoremachine.runtime import progress
 
     with progress.quiet(quiet):
-        corpus = corpus_of(data, size, grayscale, limit, strict)
+        corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
         with interruptible(lambda: GOES_ON):
             study_networks(
                 corpus, out, parts_of(machine), steps=steps, count=count, pictures=pictures,

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 Data = Annotated[
     str,
     typer.Option(
-        help="A built-in set (digits, faces, texture/brick, photo/chelsea, ...), a folder, a .zip, "
-        "an .npy or .npz file, or hf:NAME[:SPLIT].",
+        help="A built-in set (digits, faces, texture/brick, photo/chelsea, ...; also "
+        "built-in:NAME), a folder, a .zip, an .npy or .npz file, or hf:NAME[:SPLIT].",
         rich_help_panel="Images",
     ),
 ]
@@ -45,6 +45,23 @@ Limit = Annotated[
 Strict = Annotated[
     bool,
     typer.Option("--strict", help="Refuse unreadable files.", rich_help_panel="Images"),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        "--split",
+        help="The split of the images, as train or test, where there are several; train unless "
+        "given.",
+        rich_help_panel="Images",
+    ),
+]
+ArrayName = Annotated[
+    str | None,
+    typer.Option(
+        "--array",
+        help="Which array of an .npz (or column of hf:NAME) has the images.",
+        rich_help_panel="Images",
+    ),
 ]
 Out = Annotated[Path, typer.Option(file_okay=False, help="The folder to write to.")]
 MachineName = Annotated[
@@ -140,16 +157,17 @@ def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
 
 def networks_and_corpus(
     names: Sequence[str], data: str, size: int | None, grayscale: bool, limit: int | None,
-    strict: bool,
+    strict: bool, split: str | None = None, array: str | None = None,
 ) -> tuple[list[Network], Corpus]:  # fmt: skip
     """Networks, if any, and a corpus of pictures of the first one's shape."""
     if not names:
-        return [], corpus_of(data, size, grayscale, limit, strict)
+        return [], corpus_of(data, size, grayscale, limit, strict, split, array)
     from scoremachine.lab.networks import Network
 
     networks = [Network.load(name) for name in names]
     C, H, W = networks[0].shape
-    return networks, corpus_of(data, size or (H, W), grayscale or C == 1, limit, strict)
+    where = size or (H, W), grayscale or C == 1, limit, strict, split, array
+    return networks, corpus_of(data, *where)
 
 
 def sizes_of(text: str | None) -> tuple[int | None, tuple[int, int] | None]:
@@ -201,34 +219,43 @@ def corpus_of(
     grayscale: bool,
     limit: int | None,
     strict: bool,
+    split: str | None = None,
+    array: str | None = None,
 ) -> Corpus:
     from scoremachine.data.corpus import Corpus
 
     if data.endswith(".safetensors"):
         from scoremachine.sources.mixture import Mixture
 
-        if (size, limit) != (None, None) or grayscale:
+        if any(given is not None for given in (size, limit, split, array)) or grayscale:
             raise ValueError(
                 f"{data} is a mixture, which is as it was compressed; expected neither size, "
-                "grayscale nor limit"
+                "grayscale, limit, split nor array"
             )
         return Mixture.load(data)  # type: ignore[return-value]  # machines take either
-    return Corpus.open(data, size=size, grayscale=grayscale, limit=limit, strict=strict)
+    return Corpus.open(data, size, grayscale, limit, strict=strict, split=split, array=array)
 
 
 def resized(
-    data: str, side: int | None, grayscale: bool, limit: int | None, strict: bool
+    data: str,
+    side: int | None,
+    grayscale: bool,
+    limit: int | None,
+    strict: bool,
+    split: str | None = None,
+    array: str | None = None,
 ) -> Corpus:
     """Images at a side, if one is said: crops of fewer than three, all resized elsewhere."""
+    how = grayscale, limit, strict, split, array
     if side is None:
-        return corpus_of(data, None, grayscale, limit, strict)
+        return corpus_of(data, None, *how)
     try:
-        corpus = corpus_of(data, None, grayscale, limit, strict)
+        corpus = corpus_of(data, None, *how)
     except ValueError:  # of several sizes, or nothing at all, which is said below
-        return corpus_of(data, side, grayscale, limit, strict)
+        return corpus_of(data, side, *how)
     if len(corpus) < 3 and min(corpus.shape[1:]) > side:
         return corpus.crops(side)
-    return corpus_of(data, side, grayscale, limit, strict)
+    return corpus_of(data, side, *how)
 
 
 def machine_of(name: str, corpus: Corpus, schedule: str, settings: dict[str, Any]) -> Any:
