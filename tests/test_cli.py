@@ -57,7 +57,8 @@ def generate(call, out, *words):
 
 def test_version_and_help_import_nothing_heavy():
     code = (
-        "import sys\nfrom scoremachine.app.cli import main\nsys.argv = ['scoremachine', '--version']\n"
+        "import sys\nfrom scoremachine.app.cli import main\n"
+        "sys.argv = ['scoremachine', '--version']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'numba', 'numpy', 'PIL'} & set(sys.modules)))"
     )
