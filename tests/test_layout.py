@@ -253,7 +253,13 @@ def test_the_nearest_dataset_json_gives_the_labels(source):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"labels": [["a/1.png", 0]]}', '{"labels": [["a/1.png", -1], ["b/1.png", 0]]}', "{"]
+    "text",
+    [
+        '{"labels": []}',
+        '{"labels": [["a/1.png", 0]]}',
+        '{"labels": [["a/1.png", -1], ["b/1.png", 0]]}',
+        "{",
+    ],
 )
 def test_a_dataset_json_that_gives_no_class_to_every_image_is_refused(source, text):
     with pytest.raises(ValueError, match=r"dataset\.json in .*expected"):

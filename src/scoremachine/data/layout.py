@@ -223,9 +223,10 @@ def _of_edm(
             }  # fmt: skip
         except (ValueError, TypeError, AttributeError) as error:
             raise _bad_edm(name, file, error) from None
-    tables = [(_above(path, listed) or [{}])[0] for path in paths]
-    if not listed or all(table == {} for table in tables):
+    above = [_above(path, listed) for path in paths]
+    if not any(above):
         return None
+    tables = [found[0] if found else {} for found in above]
     if all(table is None for table in tables):
         return Layout(list(paths))
     try:
