@@ -731,6 +731,11 @@ def accumulate_response(request: ScanRequest, known: Fold) -> torch.Tensor:
     return torch.from_numpy(functools.reduce(np.add, D))
 
 
+def response_covariance(request: ScanRequest, known: Fold) -> torch.Tensor:
+    """Cov_i(v_sp, b_is) at every pixel; see `scoremachine.core.posterior.Engine`."""
+    return device.response_covariance(request, known)
+
+
 def _arrays(request: ScanRequest) -> tuple[np.ndarray, ...]:
     """y, u as (B, C ...) or (B, 0), 1 / sigma^2, and T."""
     B = len(request.y)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from scoremachine.core.collection import Collection
-from scoremachine.core.posterior import posterior, with_slope
+from scoremachine.core.derivatives import regrouped, tracked, uncompiled, with_slope
+from scoremachine.core.posterior import Scan, posterior, with_sigma_slope
 from scoremachine.machines.machine import Label, Machine, gaussian_constant
 from scoremachine.runtime.progress import bar
 from scoremachine.sources.mixture import Mixture
@@ -27,6 +28,11 @@ class IdealScore(Machine):
     name = "ideal"
     accepts_mixtures = True
     source: Literal["same", "rolled"] = "same"
+
+    @property
+    def smooth_in_sigma(self) -> bool:  # type: ignore[override]
+        plain = self.source == "same" and not isinstance(self.corpus, Mixture)
+        return plain and isinstance(self.bandwidth, float)
 
     def collection(self) -> Collection:
         """The machine's row."""
@@ -57,25 +63,26 @@ class IdealScore(Machine):
             distance[members] = torch.sqrt(square / (C * H * W))
         return found, distance
 
+    @uncompiled
     def log_density(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
         """log p(y) of the mixture (1/S) sum_s N(s, (sigma^2 + h^2) I) of all S sources s.
 
-        In nats, float64, shape (B,), differentiable by y.
+        In nats, float64, shape (B,). Differentiable by y twice, and by sigma (`ideal`, with a
+        constant bandwidth) once.
         """
         if isinstance(self.corpus, Mixture):
             raise ValueError("a mixture's density is not computed here: use the images")
         pictures, levels = self.check(y, sigma)
-        h = torch.tensor([self.bandwidth_at(float(s)) for s in levels], dtype=torch.float64)
-        s, c = torch.sqrt(levels**2 + h**2), self.collection()
-        log_p = gaussian_constant(math.prod(self.corpus.shape), s**2)
-        for members, index in self.by_label(label, len(pictures)):
-            asked = self.corpus.images, index, pictures[members], s[members], c
-            fold, D = posterior(self.kernel, *asked)
-            sources = len(index) * c.sources_per_image
-            value = fold.log_partition[:, 0, 0] - math.log(sources)
-            slope = (D - pictures[members]) / s[members, None, None, None] ** 2
-            log_p = log_p.index_add(0, members, with_slope(value, slope, pictures[members]))
-        return log_p
+        h = self.bandwidths(levels)
+        c, groups, parts = self.collection(), self.by_label(label, len(pictures)), []
+        for members, index in groups:
+            y, s = pictures[members], torch.sqrt(levels[members] ** 2 + h[members] ** 2)
+            fold, D = posterior(self.kernel, self.corpus.images, index, y, s, c)
+            value = fold.log_partition[:, 0, 0] - math.log(len(index) * c.sources_per_image)
+            value = with_slope(value, (D - y) / s[:, None, None, None] ** 2, y)
+            value = with_sigma_slope(value, Scan(self.kernel, self.corpus.images, index, c), y, s)
+            parts.append(value + gaussian_constant(math.prod(self.corpus.shape), s**2))
+        return regrouped([members for members, _ in groups], parts)
 
 
 class EquivariantScore(IdealScore):
@@ -92,7 +99,7 @@ class EquivariantScore(IdealScore):
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
         if self.view is None:
             return super().mean(y, sigma, index, level)
-        if y.requires_grad:
+        if tracked(y):
             raise ValueError("es has no derivative under a forward process: use another machine")
         # a process that knows frequencies knows where a picture begins: every translation by itself
         view, images = self.view, self.corpus.images[index]

@@ -17,6 +17,13 @@ from torch import Tensor
 
 from scoremachine import engines as kernels
 from scoremachine.calibration.heldout import automatic_bandwidth, automatic_locality
+from scoremachine.core.derivatives import (
+    check_untracked,
+    mapped,
+    regrouped,
+    uncompiled,
+    values,
+)
 from scoremachine.core.processes import Process
 from scoremachine.core.schedules import (
     LOCALITIES,
@@ -52,8 +59,8 @@ class Machine(Denoiser):
     """A training-free denoiser: D(y, sigma) = E[x | y] under what it takes the corpus to say.
 
     Images x are in [-1, 1]; y = x + sigma eps, in float, shape (B, C, H, W). D is differentiable
-    by y: autograd takes exact vector-Jacobian products. With a bandwidth h
-    every source is a Gaussian N(s, h^2 I) instead of a point:
+    by y, once: autograd, forward mode and `torch.func` take exact products with the Jacobian. With
+    a bandwidth h every source is a Gaussian N(s, h^2 I) instead of a point:
 
         D = (sigma^2 D_0(y, sqrt(sigma^2 + h^2)) + h^2 y) / (sigma^2 + h^2)
 
@@ -76,6 +83,7 @@ class Machine(Denoiser):
     relative_cost: float = 1.0  # about how much dearer a source is than one of a plain box
     accepts_mixtures = False  # whether its source may be a mixture of Gaussians
     view: View | None = None  # where pictures are compared with other than the images themselves
+    smooth_in_sigma = False  # whether D has a derivative by sigma: nothing is looked up at it
 
     def __init__(
         self,
@@ -110,6 +118,7 @@ class Machine(Denoiser):
         `level` is the noise level at which settings are looked up: sigma without the bandwidth.
         """
 
+    @uncompiled
     def denoise(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
         """D(y, sigma), an estimate of E[x | y].
 
@@ -125,13 +134,15 @@ class Machine(Denoiser):
         Raises:
             ValueError: For a wrong shape, dtype or channel count, NaN pixels, sigma <= 0 or NaN,
                 or a label with no images.
+            NotImplementedError: For a derivative that there is none of: by sigma, of machines
+                other than `ideal` and `gaussian` with a constant bandwidth; of a second one.
         """
         pictures, levels = self.check(y, sigma)
         if len(y) == 0:
             return y.clone()
-        D = torch.empty_like(pictures)
-        for members, index in self.by_label(label, len(pictures)):
-            D[members] = self.denoise_from(pictures[members], levels[members], index)
+        groups = self.by_label(label, len(pictures))
+        parts = [self.denoise_from(pictures[m], levels[m], index) for m, index in groups]
+        D = regrouped([m for m, _ in groups], parts)
         return D.to(dtype=y.dtype, device=y.device)
 
     def denoise_from(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
@@ -139,6 +150,7 @@ class Machine(Denoiser):
         h = self.bandwidths(sigma)
         return apply_bandwidth(self.mean(y, torch.sqrt(sigma**2 + h**2), index, sigma), y, sigma, h)
 
+    @uncompiled
     def denoise_through(
         self, process: Process, x_t: Tensor, t: float, label: Label = None
     ) -> Tensor:
@@ -158,16 +170,16 @@ class Machine(Denoiser):
         Raises:
             ValueError: As `denoise`, and for a machine with a bandwidth.
         """
+        check_untracked("t", t, "under a forward process D has one by x_t alone")
         pictures, _ = self.check(x_t, 1.0)
         process.check(pictures.shape[2:])
         _, sigma = process(torch.tensor(t, dtype=torch.float64))
         viewed = self.through(process, t)
         assert viewed.view is not None
         sigmas = sigma.double().expand(len(pictures))
-        D = torch.empty_like(pictures)
-        for members, index in self.by_label(label, len(pictures)):
-            level = sigmas[members] / viewed.view.scale
-            D[members] = viewed.mean(pictures[members], sigmas[members], index, level)
+        scale, groups = viewed.view.scale, self.by_label(label, len(pictures))
+        parts = [viewed.mean(pictures[m], sigmas[m], n, sigmas[m] / scale) for m, n in groups]
+        D = regrouped([m for m, _ in groups], parts)
         return D.to(dtype=x_t.dtype, device=x_t.device)
 
     def check_process(self) -> None:
@@ -250,7 +262,7 @@ class Machine(Denoiser):
             f"the corpus {self.corpus.name!r} has: resize the pictures or open the corpus with "
             "size="
         )
-        return checked(y, sigma, self.shape_for(y), whose)
+        return checked(y, sigma, self.shape_for(y), whose, self.smooth_in_sigma)
 
     def shape_for(self, y: Tensor) -> tuple[int, int, int]:
         """(C, H, W) that pictures should have, given those that there are: as the images."""
@@ -305,6 +317,8 @@ class Machine(Denoiser):
 
     def bandwidths(self, sigma: Tensor) -> Tensor:
         """The bandwidth h at each of some noise levels, float64 (B,)."""
+        if isinstance(self.bandwidth, float):  # also where sigma has no one value, as under vmap
+            return torch.full(sigma.shape, self.bandwidth, dtype=torch.float64)
         return torch.tensor([self.bandwidth_at(float(s)) for s in sigma], dtype=torch.float64)
 
     def arguments(self) -> dict[str, Any]:
@@ -414,12 +428,17 @@ class LocalMachine(Machine):
 
 
 def checked(
-    y: Tensor, sigma: float | Tensor, shape: tuple[int, int, int], whose: str
+    y: Tensor,
+    sigma: float | Tensor,
+    shape: tuple[int, int, int],
+    whose: str,
+    smooth_in_sigma: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`y` and `sigma` as float64 on the CPU, shapes (B, *shape) and (B,).
 
     Raises:
         ValueError: For anything else; `whose` says what the shape is of, as in "as ...".
+        NotImplementedError: For a derivative by sigma of what is not `smooth_in_sigma`.
     """
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
@@ -431,10 +450,10 @@ def checked(
         C, H, W = shape
         raise ValueError(f"y has shape {tuple(y.shape)}; expected (B, {C}, {H}, {W}), as {whose}")
     pictures = y.to(device="cpu", dtype=torch.float64).contiguous()
-    if not torch.isfinite(pictures).all():
+    if not torch.isfinite(values(pictures)).all():
         raise ValueError("y holds NaN or infinite pixels; expected finite numbers")
     try:
-        levels = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").detach()
+        levels = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"sigma is {sigma!r}; expected a finite number above 0") from None
     if levels.ndim > 1 or (levels.ndim == 1 and len(levels) not in (1, len(y))):
@@ -442,8 +461,17 @@ def checked(
             f"sigma has shape {tuple(levels.shape)}; expected one noise level, or one for "
             f"each of the {len(y)} pictures"
         )
-    if not (torch.isfinite(levels).all() and (levels > 0).all()):
-        raise ValueError(f"sigma is {levels.tolist()}; expected a finite number above 0")
+    met = values(levels)
+    if not (torch.isfinite(met).all() and (met > 0).all()):
+        raise ValueError(f"sigma is {met.tolist()}; expected a finite number above 0")
+    if not smooth_in_sigma:  # settings are looked up at its numbers
+        why = "by sigma and t, ideal and gaussian of images have one, with a constant bandwidth"
+        check_untracked("sigma", levels, why)
+        if mapped(levels):
+            raise ValueError(
+                "sigma is one of many that torch.func.vmap maps over, and settings are looked up "
+                "at its value: give a batch of pictures with a noise level each, shape (B,)"
+            )
     return pictures, levels.expand(len(y)).contiguous()
 
 

@@ -12,8 +12,9 @@ from azula.noise import Schedule
 from torch import Tensor
 
 from scoremachine.core.collection import Collection
+from scoremachine.core.derivatives import mapped, outside_transforms, values, with_slope
 from scoremachine.core.fold import Fold
-from scoremachine.core.posterior import posterior, units_of_x, with_slope
+from scoremachine.core.posterior import posterior, units_of_x
 from scoremachine.core.processes import Process
 from scoremachine.core.schedules import BandwidthSchedule, SmoothingSchedule
 from scoremachine.data.corpus import Corpus
@@ -131,7 +132,8 @@ class SmoothedScore(LocalMachine):
             return self._trajectory
         generator = torch.Generator().manual_seed(self.seed)
         shape = 1, self.M, *y.shape[1:]
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        with outside_transforms():  # the same for every picture that vmap maps over
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     def _keys(self, B: int, n: int) -> Tensor:
         """A random number for each image and query, (B, M, n): the least are drawn."""
@@ -139,7 +141,8 @@ class SmoothedScore(LocalMachine):
         if self.perturbations == "fresh":
             return torch.randn_like(like)
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randn(like.shape[1:], generator=generator).expand_as(like)
+        with outside_transforms():
+            return torch.randn(like.shape[1:], generator=generator).expand_as(like)
 
     def _all(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
         asked = self.kernel, self.compared, index, y, sigma, self._collection
@@ -153,9 +156,14 @@ class SmoothedScore(LocalMachine):
         K = min(self.neighbours or 1, len(index))
         L = min(self.uniform, len(index) - K)
         keys = self._keys(len(y) // self.M, len(index)).flatten(0, 1).numpy() if L else None
-        found = self._index(index).kneighbors(
-            y.detach().flatten(1).float().numpy(), n_neighbors=K, return_distance=False
-        )
+        if mapped(y):
+            raise ValueError(
+                "smoothed looks the neighbours of every picture up, which torch.func.vmap does not "
+                "map over: give a batch of pictures, or compare with all images (neighbours=None)"
+            )
+        with outside_transforms():
+            queries = values(y).flatten(1).float().numpy()
+        found = self._index(index).kneighbors(queries, n_neighbors=K, return_distance=False)
         D = []
         for p, near in enumerate(found):
             query, level = y[p : p + 1], sigma[p : p + 1]

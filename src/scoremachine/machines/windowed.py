@@ -15,6 +15,7 @@ from azula.noise import Schedule
 from torch import Tensor
 
 from scoremachine.core.collection import Collection
+from scoremachine.core.derivatives import regrouped
 from scoremachine.core.fold import Fold
 from scoremachine.core.posterior import Engine, posterior
 from scoremachine.core.schedules import BandwidthSchedule, PatchSchedule
@@ -92,14 +93,14 @@ class WindowMachine(LocalMachine):
         return self.kernel
 
     def mean(self, y: Tensor, sigma: Tensor, index: np.ndarray, level: Tensor) -> Tensor:
-        D = torch.empty_like(y)
-        for members, row in self.by_row(y, level, index):
+        groups, parts = list(self.by_row(y, level, index)), []
+        for members, row in groups:
             asked = y[members], sigma[members]
             if isinstance(self.corpus, Mixture):
-                D[members] = self.corpus.posterior(*asked, row)
+                parts.append(self.corpus.posterior(*asked, row))
             else:
-                D[members] = self.evidence(*asked, index, row).mean
-        return D
+                parts.append(self.evidence(*asked, index, row).mean)
+        return regrouped([members for members, _ in groups], parts)
 
     def by_row(
         self, y: Tensor, level: Tensor, index: np.ndarray

@@ -217,6 +217,10 @@ class Bounded:
         """sum_is q_i a_is s, by the exact kernel; see `scoremachine.core.posterior.Engine`."""
         return accumulate_response(self.exact, request, known, Bar("Comparing", None))
 
+    def response_covariance(self, request: ScanRequest, known: Fold) -> Tensor:
+        """Cov_i(v_sp, b_is), by the exact kernel; see `scoremachine.core.posterior.Engine`."""
+        return self.exact.response_covariance(request, known)
+
     def _all(self, request: ScanRequest, leaders: int, known: Fold | None = None) -> Fold:
         return folded(self.exact, request, leaders, Bar("Comparing", None), known)
 
