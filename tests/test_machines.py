@@ -401,6 +401,7 @@ def test_a_wider_source_costs_no_copy(kernel):
         class engine:  # noqa: N801
             accumulate_response = staticmethod(choose(kernel).accumulate_response)
             tiles = staticmethod(choose(kernel).tiles)
+            batch = staticmethod(choose(kernel).batch)
 
             @staticmethod
             def fold(request, *rest):

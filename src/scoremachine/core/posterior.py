@@ -12,16 +12,16 @@ displacements and devices are all the same merge. One pass gives the mean S / Z,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scoremachine.core.collection import Collection
+from scoremachine.core.derivatives import refused, stacked, tracked
 from scoremachine.core.fold import Fold
 from scoremachine.runtime.progress import Bar, bar
 
@@ -29,6 +29,21 @@ SKIPPED = 1e-5  # twice the weight that the skipped sources of a site may have t
 BATCH = 64  # pictures in one call of a kernel
 LEAST = 1e-4  # below, a response over windows is that of the nearest sources
 TILE = 2**29  # logits per picture in one call of a kernel: about half a second
+CHUNK = 2**24  # numbers of a source in memory at once, for a derivative by sigma
+
+SECOND = (
+    "there is no second derivative of D: first ones are exact by y, forward and backward, and of a "
+    "log-density second ones too, as torch.func.hessian or double backward take them"
+)
+BY_SIGMA = (
+    "there is no derivative by sigma here: only machines that compare whole images with the images "
+    "as they are have one"
+)
+ONCE_BY_SIGMA = "there is no second derivative by sigma, nor of a derivative by sigma by y"
+SEEN = (
+    "there is no forward-mode derivative where sources answer with other than what is seen of them "
+    "and sites answer for windows: use reverse mode, as torch.func.vjp"
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,8 @@ class ScanRequest:
         T: Sources more than T nats below their site's leader may be left out, shape (B,).
         u: None, or the direction of a derivative, float64: (B, C, *sites) where sites answer for
             a pixel, (B, C, H, W) where they answer for their windows. A source's value is then
-            the number b_is, its inner product with u over the site's response window.
+            the number b_is, its inner product with u over the site's response window. For
+            `Engine.response_covariance`, of y's shape: b_is is that over the query window.
         values: What a source answers with, uint8 (N, C, H, W), where that is not what is seen
             of it: v_s in place of s in every mean and in b_is.
     """
@@ -66,7 +82,10 @@ class ScanRequest:
 
 
 class Engine(Protocol):
-    """What a kernel answers. Logits lack the term -|y|^2 / (2 sigma^2), common to all sources."""
+    """What computes folds. Logits lack the term -|y|^2 / (2 sigma^2), common to all sources."""
+
+    def batch(self, collection: Collection, channels: int, leaders: int) -> int:
+        """How many pictures go together, so that the workspace stays within bounds."""
 
     def tiles(self, n: int, collection: Collection) -> Iterator[slice]:
         """The pieces in which it wants a source of n images."""
@@ -82,6 +101,13 @@ class Engine(Protocol):
 
         a_is is the posterior weight w_is, or with u given w_is (b_is - mean of b_i), where the
         means are those of `known`. Without u, v_s stands where s does.
+        """
+
+    def response_covariance(self, request: ScanRequest, known: Fold) -> Tensor:
+        """Cov_i(v_sp, b_is) of every site i that answers for its pixel p, (B, C, *sites).
+
+        b_is is the inner product of s with u over the site's query window: what D_p gains by
+        y + u is this covariance over sigma^2. `known` is the whole fold.
         """
 
 
@@ -111,71 +137,301 @@ def posterior(
         The fold, with logits -1/2 sum_d q[d] (y - s)[d]^2 / sigma^2 over each window, and
         D = sum_i r_i mu_i / sum_i r_i, float64, shape (B, C, H, W), differentiable by y.
     """
-    if len(y) > BATCH:  # a kernel keeps some numbers for every picture, site and part of its work
-        parts = [
-            posterior(kernel, images, index, *part, collection, leaders, values)
-            for part in zip(y.split(BATCH), sigma.split(BATCH), strict=True)
-        ]
-        return Fold.batch(fold for fold, _ in parts), torch.cat([D for _, D in parts])
     if collection.passes == 2:  # which have to agree on logits of up to D / sigma^2
         sigma = sigma.clamp(min=LEAST)
-    T = torch.full_like(sigma, math.log(2 * len(index) * collection.sources_per_image / SKIPPED))
-    if y.requires_grad:  # what is left out is divided by sigma^2 in a derivative
-        T += 2 * torch.log(2 / sigma).clamp(min=0)
-    query = wrap(y.detach(), collection) if collection.wraps else y.detach()
-    request = ScanRequest(images, index, query, sigma, collection, T, values=values)
-    with bar("Comparing", total=len(index) * collection.passes) as progress:
-        found: list[Fold] = []
-        D = _Mean.apply(y, kernel, request, leaders, found, progress)
-    fold = found[0]
-    # the kernels leave out |y|^2, which is the same for all sources of a site
-    constant = -collection.window_sum((query**2).sum(1)) / (2 * sigma[:, None, None] ** 2)
-    fold = replace(fold, m=fold.m + constant, logits=fold.logits + constant[:, None])
-    return fold, D
+    scan = Scan(kernel, images, index, collection, leaders, values, tracked(y) or tracked(sigma))
+    D, constant, *fields = _Mean.apply(y, sigma, scan)
+    fold = Fold(*fields)
+    return replace(fold, m=fold.m + constant, logits=fold.logits + constant[:, None]), D
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """What `posterior` is asked for apart from pictures, and what its derivatives need to know.
+
+    Attributes:
+        kernel, images, index, collection, leaders, values: See `posterior`.
+        differentiated: Whether a derivative may be asked for.
+    """
+
+    kernel: Engine
+    images: np.ndarray
+    index: np.ndarray
+    collection: Collection
+    leaders: int = 0
+    values: np.ndarray | None = None
+    differentiated: bool = True
+
+    def request(self, y: Tensor, sigma: Tensor, u: Tensor | None = None) -> ScanRequest:
+        """For some pictures, and a direction u."""
+        c = self.collection
+        T = torch.full_like(sigma, math.log(2 * len(self.index) * c.sources_per_image / SKIPPED))
+        if self.differentiated:  # what is left out is divided by sigma^2 in a derivative
+            T += 2 * torch.log(2 / sigma).clamp(min=0)
+        query = wrap(y, c) if c.wraps else y
+        return ScanRequest(self.images, self.index, query, sigma, c, T, u, self.values)
+
+    def bar(self, text: str) -> Any:
+        """A progress bar over the source."""
+        return bar(text, total=len(self.index) * self.collection.passes)
+
+    def mean(self, y: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
+        """D, the |y|^2 that kernels leave out of logits (B, *sites), and the fields of the fold."""
+        request, c = self.request(y, sigma), self.collection
+        with self.bar("Comparing") as progress:
+            fold = folded(self.kernel, request, self.leaders, progress)
+            if c.passes == 1:
+                D = fold.mean
+            else:
+                D = accumulate_response(self.kernel, request, fold, progress)
+                D /= torch.from_numpy(c.coverage)
+        # the same for all sources of a site
+        constant = -c.window_sum((request.y**2).sum(1)) / (2 * sigma[:, None, None] ** 2)
+        return D, constant, *vars(fold).values()
+
+    def derivative(
+        self, x: Tensor, y: Tensor, sigma: Tensor, fold: Fold, transposed: bool
+    ) -> Tensor:
+        """J x, or `transposed` J^T x, with the Jacobian J = dD/dy and the fold at y."""
+        c, x = self.collection, x.contiguous()
+        with self.bar("Differentiating") as progress:
+            if c.whole:  # where J is symmetric
+                if self.values is not None and not transposed:
+                    raise NotImplementedError(SEEN)
+                known = replace(fold, S=(x * fold.S).sum((1, 2, 3))[:, None, None, None])
+                g = accumulate_response(self.kernel, self.request(y, sigma, x), known, progress)
+            elif c.response == "pixel" and transposed:
+                known = replace(fold, S=(x * fold.S).sum(1, keepdim=True))
+                g = accumulate_response(self.kernel, self.request(y, sigma, x), known, progress)
+                g = unwrap(g, c) if c.wraps else g
+            elif c.response == "pixel":
+                u = wrap(x, c) if c.wraps else x
+                g = self.kernel.response_covariance(self.request(y, sigma, u), fold)
+                progress.advance(len(self.index))
+            else:  # a symmetric matrix, and means over the windows that a pixel is in
+                if self.values is not None and not transposed:
+                    raise NotImplementedError(SEEN)
+                coverage = torch.from_numpy(c.coverage)
+                request = self.request(y, sigma, x / coverage if transposed else x)
+                known = folded(self.kernel, request, 0, progress)
+                g = accumulate_response(self.kernel, request, known, progress)
+                g = g if transposed else g / coverage
+        return g / sigma[:, None, None, None] ** 2
+
+    def by_sigma(self, y: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """dD/dsigma (B, C, H, W), and that of log sum_s e^(l_s), (B,), of whole images.
+
+        l_s = -|y - s|^2 / (2 sigma^2), so that dl_s/dsigma = |y - s|^2 / sigma^3 and
+        dD/dsigma = Cov(s, |y - s|^2) / sigma^3.
+        """
+        c = self.collection
+        if not (c.whole and c.source == "same" and self.values is None):
+            raise NotImplementedError(BY_SIGMA)
+        step, flat = max(1, CHUNK // y[0].numel()), y.flatten(1)
+        chunks = [self.index[k : k + step] for k in range(0, len(self.index), step)]
+
+        def read(ids: np.ndarray) -> Tensor:
+            return units_of_x(self.images[ids]).flatten(1)
+
+        exactly = "donot_use_mm_for_euclid_dist"
+        squares = torch.cat([torch.cdist(flat, read(n), compute_mode=exactly) for n in chunks], 1)
+        squares **= 2
+        w = torch.softmax(-squares / (2 * sigma[:, None] ** 2), 1)
+        # from the nearest on, or a covariance would be lost in the rounding of |y - s|^2
+        above = torch.where(w > 0, squares - squares.amin(1, keepdim=True), 0.0)
+        a = w * (above - (w * above).sum(1, keepdim=True)) / sigma[:, None] ** 3
+        slope = torch.zeros_like(flat)
+        for ids, some in zip(chunks, a.split(step, 1), strict=True):
+            slope += some @ read(ids)
+        return slope.reshape(y.shape), (w * squares).sum(1) / sigma**3
+
+
+def _batches(
+    scan: Scan, f: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """f of (B, ...) tensors, as many pictures at a time as the engine's workspace holds."""
+    step = scan.kernel.batch(scan.collection, scan.images.shape[1], scan.leaders)
+    parts = [f(*part) for part in zip(*(x.split(step) for x in tensors), strict=True)]
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def _mapped(
+    function: Any, info: Any, dims: tuple[int | None, ...], tensors: Any, *rest: Any
+) -> tuple[Any, Any]:
+    """A `Function` of batches under `vmap`: that of one larger batch."""
+    N = info.batch_size
+    found = function.apply(*stacked(N, dims[: len(tensors)], tensors), *rest)
+    if isinstance(found, Tensor):
+        return found.unflatten(0, (N, len(found) // N)), 0
+    return tuple(x.unflatten(0, (N, len(x) // N)) for x in found), (0,) * len(found)
 
 
 class _Mean(torch.autograd.Function):
-    """D as a function of y. D is a softmax mean, so its derivative is a posterior covariance:
+    """D as a function of y and sigma; also what `Scan.mean` returns beside it, as numbers.
+
+    D is a softmax mean, so its derivative is a posterior covariance:
 
     dD_p / dy_d = q_p[d] Cov_p(s_p, s_d) / sigma^2 for a site p that answers for its pixel; in
     general u^T dD/dy = sum_is q_i w_is (b_is - mean of b_i) s / sigma^2, one more pass over the
     source (two, where the means of b are not known from the first).
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        kernel: Engine,
-        request: ScanRequest,
-        leaders: int,
-        found: list[Fold],
-        progress: Bar,
-    ) -> Tensor:
-        fold = folded(kernel, request, leaders, progress)
-        found.append(fold)
-        ctx.asked = kernel, request, fold
-        c = request.collection
-        if c.passes == 1:
-            return fold.mean
-        return accumulate_response(kernel, request, fold, progress) / torch.from_numpy(c.coverage)
+    generate_vmap_rule = False
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
-        kernel, request, fold = ctx.asked
-        c, u = request.collection, u.contiguous()
-        with bar("Differentiating", total=len(request.index) * c.passes) as progress:
-            if c.whole:
-                known = replace(fold, S=(u * fold.S).sum((1, 2, 3))[:, None, None, None])
-            elif c.response == "pixel":
-                known = replace(fold, S=(u * fold.S).sum(1, keepdim=True))
-            else:
-                u = u / torch.from_numpy(c.coverage)
-                known = folded(kernel, replace(request, u=u), 0, progress)
-            g = accumulate_response(kernel, replace(request, u=u), known, progress)
-        g /= request.sigma[:, None, None, None] ** 2
-        return unwrap(g, c) if c.wraps else g, None, None, None, None, None
+    def forward(y: Tensor, sigma: Tensor, scan: Scan) -> tuple[Tensor, ...]:
+        return _batches(scan, scan.mean, y, sigma)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Scan], output: tuple[Tensor, ...]
+    ) -> None:
+        y, sigma, ctx.scan = inputs
+        _, constant, m, Z, Z2, S, *rest = output
+        ctx.mark_non_differentiable(constant, m, Z, Z2, S, *rest)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y, sigma, m, Z, S)
+        ctx.save_for_forward(y, sigma, m, Z, S)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if u is None:
+            return None, None, None
+        y, sigma, *known = ctx.saved_tensors
+        by_y = by_sigma = None
+        if ctx.needs_input_grad[0]:
+            at = refused(y, SECOND), refused(sigma, SECOND)
+            by_y = _Derivative.apply(u, *at, *known, ctx.scan, True)
+        if ctx.needs_input_grad[1]:
+            by_sigma = (u * _BySigma.apply(y, sigma, ctx.scan)[0]).flatten(1).sum(1)
+        return by_y, by_sigma, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, v: Tensor | None, dsigma: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        y, sigma, *known = ctx.saved_tensors
+        along: list[Tensor] = []
+        if v is not None:
+            at = refused(y, SECOND), refused(sigma, SECOND)
+            along.append(_Derivative.apply(v, *at, *known, ctx.scan, False))
+        if dsigma is not None:
+            slope = _BySigma.apply(y, sigma, ctx.scan)[0]
+            along.append(dsigma[:, None, None, None] * slope)
+        return (sum(along[1:], along[0]), *[None] * 8)
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: tuple[int | None, ...], y: Tensor, sigma: Tensor, scan: Scan
+    ) -> tuple[Any, Any]:
+        return _mapped(_Mean, info, dims, (y, sigma), scan)
+
+
+class _Derivative(torch.autograd.Function):
+    """J x, or J^T x where `transposed`: linear in x, and each is the other's derivative."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(
+        x: Tensor, y: Tensor, sigma: Tensor, m: Tensor, Z: Tensor, S: Tensor, scan: Scan,
+        transposed: bool,
+    ) -> Tensor:  # fmt: skip
+        def some(x: Tensor, y: Tensor, sigma: Tensor, *known: Tensor) -> tuple[Tensor]:
+            m, Z, S = known
+            fold = Fold(m, Z, Z, S, m[:, None][:, :0], m[:, None][:, :0].long())
+            return (scan.derivative(x, y, sigma, fold, transposed),)
+
+        return _batches(scan, some, x, y, sigma, m, Z, S)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, *at, ctx.scan, ctx.transposed = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*at)
+        ctx.save_for_forward(*at)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 8
+        x = _Derivative.apply(g, *ctx.saved_tensors, ctx.scan, not ctx.transposed)
+        return x, *[None] * 7  # by y it is `refused`
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *_: Any) -> Tensor:
+        return _Derivative.apply(x, *ctx.saved_tensors, ctx.scan, ctx.transposed)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        *tensors, scan, transposed = inputs
+        return _mapped(_Derivative, info, dims, tensors, scan, transposed)
+
+
+class _BySigma(torch.autograd.Function):
+    """`Scan.by_sigma`, which has no derivative itself."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(y: Tensor, sigma: Tensor, scan: Scan) -> tuple[Tensor, ...]:
+        return _batches(scan, scan.by_sigma, y, sigma)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(ONCE_BY_SIGMA)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(ONCE_BY_SIGMA)
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: tuple[int | None, ...], y: Tensor, sigma: Tensor, scan: Scan
+    ) -> tuple[Any, Any]:
+        return _mapped(_BySigma, info, dims, (y, sigma), scan)
+
+
+class _LogPartition(torch.autograd.Function):
+    """A log-partition of whole images, with its derivative by sigma, where one is asked for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, y: Tensor, sigma: Tensor, scan: Scan) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, y, sigma, ctx.scan = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y, sigma)
+        ctx.save_for_forward(y, sigma)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None or not ctx.needs_input_grad[2]:
+            return g, None, None, None
+        return g, None, g * _BySigma.apply(*ctx.saved_tensors, ctx.scan)[1], None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, value: Tensor | None, y: Tensor | None, dsigma: Tensor | None, _: None
+    ) -> Tensor:
+        at, _ = ctx.saved_tensors
+        along = at.new_zeros(len(at)) if value is None else value
+        if dsigma is None:
+            return along
+        return along + dsigma * _BySigma.apply(*ctx.saved_tensors, ctx.scan)[1]
+
+
+def with_sigma_slope(value: Tensor, scan: Scan, y: Tensor, sigma: Tensor) -> Tensor:
+    """`value` (B,), log sum_s e^(l_s) of whole images, differentiable by sigma too."""
+    return _LogPartition.apply(value, y, sigma, scan)
 
 
 def units_of_x(images: np.ndarray | Tensor) -> Tensor:
@@ -183,11 +439,6 @@ def units_of_x(images: np.ndarray | Tensor) -> Tensor:
     given = torch.as_tensor(images)
     x = given.double()
     return x / 127.5 - 1 if given.dtype == torch.uint8 else x
-
-
-def with_slope(value: Tensor, slope: Tensor, y: Tensor) -> Tensor:
-    """`value` (B,), with the gradient `slope` by y, both (B, C, H, W)."""
-    return value.detach() + (slope.detach() * (y - y.detach())).flatten(1).sum(1)
 
 
 def folded(
@@ -210,6 +461,11 @@ def accumulate_response(kernel: Engine, request: ScanRequest, known: Fold, progr
         total += kernel.accumulate_response(replace(request, index=request.index[rows]), known)
         progress.advance(rows.stop - rows.start)
     return total
+
+
+def batch(collection: Collection, channels: int, leaders: int) -> int:
+    """`BATCH` pictures, whatever they are; see `Engine`."""
+    return BATCH
 
 
 def tiles(n: int, collection: Collection) -> Iterator[slice]:

@@ -7,7 +7,7 @@ weights, and nothing is shared with the fast kernels but the result's type. Only
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from scoremachine.core.collection import Collection
 from scoremachine.core.fold import Fold
 from scoremachine.core.posterior import ScanRequest, units_of_x
+from scoremachine.core.posterior import batch as batch
 from scoremachine.core.posterior import tiles as tiles
 from scoremachine.core.windows import Masks
 
@@ -204,3 +205,24 @@ def accumulate_response(request: ScanRequest, known: Fold) -> Tensor:
     inside = slice(ry, ry + c.frame[0]), slice(rx, rx + c.frame[1])
     total[:, :, *inside] = torch.from_numpy(D.reshape(*y.shape[:2], *c.frame))
     return total
+
+
+def response_covariance(request: ScanRequest, known: Fold) -> Tensor:
+    """Cov_i(v_sp, b_is) at every pixel; see `scoremachine.core.posterior.Engine`."""
+    c, (s, v), y = request.collection, _read(request), _picture(request)
+    assert request.u is not None
+    u = _picture(replace(request, y=request.u))
+    found = np.zeros((*y.shape[:2], *c.grid))
+    for p in range(len(y)):
+        sigma = float(request.sigma[p])
+        for site in sites(c):
+            l = _logits(s, y[p], sigma, site)
+            w = np.exp(l - l.max())
+            w /= w.sum()
+            flat = site.weights * u[p][:, site.query]
+            b = np.stack([(flat * s[:, :, pixels]).sum((1, 2)) for pixels, _ in site.sources], 1)
+            value = v[:, :, [middle for _, middle in site.sources]]
+            mean = np.einsum("nk,nck->c", w, value)
+            apart = value - mean[:, None]
+            found[p, :, site.i, site.j] = np.einsum("nk,nck->c", w * (b - (w * b).sum()), apart)
+    return torch.from_numpy(found)

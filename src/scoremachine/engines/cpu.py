@@ -30,7 +30,7 @@ from numba import njit
 
 from scoremachine.core.collection import Collection
 from scoremachine.core.fold import Fold
-from scoremachine.core.posterior import TILE, ScanRequest
+from scoremachine.core.posterior import BATCH, TILE, ScanRequest
 from scoremachine.core.posterior import tiles as tiles
 from scoremachine.core.windows import Masks, Soft
 from scoremachine.engines import fourier as rolled
@@ -734,6 +734,11 @@ def accumulate_response(request: ScanRequest, known: Fold) -> torch.Tensor:
     return torch.from_numpy(functools.reduce(np.add, D))
 
 
+def response_covariance(request: ScanRequest, known: Fold) -> torch.Tensor:
+    """Cov_i(v_sp, b_is) at every pixel; see `scoremachine.core.posterior.Engine`."""
+    return device.response_covariance(request, known)
+
+
 def _arrays(request: ScanRequest) -> tuple[np.ndarray, ...]:
     """y, u as (B, C ...) or (B, 0), 1 / sigma^2, and T."""
     B = len(request.y)
@@ -777,7 +782,7 @@ def batch(collection: Collection, channels: int, leaders: int) -> int:
     second = channels * math.prod(collection.frame) * 2  # wrapped pictures are larger
     lanes = LANES * second  # of each of a few threads
     kept = max(_most_parts(first) * first, _most_parts(second) * second + 2 * lanes)
-    return max(1, WORKSPACE // kept)
+    return min(BATCH, max(1, WORKSPACE // kept))
 
 
 def _pieces(n: int, collection: Collection) -> Iterator[np.ndarray]:

@@ -17,6 +17,7 @@ from scoremachine.core import posterior
 from scoremachine.core.collection import Collection
 from scoremachine.core.fold import Fold
 from scoremachine.core.posterior import ScanRequest, units_of_x
+from scoremachine.core.posterior import batch as batch
 from scoremachine.engines import fourier as rolled
 from scoremachine.engines import triton as fused
 from scoremachine.engines.compiled import NOTHING
@@ -67,6 +68,28 @@ def accumulate_response(request: ScanRequest, known: Fold) -> Tensor:
                 a *= _inner(request, p, v) - b[p]
             D[p] += (c.window_adjoint(a)[:, None] * (v if b is None else s)).sum(0)
     return D.cpu()
+
+
+def response_covariance(request: ScanRequest, known: Fold) -> Tensor:
+    """Cov_i(v_sp, b_is) at every pixel; see `scoremachine.core.posterior.Engine`."""
+    device, c = where(), request.collection
+    if fused.available() and fused.answers(replace(request, u=None)):
+        request, known = fused.compared(request, known)
+    assert request.u is not None
+    m, Z, u, mean = (x.to(device) for x in (known.m, known.Z, request.u, known.mean))
+    # sums of w, w b, w (v - mean) and w b (v - mean)
+    W, Wb, Wv, Wbv = (torch.zeros_like(x) for x in (Z, Z, mean, mean))
+    for s, v, _, shift in _read(request, device):
+        for p in range(len(m)):
+            w = torch.exp(_logits(request, p, s, shift) - m[p]) / Z[p]
+            wb = w * c.window_sum((u[p] * s).sum(1))
+            apart = _at_pixels(v, c) - mean[p]
+            W[p] += w.sum(0)
+            Wb[p] += wb.sum(0)
+            Wv[p] += torch.einsum("nij,ncij->cij", w, apart)
+            Wbv[p] += torch.einsum("nij,ncij->cij", wb, apart)
+    # sources that the fold has skipped are here, so that its mean is not quite theirs
+    return ((Wbv - Wv * (Wb / W)[:, None]) / W[:, None]).cpu()
 
 
 def _room(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from scoremachine.core.derivatives import regrouped, uncompiled
 from scoremachine.data.moments import moments
 from scoremachine.machines.machine import Batch, Label, Machine
 
@@ -26,6 +27,7 @@ class GaussianScore(Machine):
     """
 
     name = "gaussian"
+    smooth_in_sigma = True
 
     def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> Self:
         for _, index in self.by_label(label, 1):
@@ -39,24 +41,26 @@ class GaussianScore(Machine):
         c = seen.filtered(batch.y.flatten(1) / scale - seen.mean, batch.sigma / scale)
         return (g.mean + c @ g.V.T).reshape(batch.y.shape)
 
+    @uncompiled
     def log_density(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
         """log p(y) of N(mean, C + (sigma^2 + h^2) I), in nats, float64, shape (B,)."""
         pictures, levels = self.check(y, sigma)
         variance = (levels**2 + self.bandwidths(levels) ** 2)[:, None]
-        log_p = torch.empty(len(pictures), dtype=torch.float64)
-        for members, index in self.by_label(label, len(pictures)):
+        groups, parts = self.by_label(label, len(pictures)), []
+        for members, index in groups:
             g = moments(self.corpus, index)
             v = variance[members]
             offset = pictures[members].flatten(1) - g.mean
             projected = offset @ g.V
-            outside = (offset**2).sum(1) - (projected**2).sum(1)
+            outside = ((offset - projected @ g.V.T) ** 2).sum(1)
             spread = g.eigenvalues + v
             D, r = g.V.shape
-            log_p[members] = -0.5 * (
+            log_p = -0.5 * (
                 (projected**2 / spread).sum(1)
-                + outside.clamp(min=0) / v[:, 0]
+                + outside / v[:, 0]
                 + torch.log(spread).sum(1)
                 + (D - r) * torch.log(v[:, 0])
                 + D * math.log(2 * math.pi)
             )
-        return log_p
+            parts.append(log_p)
+        return regrouped([members for members, _ in groups], parts)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scoremachine.core.collection import Collection
-from scoremachine.core.posterior import with_slope
+from scoremachine.core.derivatives import regrouped, uncompiled
 from scoremachine.machines.machine import Batch, Label, Machine, gaussian_constant
 from scoremachine.sources.source import FoldRequest
 
@@ -25,6 +25,10 @@ class IdealScore(Machine):
     name = "ideal"
     accepts_mixtures = True
     positions: Literal["same", "rolled"] = "same"
+
+    @property
+    def smooth_in_sigma(self) -> bool:  # type: ignore[override]
+        return self.positions == "same" and self.source.has_images
 
     def collection(self) -> Collection:
         """The machine's row."""
@@ -53,23 +57,25 @@ class IdealScore(Machine):
             distance[members] = torch.sqrt(square / (C * H * W))
         return found, distance
 
+    @uncompiled
     def log_density(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
         """log p(y) of the mixture (1/S) sum_s N(s, (sigma^2 + h^2) I) of all S sources s.
 
-        In nats, float64, shape (B,), differentiable by y.
+        In nats, float64, shape (B,). Differentiable by y twice, and by sigma (`ideal`, with a
+        constant bandwidth) once.
         """
         if not self.source.has_images:
             raise ValueError("a mixture's density is not computed here: use the images")
         pictures, levels = self.check(y, sigma)
         s, c = torch.sqrt(levels**2 + self.bandwidths(levels) ** 2), self.collection()
-        log_p = gaussian_constant(math.prod(self.corpus.shape), s**2)
-        for members, index in self.by_label(label, len(pictures)):
-            evidence = self.source.fold(FoldRequest(pictures[members], s[members], c, index))
-            sources = len(index) * c.sources_per_image
-            value = evidence.fold.log_partition[:, 0, 0] - math.log(sources)
-            slope = (evidence.mean - pictures[members]) / s[members, None, None, None] ** 2
-            log_p = log_p.index_add(0, members, with_slope(value, slope, pictures[members]))
-        return log_p
+        groups, parts = self.by_label(label, len(pictures)), []
+        for members, index in groups:
+            request = FoldRequest(pictures[members], s[members], c, index)
+            value = self.source.log_partition(request)
+            value = value - math.log(len(index) * c.sources_per_image)
+            D = math.prod(self.corpus.shape)
+            parts.append(value + gaussian_constant(D, s[members] ** 2))
+        return regrouped([members for members, _ in groups], parts)
 
 
 class EquivariantScore(IdealScore):

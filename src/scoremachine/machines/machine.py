@@ -18,6 +18,13 @@ from torch import Tensor
 
 from scoremachine import engines
 from scoremachine.calibration.heldout import automatic_bandwidth, automatic_locality
+from scoremachine.core.derivatives import (
+    check_untracked,
+    mapped,
+    regrouped,
+    uncompiled,
+    values,
+)
 from scoremachine.core.noise import PictureNoise
 from scoremachine.core.processes import Process
 from scoremachine.core.schedules import (
@@ -81,8 +88,8 @@ class Machine(Denoiser, metaclass=Frozen):
     """A training-free denoiser: D(y, sigma) = E[x | y] under what it takes the corpus to say.
 
     Images x are in [-1, 1]; y = x + sigma eps, in float, shape (B, C, H, W). D is differentiable
-    by y: autograd takes exact vector-Jacobian products. With a bandwidth h
-    every source is a Gaussian N(s, h^2 I) instead of a point:
+    by y, once: autograd, forward mode and `torch.func` take exact products with the Jacobian. With
+    a bandwidth h every source is a Gaussian N(s, h^2 I) instead of a point:
 
         D = (sigma^2 D_0(y, sqrt(sigma^2 + h^2)) + h^2 y) / (sigma^2 + h^2)
 
@@ -108,6 +115,7 @@ class Machine(Denoiser, metaclass=Frozen):
     locality: str | None = None  # the setting that says how far it sees, where it has one
     relative_cost: float = 1.0  # about what a source costs, in units of one of a plain box
     accepts_mixtures = False  # whether its source may be a mixture of Gaussians
+    smooth_in_sigma = False  # whether D has a derivative by sigma: nothing is looked up at it
 
     def __init__(
         self,
@@ -154,6 +162,7 @@ class Machine(Denoiser, metaclass=Frozen):
     def mean(self, batch: Batch) -> Tensor:
         """D with h = 0 of valid pictures, float64 (B, C, H, W)."""
 
+    @uncompiled
     def denoise(
         self,
         y: Tensor,
@@ -179,15 +188,18 @@ class Machine(Denoiser, metaclass=Frozen):
         Raises:
             ValueError: For a wrong shape, dtype or channel count, NaN pixels, sigma <= 0 or NaN,
                 or a label with no images.
+            NotImplementedError: For a derivative that there is none of: by sigma, of machines
+                other than `ideal` and `gaussian` with a constant bandwidth; of a second one.
         """
-        pictures, levels = self.check(y, sigma)
+        pictures, levels = self.check(y, sigma, bandwidth)
         if len(y) == 0:
             return y.clone()
-        D = torch.empty_like(pictures)
-        for members, index in self.by_label(label, len(pictures)):
+        groups, parts = self.by_label(label, len(pictures)), []
+        for members, index in groups:
             some = None if noise is None else noise.of(members)
             asked = pictures[members], levels[members], index
-            D[members] = self.denoise_from(*asked, bandwidth, some)
+            parts.append(self.denoise_from(*asked, bandwidth, some))
+        D = regrouped([members for members, _ in groups], parts)
         return D.to(dtype=y.dtype, device=y.device)
 
     def denoise_from(
@@ -204,6 +216,7 @@ class Machine(Denoiser, metaclass=Frozen):
         batch = Batch(y, torch.sqrt(sigma**2 + h**2), sigma, index, noise)
         return apply_bandwidth(machine.mean(batch), y, sigma, h)
 
+    @uncompiled
     def denoise_through(
         self,
         process: Process,
@@ -229,16 +242,19 @@ class Machine(Denoiser, metaclass=Frozen):
         Raises:
             ValueError: As `denoise`, and for a bandwidth.
         """
+        check_untracked("t", t, "under a forward process D has one by x_t alone")
         pictures, _ = self.check(x_t, 1.0)
         process.check(pictures.shape[2:])
         _, sigma = process(torch.tensor(t, dtype=torch.float64))
         viewed = self.under_process(process, t, bandwidth)
         sigmas = sigma.double().expand(len(pictures))
-        D = torch.empty_like(pictures)
-        for members, index in self.by_label(label, len(pictures)):
+        groups, parts = self.by_label(label, len(pictures)), []
+        for members, index in groups:
             level = sigmas[members] / viewed.source.scale
             some = None if noise is None else noise.of(members)
-            D[members] = viewed.mean(Batch(pictures[members], sigmas[members], level, index, some))
+            batch = Batch(pictures[members], sigmas[members], level, index, some)
+            parts.append(viewed.mean(batch))
+        D = regrouped([members for members, _ in groups], parts)
         return D.to(dtype=x_t.dtype, device=x_t.device)
 
     def check_process(self, bandwidth: Bandwidth | None = None) -> None:
@@ -287,11 +303,11 @@ class Machine(Denoiser, metaclass=Frozen):
         Raises:
             ValueError: As `denoise`, and where y's dtype cannot hold it.
         """
-        pictures, levels = self.check(y, sigma)
+        pictures, levels = self.check(y, sigma, bandwidth)
         D = self.denoise(pictures, levels, label, bandwidth)
         score = (D - pictures) / levels[:, None, None, None] ** 2
         if y.dtype == torch.float16 and score.numel():
-            largest = float(score.detach().abs().max())
+            largest = float(values(score).abs().max())
             if largest > torch.finfo(torch.float16).max:
                 raise ValueError(
                     f"the score has entries of {largest:.3g}, more than float16 can hold: give y "
@@ -328,13 +344,17 @@ class Machine(Denoiser, metaclass=Frozen):
         y = x_t / alpha.to(x_t).reshape(-1, 1, 1, 1)
         return DiracPosterior(mean=self.denoise(y, sigma / alpha, label, bandwidth, noise))
 
-    def check(self, y: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
+    def check(
+        self, y: Tensor, sigma: float | Tensor, bandwidth: Bandwidth | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`y` and `sigma` as float64 on the CPU, shapes (B, C, H, W) and (B,); or ValueError."""
+        h = self.bandwidth if bandwidth is None else bandwidth
+        smooth = self.smooth_in_sigma and isinstance(h, int | float)
         whose = (
             f"the corpus {self.corpus.name!r} has: resize the pictures or open the corpus with "
             "size="
         )
-        return checked(y, sigma, self.shape_for(y), whose)
+        return checked(y, sigma, self.shape_for(y), whose, smooth)
 
     def shape_for(self, y: Tensor) -> tuple[int, int, int]:
         """(C, H, W) that pictures should have, given those that there are: as the images."""
@@ -403,7 +423,7 @@ class Machine(Denoiser, metaclass=Frozen):
             h = self.clone_with(bandwidth=h).resolved().bandwidth
         if isinstance(h, BandwidthSchedule):
             return torch.tensor([h(float(s)) for s in sigma], dtype=torch.float64)
-        return torch.full((len(sigma),), float(h), dtype=torch.float64)
+        return torch.full(sigma.shape, float(h), dtype=torch.float64)
 
     def arguments(self) -> dict[str, Any]:
         """What the machine was made with, apart from its corpus."""
@@ -514,12 +534,17 @@ def plain(value: Any) -> object:
 
 
 def checked(
-    y: Tensor, sigma: float | Tensor, shape: tuple[int, int, int], whose: str
+    y: Tensor,
+    sigma: float | Tensor,
+    shape: tuple[int, int, int],
+    whose: str,
+    smooth_in_sigma: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`y` and `sigma` as float64 on the CPU, shapes (B, *shape) and (B,).
 
     Raises:
         ValueError: For anything else; `whose` says what the shape is of, as in "as ...".
+        NotImplementedError: For a derivative by sigma of what is not `smooth_in_sigma`.
     """
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
@@ -531,10 +556,10 @@ def checked(
         C, H, W = shape
         raise ValueError(f"y has shape {tuple(y.shape)}; expected (B, {C}, {H}, {W}), as {whose}")
     pictures = y.to(device="cpu", dtype=torch.float64).contiguous()
-    if not torch.isfinite(pictures).all():
+    if not torch.isfinite(values(pictures)).all():
         raise ValueError("y holds NaN or infinite pixels; expected finite numbers")
     try:
-        levels = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").detach()
+        levels = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"sigma is {sigma!r}; expected a finite number above 0") from None
     if levels.ndim > 1 or (levels.ndim == 1 and len(levels) not in (1, len(y))):
@@ -542,13 +567,22 @@ def checked(
             f"sigma has shape {tuple(levels.shape)}; expected one noise level, or one for "
             f"each of the {len(y)} pictures"
         )
-    if not (torch.isfinite(levels).all() and (levels > 0).all()):
-        raise ValueError(f"sigma is {levels.tolist()}; expected a finite number above 0")
-    if not ((levels >= LEAST).all() and (levels <= MOST).all()):
+    met = values(levels)
+    if not (torch.isfinite(met).all() and (met > 0).all()):
+        raise ValueError(f"sigma is {met.tolist()}; expected a finite number above 0")
+    if not ((met >= LEAST).all() and (met <= MOST).all()):
         raise ValueError(
-            f"sigma is {levels.tolist()}; expected a noise level from {LEAST:g} to {MOST:g}, whose "
+            f"sigma is {met.tolist()}; expected a noise level from {LEAST:g} to {MOST:g}, whose "
             "square float64 can hold"
         )
+    if not smooth_in_sigma:  # settings are looked up at its numbers
+        why = "by sigma and t, ideal and gaussian of images have one, with a constant bandwidth"
+        check_untracked("sigma", levels, why)
+        if mapped(levels):
+            raise ValueError(
+                "sigma is one of many that torch.func.vmap maps over, and settings are looked up "
+                "at its value: give a batch of pictures with a noise level each, shape (B,)"
+            )
     return pictures, levels.expand(len(y)).contiguous()
 
 

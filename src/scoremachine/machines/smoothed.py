@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from scoremachine.core.collection import Collection
-from scoremachine.core.posterior import units_of_x, with_slope
+from scoremachine.core.derivatives import mapped, outside_transforms, values, with_slope
+from scoremachine.core.posterior import units_of_x
 from scoremachine.core.schedules import SmoothingSchedule
 from scoremachine.data.corpus import Corpus
 from scoremachine.machines.machine import Batch, LocalMachine
@@ -118,14 +119,16 @@ class SmoothedScore(LocalMachine):
         if self.perturbations == "fresh":
             return torch.randn(len(batch.y), *shape, dtype=torch.float64)
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randn(1, *shape, generator=generator, dtype=torch.float64)
+        with outside_transforms():  # the same for every picture that vmap maps over
+            return torch.randn(1, *shape, generator=generator, dtype=torch.float64)
 
     def _keys(self, batch: Batch) -> Tensor:
         """A random number for each query and image, (B M, n): the least are drawn."""
         n, B = len(batch.index), len(batch.y) // self.M
         if self.perturbations == "fixed":
             generator = torch.Generator().manual_seed(self.seed)
-            return torch.randn(self.M, n, generator=generator).repeat(B, 1)
+            with outside_transforms():
+                return torch.randn(self.M, n, generator=generator).repeat(B, 1)
         if batch.noise is None:
             return torch.randn(B * self.M, n)
         return batch.noise.normal((self.M, n), *self._stream(batch.level, UNIFORM)).flatten(0, 1)
@@ -145,9 +148,14 @@ class SmoothedScore(LocalMachine):
         K = min(self.neighbours or 1, len(index))
         L = min(self.uniform, len(index) - K)
         keys = self._keys(batch).numpy() if L else None
-        found = self._index(index).kneighbors(
-            batch.y.detach().flatten(1).float().numpy(), n_neighbors=K, return_distance=False
-        )
+        if mapped(batch.y):
+            raise ValueError(
+                "smoothed looks the neighbours of every picture up, which torch.func.vmap does not "
+                "map over: give a batch of pictures, or compare with all images (neighbours=None)"
+            )
+        with outside_transforms():
+            queries = values(batch.y).flatten(1).float().numpy()
+        found = self._index(index).kneighbors(queries, n_neighbors=K, return_distance=False)
         D = []
         for p, near in enumerate(found):
             query = replace(batch, y=batch.y[p : p + 1], sigma=batch.sigma[p : p + 1])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scoremachine.core.collection import Collection
+from scoremachine.core.derivatives import regrouped
 from scoremachine.core.schedules import PatchSchedule
 from scoremachine.core.windows import Augment, Box, Soft, Window, check_window
 from scoremachine.data.corpus import Corpus
@@ -64,10 +65,9 @@ class WindowMachine(LocalMachine):
         return self.local_at(sigma), sigma if self.depends_on_noise else 0.0
 
     def mean(self, batch: Batch) -> Tensor:
-        D = torch.empty_like(batch.y)
-        for members, row in self.by_row(batch):
-            D[members] = self.evidence(batch.at(members), row).mean
-        return D
+        groups = list(self.by_row(batch))
+        parts = [self.evidence(batch.at(members), row).mean for members, row in groups]
+        return regrouped([members for members, _ in groups], parts)
 
     def by_row(self, batch: Batch) -> Iterator[tuple[Tensor, Collection]]:
         """The machine's rows for pictures, and which of them they are for, bool (B,)."""

@@ -6,6 +6,7 @@ import torch
 from azula.denoise import Denoiser, DiracPosterior
 from torch import Tensor
 
+from scoremachine.core.derivatives import check_untracked
 from scoremachine.core.noise import PictureNoise
 from scoremachine.core.processes import Process, Pyramid
 from scoremachine.machines.machine import Bandwidth, Label, Machine
@@ -38,6 +39,7 @@ class ProcessDenoiser(Denoiser):
         noise: PictureNoise | None = None,
     ) -> DiracPosterior:
         """E[z | z_t] for coefficients z_t, shape (B, C, H, W), at a time t, shape ()."""
+        check_untracked("t", t, "under a forward process D has one by z_t alone")
         process, at = self.schedule, float(t)
         halvings = process.coarse(at) if isinstance(process, Pyramid) else 0
         if halvings:

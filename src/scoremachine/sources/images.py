@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from scoremachine.core.collection import Collection
-from scoremachine.core.posterior import Engine, posterior
+from scoremachine.core.derivatives import tracked, with_slope
+from scoremachine.core.posterior import Engine, Scan, posterior, with_sigma_slope
 from scoremachine.core.processes import Process
 from scoremachine.data.corpus import Corpus
 from scoremachine.data.moments import Moments, moments
@@ -71,6 +72,16 @@ class ImageSource:
         fold, D = posterior(engine, keys, *asked)
         return Evidence(D.reshape(request.y.shape), fold)
 
+    def log_partition(self, request: FoldRequest) -> Tensor:
+        """log sum_s e^(l_s) of whole images, float64 (B,), differentiable by y and by sigma."""
+        y, sigma = request.y, request.sigma
+        evidence = self.fold(request)
+        assert evidence.fold is not None
+        value = evidence.fold.log_partition[:, 0, 0]
+        value = with_slope(value, (evidence.mean - y) / sigma[:, None, None, None] ** 2, y)
+        scan = Scan(self.engine, self.keys, request.index, request.collection)
+        return with_sigma_slope(value, scan, y, sigma)
+
     def moments(self, index: np.ndarray, low_rank: bool = False) -> Moments:
         """Mean and covariance of the images at `index`."""
         return moments(self.corpus, index, low_rank)
@@ -130,7 +141,7 @@ class ProcessedImages(ImageSource):
         A process that knows frequencies knows where a picture begins: A_t does not commute with
         translations, so that there is no correlation to be had by Fourier transform.
         """
-        if request.y.requires_grad:
+        if tracked(request.y):
             raise ValueError("es has no derivative under a forward process: use another machine")
         images, rows = self.corpus.images[request.index], np.arange(len(request.index))
         whole, logs, means = Collection.of_images(self.shape[1:]), [], []

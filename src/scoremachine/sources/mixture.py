@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from scoremachine.core.collection import Collection, classes
+from scoremachine.core.derivatives import regrouped
 from scoremachine.core.posterior import wrap
 from scoremachine.core.processes import Process
 from scoremachine.core.windows import Box
@@ -300,11 +301,9 @@ class Mixture:
                 "a mixture is the source of ideal, and of ls and els with plain boxes: use one of "
                 "them, or the images"
             )
-        D = torch.empty_like(y)
-        for level in sigma.unique():  # what is the same for all pictures of one is made once
-            some = sigma == level
-            D[some] = way(y[some], float(level), c)
-        return D
+        # what is the same for all pictures of a noise level is made once
+        groups = [(sigma == level).nonzero()[:, 0] for level in sigma.unique()]
+        return regrouped(groups, [way(y[some], float(sigma[some[0]]), c) for some in groups])
 
     def _images(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
         """Pictures against whole clusters."""
@@ -377,7 +376,7 @@ class Mixture:
             )
         clusters, (B, C) = self.patches[P], y.shape[:2]
         y = wrap(y, c) if c.wraps else y
-        D = torch.empty(B, C, *c.grid, dtype=torch.float64)
+        D = y.new_empty(B, C, *c.grid)
         together = max(1, ROOM // (C * P * P * math.prod(c.grid)))  # pictures
         for of in classes(c):
             h, w = of.patches.size

@@ -117,6 +117,10 @@ class Bounded:
         self.statistical = 0  # for how many pixels the bound was statistical so far
         self._lock = Lock()
 
+    def batch(self, collection: Collection, channels: int, leaders: int) -> int:
+        """The exact kernel's; see `scoremachine.core.posterior.Engine`."""
+        return self.exact.batch(collection, channels, leaders)
+
     def tiles(self, n: int, collection: Collection) -> Iterator[slice]:
         """The source whole."""
         yield slice(0, n)
@@ -216,6 +220,10 @@ class Bounded:
     def accumulate_response(self, request: ScanRequest, known: Fold) -> Tensor:
         """sum_is q_i a_is s, by the exact kernel; see `scoremachine.core.posterior.Engine`."""
         return accumulate_response(self.exact, request, known, Bar("Comparing", None))
+
+    def response_covariance(self, request: ScanRequest, known: Fold) -> Tensor:
+        """Cov_i(v_sp, b_is), by the exact kernel; see `scoremachine.core.posterior.Engine`."""
+        return self.exact.response_covariance(request, known)
 
     def _all(self, request: ScanRequest, leaders: int, known: Fold | None = None) -> Fold:
         return folded(self.exact, request, leaders, Bar("Comparing", None), known)

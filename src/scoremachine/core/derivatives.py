@@ -1,0 +1,157 @@
+"""What automatic differentiation needs beside the mathematics: refusals, slopes, `torch.func`.
+
+A derivative that is not computed has to be an error. `detach` would make it a silent zero, so what
+has no derivative is checked before (`check_untracked`) or refuses when it is asked (`refused`).
+
+Under `torch.func` a tensor may be a wrapper without numbers of its own: one for each `grad`, `jvp`
+or `vmap` around the call. `values` looks below them where Python has to decide by numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# no public function tells wrappers from tensors; these have been there since torch.func has
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_batchedtensor
+_unwrapped = torch._C._functorch.get_unwrapped
+# in whose block tensors are made as outside all transforms: what depends on a seed alone
+outside_transforms = torch._C._DisableFuncTorch
+
+
+def _layers(x: Tensor) -> list[Tensor]:
+    """x, and what it wraps, the outermost wrapper first."""
+    found = [x]
+    while _is_wrapped(found[-1]):
+        found.append(_unwrapped(found[-1]))
+    return found
+
+
+def values(x: Tensor) -> Tensor:
+    """The numbers of x below all wrappers, where what `vmap` maps over are dimensions too."""
+    with outside_transforms():
+        return _layers(x)[-1].detach()
+
+
+def mapped(x: Tensor) -> bool:
+    """Whether x is one of many tensors that `torch.func.vmap` maps over."""
+    return any(map(_is_batched, _layers(x)))
+
+
+def tracked(x: Tensor) -> bool:
+    """Whether a derivative by x may be asked for: of autograd, `torch.func.grad` or `jvp`."""
+    layers = _layers(x)
+    if torch.is_grad_enabled() and any(each.requires_grad for each in layers):
+        return True
+    return any(not _is_batched(x) and unpack_dual(x).tangent is not None for x in layers)
+
+
+def check_untracked(what: str, x: object, why: str) -> None:
+    """NotImplementedError if a derivative by x may be asked for; `why` says what there is."""
+    if isinstance(x, Tensor) and tracked(x):
+        raise NotImplementedError(
+            f"there is no derivative by {what} here: {why}; detach it where none is needed"
+        )
+
+
+class _Refused(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, sentence: str) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.sentence = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(ctx.sentence)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        raise NotImplementedError(ctx.sentence)
+
+
+def refused(x: Tensor, sentence: str) -> Tensor:
+    """x, of which a derivative is an error with that sentence, once it is asked for."""
+    return _Refused.apply(x, sentence)
+
+
+class _WithSlope(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, slope: Tensor, x: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None, None
+        (slope,) = ctx.saved_tensors
+        return g, None, g.reshape(-1, *[1] * (slope.ndim - 1)) * slope
+
+    @staticmethod
+    def jvp(ctx: Any, value: Tensor | None, slope: Tensor | None, x: Tensor | None) -> Tensor:
+        (known,) = ctx.saved_tensors
+        along = 0 if x is None else (known * x).reshape(len(known), -1).sum(1)
+        return along + (known.new_zeros(len(known)) if value is None else value)
+
+
+def with_slope(value: Tensor, slope: Tensor, x: Tensor) -> Tensor:
+    """`value` (B,), with the gradient `slope` by x, both (B, ...), beside what it has.
+
+    A second derivative is the first of `slope`.
+    """
+    return _WithSlope.apply(value, slope, x)
+
+
+def regrouped(members: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """Pictures that were computed in groups, each in its place: `members` are places, or masks.
+
+    Not written into an empty tensor, which `torch.func` would not see.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    places = [m.nonzero()[:, 0] if m.dtype == torch.bool else m for m in members]
+    return torch.cat(list(parts))[torch.argsort(torch.cat(places))]
+
+
+def stacked(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What `vmap` maps over, (B, ...) each, as one larger batch (size B, ...)."""
+    return [
+        (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+        for x, dim in zip(tensors, dims, strict=True)
+    ]
+
+
+def uncompiled(f: Callable[P, R]) -> Callable[P, R]:
+    """A function that `torch.compile` calls as it is, since what it calls is compiled already.
+
+    `torch.compiler.disable`, but the compiler is imported only where there is one at work.
+    """
+
+    @functools.wraps(f)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(f)(*args, **kwargs)
+        return f(*args, **kwargs)
+
+    return called
