@@ -22,7 +22,7 @@ from scoremachine.core.posterior import posterior
 from scoremachine.core.processes import HeatDissipation
 from scoremachine.engines import choose
 from scoremachine.lab.networks.network import Network
-from scoremachine.sampling.process_denoiser import Through
+from scoremachine.sampling.process_denoiser import ProcessDenoiser
 from scoremachine.sources.compression import compress
 from test_exactness import COLLECTIONS
 
@@ -220,7 +220,10 @@ def test_under_a_forward_process_too_or_refused(name):
         _, along = torch.func.jvp(mean, (y,), (v,))
         torch.testing.assert_close(along, expected, rtol=1e-5, atol=1e-6)
     t = torch.tensor(0.4, requires_grad=True)
-    for refuses in (lambda: m.denoise_through(process, y, t), lambda: Through(m, process)(y, t)):
+    for refuses in (
+        lambda: m.denoise_through(process, y, t),
+        lambda: ProcessDenoiser(m, process)(y, t),
+    ):
         with pytest.raises(NotImplementedError, match="no derivative by t here"):
             refuses()
 
@@ -334,7 +337,7 @@ def test_hessians_of_log_density(name, h):
         twice = torch.func.jvp(along, (y,), (v,))[1]
         torch.testing.assert_close(twice, (v * expected).sum(), **tolerance)
     else:  # forward mode takes the tangent of D along, needed or not
-        with pytest.raises(NotImplementedError, match="as torch.func.hessian or double backward"):
+        with pytest.raises(NotImplementedError, match=r"as torch.func.hessian or double backward"):
             torch.func.jvp(along, (y,), (v,))
     if name == "ideal":
         true = functional.hvp(lambda x: brute_density(corpus, h, x, sigma).sum(), y, v)[1]
