@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from scoremachine.data.content import Hashed, of_file
 from scoremachine.runtime.validation import unknown
 
 SUFFIXES = {
@@ -57,11 +58,13 @@ class Source:
         identity: What tells this content from another, as JSON can hold it; None where only
             reading it all would tell.
         contents: Finds what it holds.
+        hashed: The files that it is read from, where there are some.
     """
 
     name: str
     identity: Any
     contents: Callable[[], Contents]
+    hashed: Hashed | None = None
 
 
 def find(source: Any) -> Source:
@@ -165,7 +168,8 @@ def built_in(name: str) -> Source:
     labels = None if target is None else target.tolist()
     ids = [f"{name}/{i}" for i in range(len(array))]
     contents = Contents(ids, array.__getitem__, labels, classes, array)
-    return Source(name, ["built-in", name], lambda: contents)
+    digest = hashlib.sha256(array.tobytes()).hexdigest()  # of this version of the dependency
+    return Source(name, ["built-in", name, digest], lambda: contents)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -195,7 +199,7 @@ def folder(root: Path) -> Source:
     """All images below a folder; links are followed, loops refused."""
     found: list[str] = []
 
-    def visit(here: Path, above: tuple[Path, ...]) -> None:
+    def visit(here: Path, above: tuple[Path, ...], below: str = "") -> None:
         real = here.resolve()
         if real in above:
             raise ValueError(
@@ -206,9 +210,9 @@ def folder(root: Path) -> Source:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                visit(Path(entry.path), (*above, real))
-            elif Path(entry.name).suffix.lower() in SUFFIXES:
-                found.append(Path(entry.path).relative_to(root).as_posix())
+                visit(Path(entry.path), (*above, real), f"{below}{entry.name}/")
+            elif entry.name[entry.name.rfind(".") :].lower() in SUFFIXES:
+                found.append(below + entry.name)
 
     try:
         visit(root, ())
@@ -226,10 +230,7 @@ def folder(root: Path) -> Source:
 
 def files(name: str, root: Path, paths: list[str]) -> Source:
     """Image files below `root`."""
-    identity = []
-    for path in paths:
-        stat = os.stat(root / path) if os.path.exists(root / path) else os.lstat(root / path)
-        identity.append([path, stat.st_size, stat.st_mtime_ns])
+    hashed = Hashed(root, paths)
 
     def contents() -> Contents:
         from scoremachine.data.decoding import decoded
@@ -241,7 +242,7 @@ def files(name: str, root: Path, paths: list[str]) -> Source:
 
         return Contents(ids, read, *classes_of(ids))
 
-    return Source(name, ["files", identity], contents)
+    return Source(name, ["files", *paths[:1], hashed.digest], contents, hashed)
 
 
 def archive(path: Path) -> Source:
@@ -252,10 +253,8 @@ def archive(path: Path) -> Source:
         raise ValueError(
             f"{path} is no readable zip ({error}); it may be truncated: fetch it again"
         ) from None
-    with open(path, "rb") as raw:  # the directory of entries: names, sizes, checksums
-        raw.seek(opened.start_dir)
-        directory = hashlib.sha256(raw.read()).hexdigest()
-    return Source(path.name, ["zip", directory], lambda: _entries(path, opened))
+    hashed = of_file(path)
+    return Source(path.name, ["zip", hashed.digest], lambda: _entries(path, opened), hashed)
 
 
 def _entries(path: Path, opened: zipfile.ZipFile) -> Contents:
@@ -339,11 +338,10 @@ def array_file(path: Path) -> Source:
             )
         labels = labels.tolist()
     classes = None if labels is None else tuple(str(k) for k in range(max(labels) + 1))
-    stat = path.stat()
-    identity = ["array", str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    hashed = of_file(path)
     ids = [str(i) for i in range(len(array))]
     contents = Contents(ids, array.__getitem__, labels, classes, array)
-    return Source(path.name, identity, lambda: contents)
+    return Source(path.name, ["array", hashed.digest], lambda: contents, hashed)
 
 
 def _member(path: Path, loaded: Any, wanted: tuple[str, ...]) -> np.ndarray:
