@@ -567,7 +567,13 @@ def announce(what: str, needed: int) -> None:
     if needed > free:
         raise full_disk(root, needed)
     if needed > LARGE:
+        much = ""
+        if needed > (most := limit()):
+            much = (
+                f"; the cache may have {most / 1e9:.1f} GB, so that this goes when something else "
+                "is kept, unless you raise SCOREMACHINE_CACHE_LIMIT"
+            )
         say(
             f"{what} will write about {needed / 1e9:.1f} GB to {cache_root()}, where "
-            f"{free / 1e9:.1f} GB are free"
+            f"{free / 1e9:.1f} GB are free{much}"
         )
