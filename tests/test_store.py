@@ -587,6 +587,19 @@ def test_two_copies_of_equal_sources_share_machine_code(package, tmp_path):
     assert path.parent == store.cache_root() / "code"
 
 
+def test_processes_that_compile_at_once_find_what_each_has_compiled(package):
+    kinds = ["5", "5.0", "5j + 5"]
+    codes = [CALLS.replace("found(5)", f"found({kind})") for kind in kinds]
+    codes = [code.replace("print(value", "print(int(abs(value))") for code in codes]
+    own = {"NUMBA_CACHE_DIR": "", "PYTHONPATH": str(package)}
+    processes = [python(code, **own) for code in codes * 2]
+    told = [process.communicate(timeout=300) for process in processes]
+    values = [16, 16, 21]  # of 3 x + 1
+    assert [int(out.split()[0]) for out, _ in told] == values * 2
+    for code, value in zip(codes, values, strict=True):
+        assert called(package, code)[:2] == (value, 1)
+
+
 def test_damaged_machine_code_is_compiled_again(package):
     _, _, path, _ = called(package)
     for file in path.glob("*.nb?"):

@@ -21,10 +21,11 @@ from typing import Any
 
 from scoremachine.data import store
 from scoremachine.runtime.files import write_text
-from scoremachine.runtime.progress import bar
+from scoremachine.runtime.progress import Bar, bar
 
 COARSE = 2e9  # nanoseconds: the coarsest time stamps that file systems have
 LARGEST = 2**63 - 1
+MEGABYTE = 10**6
 PIECE = 2**20  # bytes that are read at a time
 
 Signs = tuple[int, int, int, int, int]  # of a change: size, mtime, ctime, inode, device
@@ -62,18 +63,19 @@ class Hashed:
         """Hashes what is not remembered file by file."""
         known = self._remembered("files.json")
         content = hashlib.sha256()
-        with bar("Hashing files", total=len(self.paths)) as progress:
+        total = sum(signs[0] for signs in self._signs if signs) / MEGABYTE
+        with bar("Hashing files, MB", total=total) as progress:
             for i, place in enumerate(self._places()):
                 row, signs = known.get(self.paths[i]), self._signs[i]
                 if signs is not None and row and row[:-1] == list(signs):
                     self._hashes.append(str(row[-1]))
+                    progress.advance(signs[0] / MEGABYTE)
                 else:
-                    hashed, self._signs[i] = _hash(place)
+                    hashed, self._signs[i] = _hash(place, progress)
                     self._hashes.append(hashed)
                 if len(self.paths) > 1:
                     content.update(self.paths[i].encode("utf-8", "surrogateescape") + b"\0")
                 content.update(self._hashes[i].encode())
-                progress.advance()
         self.digest = content.hexdigest()
 
     @property
@@ -146,7 +148,7 @@ def _of(found: os.stat_result) -> Signs:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, *which
 
 
-def _hash(path: str) -> tuple[str, Signs | None]:
+def _hash(path: str, progress: Bar) -> tuple[str, Signs | None]:
     """A hash of a file's bytes, and its signs while it was read; None where they changed."""
     content = hashlib.sha256()
     with suppress(OSError):
@@ -156,6 +158,7 @@ def _hash(path: str) -> tuple[str, Signs | None]:
             before = _of(os.fstat(file.fileno()))
             while piece := file.read(PIECE):
                 content.update(piece)
+                progress.advance(len(piece) / MEGABYTE)
             after = _of(os.fstat(file.fileno()))
         return content.hexdigest(), before if before == after else None
     return "unreadable", None
