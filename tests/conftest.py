@@ -14,6 +14,7 @@ from scoremachine.core.collection import Collection
 from scoremachine.data.corpus import Corpus
 from scoremachine.engines import triton as fused
 
+CODE = Path(__file__).resolve().parents[1] / ".pytest_cache" / "compiled"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # every machine, with settings small enough for a corpus of 6 x 6 pictures
@@ -36,9 +37,11 @@ settings.load_profile("scoremachine")
 
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
-    """No test touches the user's cache."""
+    """No test touches the user's cache; compiled code, known by its content, outlives a session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCOREMACHINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("NUMBA_CACHE_DIR", str(CODE))
+        patch.setattr("numba.config.CACHE_DIR", str(CODE))
         yield
 
 

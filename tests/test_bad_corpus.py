@@ -8,13 +8,15 @@ import struct
 import time
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from scoremachine.data.corpus import Corpus, cache_root
+from scoremachine.data.corpus import Corpus
 from scoremachine.data.data_sets import picture
+from scoremachine.data.store import cache_root
 from test_corpus import Pairs, images, pack, png, save
 
 
@@ -26,6 +28,11 @@ def own_cache(tmp_path, monkeypatch):
 def assert_nothing_kept():
     assert not [p for p in cache_root().rglob("*") if p.is_file()]
     assert not list(cache_root().glob("corpora/*"))
+
+
+def kept(corpus):
+    """The folder that its pixels are mapped from."""
+    return Path(corpus.images.base.filename).parent
 
 
 def good_folder(root, N=4):
@@ -292,7 +299,7 @@ def test_labels_of_an_npz_must_be_whole_numbers_one_for_each_image(tmp_path):
 
 def test_a_truncated_cache_is_built_again(tmp_path):
     corpus = Corpus.open(good_folder(tmp_path / "set"))
-    expected, home = corpus.images.copy(), corpus.cache_path
+    expected, home = corpus.images.copy(), kept(corpus)
     del corpus
     (pixels,) = home.glob("images.*")
     os.truncate(pixels, pixels.stat().st_size // 2)
@@ -304,7 +311,7 @@ def test_a_truncated_cache_is_built_again(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"shape": 3}', "\x00"])
 def test_a_foreign_meta_file_is_built_again(tmp_path, text):
     corpus = Corpus.open(good_folder(tmp_path / "set"))
-    (corpus.cache_path / "meta.json").write_text(text)
+    (kept(corpus) / "meta.json").write_text(text)
     with pytest.warns(UserWarning, match="damaged"):
         assert len(Corpus.open(tmp_path / "set")) == 4
 

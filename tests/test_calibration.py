@@ -104,8 +104,8 @@ def test_an_interrupted_calibration_goes_on_at_the_level_it_was_at(monkeypatch):
     monkeypatch.undo()
     found = sm.calibrate(corpus, "ls", **settings)
     assert found == sm.calibrate(corpus, "ls", **settings)
-    assert not list(corpus.cache_path.glob("*unfinished*"))
-    for path in corpus.cache_path.glob("calibration-ls-*"):
+    assert not list(corpus.entry("records").folder.glob("*unfinished*"))
+    for path in corpus.entry("records").folder.glob("calibration-ls-*"):
         path.unlink()
     assert found == sm.calibrate(corpus, "ls", **settings)  # without interruption
 
@@ -113,7 +113,7 @@ def test_an_interrupted_calibration_goes_on_at_the_level_it_was_at(monkeypatch):
 def test_a_damaged_calibration_is_made_again():
     corpus = stripes(50, 6, seed=6)
     first = sm.calibrate(corpus, "ls", sigmas=[0.5], held_out=4)
-    (path,) = corpus.cache_path.glob("calibration-ls-*.json")
+    (path,) = corpus.entry("records").folder.glob("calibration-ls-*.json")
     path.write_text(path.read_text()[:40])
     assert sm.calibrate(corpus, "ls", sigmas=[0.5], held_out=4) == first
 

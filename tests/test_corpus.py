@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from scoremachine.data.corpus import Corpus, cache_root
+from scoremachine.data.corpus import Corpus
+from scoremachine.data.store import cache_root
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +75,10 @@ def test_a_key_tells_pixels_and_shapes_apart():
     assert all(set(key) <= set("0123456789abcdef") for key in keys)
 
 
-def test_a_corpus_has_a_folder_beside_it_that_is_not_made_yet():
+def test_a_corpus_has_a_folder_for_records_that_is_not_made_yet():
     corpus = Corpus(images())
-    assert corpus.cache_path == cache_root() / "corpora" / corpus.key
-    assert not corpus.cache_path.exists()
+    assert corpus.entry("records").folder == cache_root() / "records" / corpus.key
+    assert not corpus.entry("records").folder.exists()
 
 
 def test_the_repr_says_what_it_holds():

@@ -250,7 +250,7 @@ def test_an_interrupted_weighing_goes_on_at_the_level_it_was_at(monkeypatch):
     assert len(solved) == 2  # a level each
     assert stack(m, [1.0, 0.3], parts) == found
     assert len(solved) == 2
-    assert not list(corpus.cache_path.glob("stacking-*-unfinished.json"))
+    assert not list(corpus.entry("records").folder.glob("stacking-*-unfinished.json"))
 
 
 def test_auto_is_the_default_and_says_so(capsys):

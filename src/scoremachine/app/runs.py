@@ -148,7 +148,7 @@ class Run:
             for path in (notes, record):
                 if not path.exists():
                     continue
-                known = json.loads(path.read_text())
+                known = json.loads(path.read_text(encoding="utf-8"))
                 known = known.get("asked", known.get("settings", known))
                 differing = [k for k in asked if asked[k] != known.get(k)]
                 if differing:
@@ -494,7 +494,7 @@ def study_networks(
     """Trains the study's networks, and writes what `report.write_study` says to `out`."""
     rows = study(corpus, Path(out), machines, **settings)
     files = report.write_study(rows, Path(out))
-    print(files[0].read_text())
+    print(files[0].read_text(encoding="utf-8"))
     print(f"{files[-1]}")
     return rows
 
@@ -505,7 +505,7 @@ def judge_samples(
     """Draws and judges pictures, and writes what `report.write_quality` says to `out`."""
     found = qualities(networks, machines, corpus, **settings)
     files = report.write_quality(found, Path(out))
-    print(files[0].read_text())
+    print(files[0].read_text(encoding="utf-8"))
     print(f"{files[-1]}")
     return found
 

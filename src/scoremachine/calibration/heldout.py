@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +25,7 @@ from scoremachine.core.schedules import (
     edm_sigmas,
 )
 from scoremachine.data.corpus import Corpus
-from scoremachine.runtime.files import write_text
+from scoremachine.data.store import Record
 from scoremachine.runtime.progress import Bar, bar, say
 from scoremachine.runtime.validation import check_integer
 
@@ -172,18 +170,15 @@ def calibrate(
         asked.append([hashlib.sha256(p.tobytes()).hexdigest() for p in parts[1:]])
     if network is not None:
         asked.append(network.key)
-    path = machine.corpus.record_path(f"calibration-{machine.name}", asked)
-    if path.exists():
-        try:
-            return Calibration(**json.loads(path.read_text()))
-        except (ValueError, TypeError):
-            path.unlink()
+    record = machine.corpus.record(f"calibration-{machine.name}", asked)
+    kept = record.read(lambda found: Calibration(**found))
+    if kept is not None:
+        return kept
     if parts is None:
         parts = parts_for(machine, held_out, seed, network)
-    unfinished = path.with_name(f"{path.stem}-unfinished.json")
-    found = _measure(machine, levels, parts, candidates, hs, seed, unfinished, network)
-    write_text(path, json.dumps(asdict(found)))
-    unfinished.unlink(missing_ok=True)
+    found = _measure(machine, levels, parts, candidates, hs, seed, record.unfinished, network)
+    record.write(asdict(found))
+    record.unfinished.remove()
     return found
 
 
@@ -223,10 +218,10 @@ def _measure(
     values: list[Any] | None,
     bandwidths: list[float],
     seed: int,
-    unfinished: Path,
+    unfinished: Record,
     network: Teacher | None,
 ) -> Calibration:
-    """Measures level by level; what is found of each is kept in the file `unfinished`."""
+    """Measures level by level; what is found of each is kept in the record `unfinished`."""
     corpus, source, choosing, _ = parts
     machine = machine.clone_with(corpus)
     values = machine.candidates() if values is None else values
@@ -321,28 +316,25 @@ class Exchange:
 
 
 def kept_by_level(
-    unfinished: Path,
+    unfinished: Record,
     sigmas: np.ndarray,
     measure: Callable[[float], dict[str, Any]],
     last: str,
     progress: Bar,
     rounds: int,
 ) -> list[dict[str, Any]]:
-    """What is measured at each noise level; the file `unfinished` holds it after an interruption.
+    """What is measured at each noise level; the record `unfinished` holds it after an interruption.
 
     `last` is a name that every level's findings have; finished levels count as `rounds` of the
     progress each.
     """
     levels: list[dict[str, Any]]
-    try:
-        levels = json.loads(unfinished.read_text())
-        levels = levels if all(last in level for level in levels) else []
-    except (OSError, ValueError):
-        levels = []
+    levels = unfinished.read(list) or []
+    levels = levels if all(last in level for level in levels) else []
     progress.advance(len(levels) * rounds)
     for sigma in map(float, sigmas[len(levels) :]):
         levels.append(measure(sigma))
-        write_text(unfinished, json.dumps(levels))
+        unfinished.write(levels)
     return levels
 
 

@@ -10,7 +10,6 @@ the best one. Breiman 1996, Stacked regressions.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -36,7 +35,6 @@ from scoremachine.calibration.heldout import (
 )
 from scoremachine.core.schedules import WeightSchedule
 from scoremachine.data.corpus import Corpus
-from scoremachine.runtime.files import write_text
 from scoremachine.runtime.progress import bar, say
 
 LAYOUT = 2  # of the files beside the corpus
@@ -128,12 +126,10 @@ def stack(
         list(beyond),
     ]
     asked += [corpus.key, *(hashlib.sha256(p.tobytes()).hexdigest() for p in parts[1:])]
-    path = corpus.record_path("stacking", asked)
-    if path.exists():
-        try:
-            return Stacking(**json.loads(path.read_text()))
-        except (ValueError, TypeError):
-            path.unlink()
+    record = corpus.record("stacking", asked)
+    kept = record.read(lambda found: Stacking(**found))
+    if kept is not None:
+        return kept
     chooser, reporter = held_out_pictures(parts, seed)
 
     def both(pictures: Pictures, sigma: float) -> tuple[np.ndarray, np.ndarray]:
@@ -161,8 +157,7 @@ def stack(
         return found
 
     with bar("Weighing machines", total=len(levels)) as progress:
-        unfinished = path.with_name(f"{path.stem}-unfinished.json")
-        rows = kept_by_level(unfinished, levels, measured, "member_errors", progress, 1)
+        rows = kept_by_level(record.unfinished, levels, measured, "member_errors", progress, 1)
     w = np.array(rows[len(beyond)]["weights"])
     for row in rows[: len(beyond)]:
         row["weights"] = (w + (sum(row["weights"]) - w.sum()) / len(of)).tolist()
@@ -174,8 +169,8 @@ def stack(
         held_out=len(choosing),
         **{column: [row[column] for row in rows] for column in columns},
     )
-    write_text(path, json.dumps(asdict(found)))
-    unfinished.unlink(missing_ok=True)
+    record.write(asdict(found))
+    record.unfinished.remove()
     return found
 
 

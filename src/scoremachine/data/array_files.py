@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from scoremachine.data.content import of_file
 from scoremachine.data.contents import Contents, Source
 from scoremachine.data.layout import chosen_split, numbered, split_named
 from scoremachine.runtime.validation import unknown
@@ -58,11 +59,11 @@ def array_file(path: Path, split: str | None = None, name: str | None = None) ->
     array = channels_first(array, str(path) if name is None else f"{name} in {path}", notes)
     if numbers is not None:
         labels, classes = _classes(path, numbers, len(array), notes)
-    stat = path.stat()
-    identity = ["array", str(path.resolve()), stat.st_size, stat.st_mtime_ns, name, split]
+    hashed = of_file(path)
+    identity = ["array", hashed.digest, name, split]
     ids = [str(i) for i in range(len(array))]
     contents = Contents(ids, array.__getitem__, labels, classes, array, notes)
-    return Source(path.name, identity, lambda: contents)
+    return Source(path.name, identity, lambda: contents, hashed)
 
 
 class _ExplainedError(ValueError):

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from scoremachine.data.content import Hashed
+
 
 @dataclass
 class Contents:
@@ -40,8 +42,10 @@ class Source:
         identity: What tells this content from another, as JSON can hold it; None where only
             reading it all would tell.
         contents: Finds what it holds.
+        hashed: The files that it is read from, where there are some.
     """
 
     name: str
     identity: Any
     contents: Callable[[], Contents]
+    hashed: Hashed | None = None

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scoremachine.data import store
+from scoremachine.data.store import key_of
 from scoremachine.runtime.validation import unknown
 
 if TYPE_CHECKING:
     from scoremachine.data.contents import Contents, Source
     from scoremachine.data.reading import Kept
 
-LAYOUT = 1  # of the cache; another number is another key
+LAYOUT = 2  # of the kept pixels; another number is another key
 LARGEST_SIDE = 16_384  # pixels that `size` may ask for
-
-
-def cache_root() -> Path:
-    """Where things are kept: $SCOREMACHINE_CACHE, or ~/.cache/scoremachine."""
-    return Path(os.environ.get("SCOREMACHINE_CACHE") or "~/.cache/scoremachine").expanduser()
 
 
 class Corpus:
@@ -40,7 +34,7 @@ class Corpus:
         labels: Class of each image, integers >= 0, shape (N,); None: no classes.
         class_names: Name of class k at place k.
         name: What to call the corpus in messages and records.
-        key: What identifies its content; None: a hash of the pixels.
+        key: What identifies its content; None: a hash of pixels and labels.
         ids: Where each image came from.
 
     Raises:
@@ -159,16 +153,27 @@ class Corpus:
             found = sources.find(source, split, array)
         if found.identity is None:
             found.identity = ["content", _content(found.contents())]
-        key = _key(found.identity, size, grayscale, limit)
-        home = cache_root() / "corpora" / key
-        corpus = cls._cached(home, key, strict)
+        entry = store.entry("corpora", _key(found.identity, size, grayscale, limit))
+        corpus: Corpus | None = None
+        with suppress(FileNotFoundError, store.Damaged):
+            corpus = cls._kept(entry, found.name, strict)
         if corpus is None:
             contents = found.contents()
             if contents.array is not None and _as_it_is(contents.array, size, grayscale):
-                return cls._of_array(found, contents, limit)
-            _build(home, found.name, contents, limit, size, grayscale, strict)
-            corpus = cls._cached(home, key, strict)
-        assert corpus is not None
+                corpus = cls._of_array(found, contents, limit)
+            else:
+                with entry.locked(f"reads {found.name}"):
+                    try:
+                        corpus = cls._kept(entry, found.name, strict)
+                    except FileNotFoundError:
+                        pass
+                    except store.Damaged as damage:
+                        entry.set_aside(str(damage))
+                    if corpus is None:  # no other process was faster
+                        _build(entry, found, contents, (limit, size, grayscale), strict)
+                        corpus = cls._kept(entry, found.name, strict)
+        if found.hashed is not None:
+            found.hashed.keep()
         return corpus
 
     @classmethod
@@ -186,29 +191,33 @@ class Corpus:
         return whole if len(chosen) == len(whole) else whole.subset(chosen)
 
     @classmethod
-    def _cached(cls, home: Path, key: str, strict: bool) -> Corpus | None:
-        """What the cache holds under a key; None if nothing, or nothing whole."""
+    def _kept(cls, entry: store.Entry, name: str, strict: bool) -> Corpus:
+        """What the store holds; FileNotFoundError if nothing, `store.Damaged` if nothing whole."""
         try:
-            meta = json.loads((home / "meta.json").read_text(encoding="utf-8"))
+            meta = json.loads((entry.folder / "meta.json").read_text(encoding="utf-8"))
             shape = tuple(meta["shape"])
-            if (home / "images.u8").stat().st_size != np.prod(shape):
-                raise ValueError("the file of pixels has another length")
-        except OSError:  # nothing there, or nothing that may be read: building tells which
-            return None
+            if (entry.folder / "images.u8").stat().st_size != np.prod(shape):
+                raise store.Damaged("the file of pixels has another length")
+            corpus = cls(
+                store.mapped(entry.folder / "images.u8", np.uint8, shape),
+                meta["labels"],
+                class_names=meta["class_names"],
+                name=name,
+                ids=meta["ids"],
+            )
+            corpus.digest = meta["digest"]
+            skipped, notes = list(meta["skipped"]), list(meta.get("notes", []))
+        except FileNotFoundError:
+            if entry.label.exists():
+                raise store.Damaged("a file is missing") from None
+            raise
+        except NotADirectoryError as error:  # building tells that the store is none
+            raise FileNotFoundError(str(error)) from None
         except (ValueError, KeyError, TypeError) as error:
-            warnings.warn(f"the cache at {home} is damaged ({error}): reading again", stacklevel=4)
-            shutil.rmtree(home, ignore_errors=True)
-            return None
-        _tell_skipped(meta["skipped"], meta["name"], strict)
-        _tell(meta.get("notes", []))
-        return cls(
-            np.memmap(home / "images.u8", dtype=np.uint8, mode="r", shape=shape),
-            meta["labels"],
-            class_names=meta["class_names"],
-            name=meta["name"],
-            key=key,
-            ids=meta["ids"],
-        )
+            raise store.Damaged(str(error)) from None
+        _tell_skipped(skipped, name, strict)
+        _tell(notes)
+        return corpus
 
     def __len__(self) -> int:
         return len(self.images)
@@ -226,26 +235,30 @@ class Corpus:
 
     @functools.cached_property
     def key(self) -> str:
-        """What identifies the content, as hexadecimal digits: cheap where it comes from a file."""
-        return self.digest if self._key is None else self._key
+        """What identifies the content, as 32 hexadecimal digits, cheaply.
+
+        Corpora of one key have the same pixels and labels. The reverse holds for what is opened
+        from folders and zips; a part of a corpus is identified by the whole and how it was taken.
+        """
+        if self._key is not None:
+            return self._key
+        if self.labels is None:
+            return self.digest
+        return key_of(self.digest, self.labels.tolist(), self.class_names)
 
     @functools.cached_property
     def digest(self) -> str:
         """A hash of the pixels: the same however they were come by."""
-        content = hashlib.sha256(repr(self.images.shape).encode())
-        for image in self.images:
-            content.update(image)
-        return content.hexdigest()[:32]
+        return _digest(self.images)
 
-    @property
-    def cache_path(self) -> Path:
-        """The folder for what is kept about this corpus; it may not exist yet."""
-        return cache_root() / "corpora" / self.key
+    def entry(self, kind: str) -> store.Entry:
+        """Where the store keeps a kind of thing about this corpus; see `store.KINDS`."""
+        return store.entry(kind, self.key)
 
-    def record_path(self, name: str, asked: Any) -> Path:
-        """Where a JSON file of what was found is kept, by a digest of what was asked."""
+    def record(self, name: str, asked: Any) -> store.Record:
+        """The record of what was found, by a digest of what was asked, which JSON can hold."""
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-        return self.cache_path / f"{name}-{digest}.json"
+        return store.Record(self.entry("records"), f"{name}-{digest}", self.name)
 
     def indices(self, label: int | str | None = None) -> np.ndarray:
         """The positions of the images with a label, int64, rising; of all images for None.
@@ -301,13 +314,12 @@ class Corpus:
         for n in range(0, len(self), 4096):
             blocks = self.images[n : n + 4096].reshape(-1, C, H // side, side, W // side, side)
             means[n : n + 4096] = np.round(blocks.mean((3, 5), dtype=np.float32))
-        key = hashlib.sha256(f"{self.key} block means {side}".encode()).hexdigest()[:32]
         return Corpus(
             means,
             self.labels,
             class_names=self.class_names,
             name=f"{self.name}, {H // side} x {W // side}",
-            key=key,
+            key=key_of(self.key, "block means", side),
             ids=self.ids,
         )
 
@@ -323,7 +335,7 @@ class Corpus:
         rows, columns = H // side, W // side
         cut = self.images[:, :, : rows * side, : columns * side]
         cut = cut.reshape(len(self), C, rows, side, columns, side).transpose(0, 2, 4, 1, 3, 5)
-        key = hashlib.sha256(f"{self.key} crops {side}".encode()).hexdigest()[:32]
+        key = key_of(self.key, "crops", side)
         return Corpus(cut.reshape(-1, C, side, side), name=self.name, key=key)
 
     def subset(self, indices: Any) -> Corpus:
@@ -349,13 +361,12 @@ class Corpus:
         rows: Any = indices
         if np.array_equal(indices, np.arange(first, first + n)):
             rows = slice(first, first + n)
-        part = hashlib.sha256(self.key.encode() + indices.tobytes()).hexdigest()[:32]
         return Corpus(
             self.images[rows],
             None if self.labels is None else self.labels[rows],
             class_names=self.class_names,
             name=self.name,
-            key=part,
+            key=key_of(self.key, "subset", hashlib.sha256(indices).hexdigest()),
             ids=None if self.ids is None else [self.ids[i] for i in indices],
         )
 
@@ -399,9 +410,17 @@ def _content(contents: Contents) -> str:
     return content.hexdigest()
 
 
-def _key(identity: Any, size: Any, grayscale: bool, limit: Any) -> str:
-    text = json.dumps([LAYOUT, identity, size, grayscale, limit], default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+def _digest(images: np.ndarray) -> str:
+    """A hash of pixels (N, C, H, W). The bundled networks' cards hold such: it never changes."""
+    content = hashlib.sha256(repr(images.shape).encode())
+    for image in images:
+        content.update(image)
+    return content.hexdigest()[:32]
+
+
+def _key(identity: Any, *options: Any) -> str:
+    """The key of the pixels that are read from a source with some options."""
+    return key_of(LAYOUT, identity, *options)
 
 
 def _tell_skipped(skipped: list[str], name: str, strict: bool) -> None:
@@ -427,17 +446,23 @@ def _tell(notes: Sequence[str]) -> None:
 
 
 def _build(
-    home: Path,
-    name: str,
+    entry: store.Entry,
+    found: Source,
     contents: Contents,
-    limit: int | None,
-    size: tuple[int, int] | None,
-    grayscale: bool,
+    options: tuple[int | None, tuple[int, int] | None, bool],
     strict: bool,
 ) -> None:
-    """Reads the images into a folder beside `home` and renames it when it is whole."""
-    with _new_folder(home) as fresh:
-        kept = _read(fresh / "images.u8", name, contents, size, grayscale, limit)
+    """Reads the images into an entry of the store; `options` are limit, size and grayscale.
+
+    Raises:
+        ValueError: Where no image can be read, or files change while they are read.
+    """
+    name, (limit, size, grayscale) = found.name, options
+    contents, expected = _expected(contents, limit, size, grayscale)
+    store.announce(f"reading {name}", expected)
+    with entry.made(name, expected) as fresh:
+        path = fresh / "images.u8"
+        kept = _read(path, name, contents, size, grayscale, limit)
         if not kept.places:
             raise ValueError(
                 f"none of the {len(kept.skipped)} images in {name} can be read: "
@@ -445,55 +470,55 @@ def _build(
             )
         if strict:
             _tell_skipped(kept.skipped, name, strict)
+        if found.hashed is not None and found.hashed.changed():
+            raise ValueError(
+                f"files of {name} changed while they were read: open it again when nothing "
+                "writes there any more"
+            )
         labels = contents.labels
         meta = {
-            "name": name,
             "shape": [len(kept.places), *kept.shape],
             "labels": None if labels is None else [labels[i] for i in kept.places],
             "class_names": contents.class_names,
             "ids": kept.ids,
             "skipped": kept.skipped,
             "notes": [*contents.notes, *kept.notes],
+            "digest": _digest(
+                np.memmap(path, np.uint8, "r", shape=(len(kept.places), *kept.shape))
+            ),
         }
         (fresh / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-@contextmanager
-def _new_folder(home: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `home` if the block ends well, and is removed if not."""
-    try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(home.parent)
-        fresh = Path(tempfile.mkdtemp(prefix=".reading-", dir=home.parent))
-    except OSError as error:
-        raise OSError(
-            f"the cache {home.parent} cannot be written ({error.strerror}): set "
-            "SCOREMACHINE_CACHE to a folder that can"
-        ) from None
-    try:
-        yield fresh
-        shutil.rmtree(home, ignore_errors=True)
+def _expected(
+    contents: Contents, limit: int | None, size: tuple[int, int] | None, grayscale: bool
+) -> tuple[Contents, int]:
+    """About how many bytes the pixels will have, by the first image that can be read.
+
+    That image comes with the contents, so that it is not decoded twice.
+    """
+    from scoremachine.data.decoding import is_gray
+
+    chosen = _chosen(len(contents.ids), limit)
+    for i in map(int, chosen[:10]):
         try:
-            fresh.rename(home)
-        except OSError:
-            if not (home / "meta.json").exists():  # else another process was faster
-                raise
-    except OSError as error:
-        if error.errno in (28, 122):  # no space, no quota
-            raise OSError(
-                f"the cache {home.parent} is full: make room, or set SCOREMACHINE_CACHE to "
-                "another folder"
-            ) from None
-        raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+            first = contents.read(i)
+            channels = 1 if grayscale or is_gray(first) else 3
+        except Exception:  # `_read` tells or skips it
+            continue
+        H, W = first.shape[1:] if isinstance(first, np.ndarray) else first.size[::-1]
+        H, W = size or (H, W)
+        return _with_first(contents, {i: first}), len(chosen) * channels * H * W
+    return contents, 0
 
 
-def _remove_stale(parent: Path) -> None:
-    """Removes what killed processes left more than a day ago."""
-    for folder in parent.glob(".reading-*"):
-        if time.time() - folder.stat().st_mtime > 86_400:
-            shutil.rmtree(folder, ignore_errors=True)
+def _with_first(contents: Contents, ready: dict[int, Any]) -> Contents:
+    """The same contents, some of which are read already."""
+
+    def read(i: int) -> Any:
+        return ready.pop(i) if i in ready else contents.read(i)
+
+    return dataclasses.replace(contents, read=read)
 
 
 def _read(

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoremachine.data import store
 from scoremachine.data.corpus import Corpus
-from scoremachine.runtime.files import written
 from scoremachine.runtime.lru import LRUCache
 from scoremachine.runtime.progress import bar
 
@@ -21,6 +21,7 @@ ROOM = 2**29  # numbers in one of its matrices: 4 GB
 RANK = 1024  # leading eigenvectors of what is larger
 TILE = 2048  # images read at a time
 KEPT = 1024  # eigenproblems from this side on are kept on disk
+FILE = "moments.safetensors"
 REMEMBERED = 4
 
 
@@ -139,22 +140,48 @@ def moments(corpus: Corpus, index: np.ndarray, low_rank: bool = False) -> Moment
 
 
 def _computed(corpus: Corpus, index: np.ndarray, key: str, side: int) -> Moments:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
-    path = corpus.cache_path / f"moments-{key}.safetensors"
-    if path.exists():
-        try:
-            kept = load_file(path)
-            return Moments(kept["mean"], kept["V"], kept["eigenvalues"])
-        except (SafetensorError, KeyError):
-            path.unlink()
+    if side < KEPT:
+        return moments_of(corpus.images, index)
+    entry = store.entry("moments", store.key_of(corpus.key, key))
+    found = _kept(entry)
+    if found is not None:
+        return found
+    needed = 8 * min(side, RANK if side > LARGEST else side) * math.prod(corpus.shape)
+    with store.optional(f"the covariance of {corpus.name}"):
+        store.announce(f"measuring the covariance of {corpus.name}", needed)
     found = (moments_of if side <= LARGEST else leading_moments_of)(corpus.images, index)
-    if side >= KEPT:
-        with written(path) as temporary:
-            tensors = {k: getattr(found, k).contiguous() for k in ("mean", "V", "eigenvalues")}
-            save_file(tensors, temporary)
+    with store.optional(f"the covariance of {corpus.name}"):
+        _keep(entry, found, corpus.name, needed)
     return found
+
+
+def _kept(entry: store.Entry) -> Moments | None:
+    """What the store holds; what is damaged there is set aside."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        lease = store.hold(entry.folder)
+        kept = load_file(entry.folder / FILE)
+        del lease
+        return Moments(kept["mean"], kept["V"], kept["eigenvalues"])
+    except OSError as error:
+        if not entry.folder.exists():
+            return None
+        damage: Exception = error
+    except (SafetensorError, KeyError) as error:
+        damage = error
+    with store.optional("what is made again"), entry.locked():
+        entry.set_aside(str(damage))
+    return None
+
+
+def _keep(entry: store.Entry, found: Moments, of: str, size: int) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {k: getattr(found, k).contiguous() for k in ("mean", "V", "eigenvalues")}
+    with entry.locked(), entry.made(of, size) as fresh:
+        save_file(tensors, fresh / FILE)
 
 
 def _tiles(images: np.ndarray, index: np.ndarray) -> Iterator[Tensor]:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from scoremachine.data.array_files import array_file
+from scoremachine.data.content import Hashed, of_file
 from scoremachine.data.contents import Contents, Source
 from scoremachine.data.data_sets import (
     dataset,
@@ -212,7 +213,8 @@ def built_in(name: str) -> Source:
     labels = None if target is None else target.tolist()
     ids = [f"{name}/{i}" for i in range(len(array))]
     contents = Contents(ids, array.__getitem__, labels, classes, array)
-    return Source(name, ["built-in", name], lambda: contents)
+    digest = hashlib.sha256(array.tobytes()).hexdigest()  # of this version of the dependency
+    return Source(name, ["built-in", name, digest], lambda: contents)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -282,7 +284,7 @@ def _counted(suffixes: Counter[str]) -> str:
 def folder(root: Path, split: str | None = None) -> Source:
     """All images below a folder, of one split; links are followed, loops refused."""
 
-    def visit(here: Path, above: tuple[Path, ...]) -> Iterator[str]:
+    def visit(here: Path, above: tuple[Path, ...], below: str = "") -> Iterator[str]:
         real = here.resolve()
         if real in above:
             raise ValueError(
@@ -293,9 +295,9 @@ def folder(root: Path, split: str | None = None) -> Source:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                yield from visit(Path(entry.path), (*above, real))
+                yield from visit(Path(entry.path), (*above, real), f"{below}{entry.name}/")
             else:
-                yield Path(entry.path).relative_to(root).as_posix()
+                yield below + entry.name
 
     try:
         listing = Listing.of(visit(root, ()), f"the folder {root}")
@@ -305,7 +307,8 @@ def folder(root: Path, split: str | None = None) -> Source:
         raise
     name = root.name or str(root)
     paths, notes = of_split(name, listing.images, split)
-    identity = ["files", READING, _stats(root, [*paths, *listing.label_files]), split]
+    hashed = Hashed(root, [*paths, *listing.label_files])
+    identity = ["files", READING, hashed.digest, split]
 
     def contents() -> Contents:
         def load(path: str) -> bytes:
@@ -313,7 +316,7 @@ def folder(root: Path, split: str | None = None) -> Source:
 
         return _labelled(name, paths, listing, load, notes)
 
-    return Source(name, identity, contents)
+    return Source(name, identity, contents, hashed)
 
 
 def _labelled(
@@ -333,23 +336,15 @@ def _labelled(
     return Contents(found.paths, read, found.labels, found.class_names, notes=notes)
 
 
-def _stats(root: Path, paths: Iterable[str]) -> list[list[Any]]:
-    """Path, size and time of change of files: what tells them from changed ones."""
-    found = []
-    for path in paths:
-        stat = os.stat(root / path) if os.path.exists(root / path) else os.lstat(root / path)
-        found.append([path, stat.st_size, stat.st_mtime_ns])
-    return found
-
-
 def files(name: str, root: Path, paths: list[str]) -> Source:
     """Image files below `root`, in their order, without classes."""
 
     def read(i: int) -> Any:
         return decoded((root / paths[i]).read_bytes(), paths[i])
 
-    identity = ["files", READING, _stats(root, paths)]
-    return Source(name, identity, lambda: Contents(paths, read))
+    hashed = Hashed(root, paths)
+    identity = ["files", READING, *paths[:1], hashed.digest]
+    return Source(name, identity, lambda: Contents(paths, read), hashed)
 
 
 def listed(paths: list[str]) -> Source:
@@ -372,9 +367,7 @@ def listed(paths: list[str]) -> Source:
                 f"the list of {len(paths):,} paths has {path!r}, a folder; expected image files: "
                 "open a folder by its name alone"
             )
-    source = files(f"{len(paths):,} files", Path(), paths)
-    source.identity.append([os.path.abspath(path) for path in paths])
-    return source
+    return files(f"{len(paths):,} files", Path(), paths)
 
 
 def archive(path: Path, split: str | None = None) -> Source:
@@ -385,11 +378,9 @@ def archive(path: Path, split: str | None = None) -> Source:
         raise ValueError(
             f"{path} is no readable zip ({error}); it may be truncated: fetch it again"
         ) from None
-    with open(path, "rb") as raw:  # the directory of entries: names, sizes, checksums
-        raw.seek(opened.start_dir)
-        directory = hashlib.sha256(raw.read()).hexdigest()
-    identity = ["zip", READING, directory, split]
-    return Source(path.name, identity, lambda: _entries(path, opened, split))
+    hashed = of_file(path)
+    identity = ["zip", READING, hashed.digest, split]
+    return Source(path.name, identity, lambda: _entries(path, opened, split), hashed)
 
 
 def _entries(path: Path, opened: zipfile.ZipFile, split: str | None) -> Contents:

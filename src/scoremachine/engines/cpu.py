@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 
 from scoremachine.core.collection import Collection
 from scoremachine.core.fold import Fold
@@ -36,6 +35,7 @@ from scoremachine.core.windows import Masks, Soft
 from scoremachine.engines import fourier as rolled
 from scoremachine.engines import pytorch as device
 from scoremachine.engines import strips
+from scoremachine.engines.caching import njit
 from scoremachine.engines.chunks import PARTS, fill
 from scoremachine.engines.compiled import FLAGS, NOTHING, keep
 from scoremachine.engines.simd import (

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from scoremachine.engines.caching import njit
 from scoremachine.engines.chunks import PARTS, fill
 from scoremachine.engines.compiled import FLAGS, NOTHING, keep
 from scoremachine.engines.simd import LANES, hsum, load, load_bytes, splat, store

@@ -127,8 +127,8 @@ def _trials(
         return {"errors": errors, "effective": effective}
 
     what = [LAYOUT, machine.settings(), list(patch_sizes), list(sigmas), held_out, seed]
-    path = corpus.record_path("ablation", what)
-    rows = kept_by_level(path, np.asarray(sigmas), measured, "effective", progress, 1)
+    record = corpus.record("ablation", what)
+    rows = kept_by_level(record, np.asarray(sigmas), measured, "effective", progress, 1)
     return [
         Trial(corpus.name, corpus.shape, len(index), text, P, float(sigma), np.array(errors), spoke)
         for sigma, row in zip(sigmas, rows, strict=True)

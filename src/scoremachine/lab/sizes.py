@@ -133,9 +133,11 @@ def sizes(
         return found | {"errors": errors}
 
     what = [LAYOUT, exact.settings(), every, levels.tolist(), held_out, seed]
-    path = corpus.record_path("sizes", what)
+    record = corpus.record("sizes", what)
     with bar("Measuring sizes", total=len(every) * len(levels)) as progress:
-        rows = kept_by_level(path, np.arange(len(every)), measured, "errors", progress, len(levels))
+        rows = kept_by_level(
+            record, np.arange(len(every)), measured, "errors", progress, len(levels)
+        )
     return Sizes(
         kind.name,
         every,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from scoremachine import __version__
-from scoremachine.app.cli import machines, networks
+from scoremachine.app.cli import cache, machines, networks
 
 app = typer.Typer(
     help="Training-free diffusion: the closed-form denoisers of a set of images, exact and fast.",
@@ -53,10 +54,20 @@ COMMANDS: dict[str, list[Callable[..., None]]] = {
 for panel, commands in COMMANDS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+app.add_typer(cache.app, name="cache", rich_help_panel="What is kept")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"scoremachine: {message}", file=sys.stderr)
+
+
+def _told(error: Exception) -> Exception:
+    """An error as a sentence: a full disk may be met wherever something is written."""
+    from scoremachine.runtime.files import FULL, full_disk
+
+    if not isinstance(error, OSError) or error.errno not in FULL:
+        return error
+    return full_disk(Path(error.filename).absolute().parent if error.filename else Path.cwd())
 
 
 def main() -> None:
@@ -65,7 +76,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        print(f"scoremachine: {error}", file=sys.stderr)
+        print(f"scoremachine: {_told(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

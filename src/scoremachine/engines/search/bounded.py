@@ -193,7 +193,6 @@ class Bounded:
             return None
         except ValueError as error:
             warnings.warn(f"{error}: it will be built again", stacklevel=2)
-            shutil.rmtree(folder, ignore_errors=True)
             return None
         self._indexes[source.key, patches.name] = opened
         return opened

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from scoremachine.engines.caching import njit
 from scoremachine.engines.compiled import FLAGS
 from scoremachine.engines.search.distances import (
     distance,

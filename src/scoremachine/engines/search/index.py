@@ -23,6 +23,7 @@ import numpy as np
 from filelock import FileLock
 
 from scoremachine.core.collection import Class, Collection, Patches, classes
+from scoremachine.data import store
 from scoremachine.data.corpus import Corpus
 from scoremachine.engines.chunks import fill
 from scoremachine.engines.search import tree
@@ -100,7 +101,7 @@ class Source:
         key = corpus.key
         if not whole:
             key = hashlib.sha256(key.encode() + index.tobytes()).hexdigest()[:32]
-        folder = corpus.cache_path / "search" / ("all" if whole else key)
+        folder = store.entry("indexes", key).opened(corpus.name)
         path = folder / "pixels.u8"
         size = N * H * W * C
         if not path.exists() or path.stat().st_size != size + SPARE:
@@ -108,7 +109,7 @@ class Source:
                 for rows in np.array_split(index, max(1, size // ROOM)):
                     file.write(corpus.images[rows].transpose(0, 2, 3, 1).tobytes())
                 file.write(bytes(SPARE))
-        flat = np.memmap(path, np.uint8, mode="r")
+        flat = store.mapped(path, np.uint8)
         return cls(flat[:size].reshape(N, H, W, C), flat, key, folder)
 
     def identity(self, patches: Patches) -> dict[str, Any]:
@@ -167,7 +168,7 @@ class Index:
                 found = (folder / name).stat().st_size
                 if found != size:
                     raise ValueError(f"{name} has {found:,} bytes instead of {size:,}")
-                arrays[name] = np.memmap(folder / name, ARRAYS[name], "r", shape=shapes[name])
+                arrays[name] = store.mapped(folder / name, ARRAYS[name], shapes[name])
             upper = _upper(arrays, embedding.first)
             flat = {name: np.asarray(a).reshape(-1) for name, a in (arrays | upper).items()}
             t = Tree(embedding.m, embedding.first, **flat)
@@ -245,8 +246,13 @@ def build(source: Source, patches: Patches, folder: Path, progress: Bar | None =
     check_number(patches, len(source.pixels))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(folder.name + ".lock")):
-        if (folder / "meta.json").exists():  # another process was faster
+        try:  # another process may have been faster
+            Index.open(folder, source.identity(patches))
             return
+        except FileNotFoundError:
+            pass
+        except ValueError:  # `Bounded` has told that it is damaged
+            shutil.rmtree(folder, ignore_errors=True)
         part = folder.with_name(folder.name + ".part")
         if not _begun(part, source.identity(patches), n):
             shutil.rmtree(part, ignore_errors=True)
@@ -416,7 +422,11 @@ def _encoded(
 
 def build_all(source: Source, missing: list[Patches]) -> None:
     """Builds several indexes under one bar."""
-    total = sum(len(source.pixels) * p.per_image for p in missing)
+    N, C = len(source.pixels), source.pixels.shape[3]
+    if missing:
+        needed = sum(estimate(p, N, C)[0] for p in missing)
+        store.announce(f"indexing {N:,} images", needed)
+    total = sum(N * p.per_image for p in missing)
     with bar("Indexing patches", total=total) as progress:
         try:
             for p in missing:

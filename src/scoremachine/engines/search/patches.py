@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from scoremachine.engines.caching import njit
 from scoremachine.engines.compiled import FLAGS
 from scoremachine.engines.search.floats import BORROWED, prefetch
 

@@ -11,8 +11,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import float32, int64, njit
+from numba import float32, int64
 
+from scoremachine.engines.caching import njit
 from scoremachine.engines.compiled import FLAGS, NOTHING, keep
 from scoremachine.engines.search.distances import (
     distance,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from scoremachine.engines.caching import njit
 from scoremachine.engines.compiled import FLAGS
 from scoremachine.engines.search.components import components, origins
 from scoremachine.engines.search.floats import BORROWED, ROWS

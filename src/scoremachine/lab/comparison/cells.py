@@ -188,7 +188,7 @@ def _measured(
     asked = [list(machines), count, pictures, everywhere, seed, network.key, part.digest]
     path = folder / "compared.json"
     if path.exists():
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["asked"] == asked:
             return [_row(cell, fields) for fields in kept["rows"]]
     found = compare(
