@@ -394,7 +394,7 @@ class _BySigma(torch.autograd.Function):
 
 
 class _LogPartition(torch.autograd.Function):
-    """A log-partition of whole images, with its derivative by sigma, computed where one is asked."""
+    """A log-partition of whole images, with its derivative by sigma, where one is asked for."""
 
     generate_vmap_rule = True
 

@@ -141,8 +141,7 @@ class SmoothedScore(LocalMachine):
         if self.perturbations == "fresh":
             return torch.randn_like(like)
         generator = torch.Generator().manual_seed(self.seed)
-        with outside_transforms():
-            return torch.randn(like.shape[1:], generator=generator).expand_as(like)
+        return torch.randn(like.shape[1:], generator=generator).expand_as(like)
 
     def _all(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
         asked = self.kernel, self.compared, index, y, sigma, self._collection
@@ -155,13 +154,13 @@ class SmoothedScore(LocalMachine):
     def _near(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> Tensor:
         K = min(self.neighbours or 1, len(index))
         L = min(self.uniform, len(index) - K)
-        keys = self._keys(len(y) // self.M, len(index)).flatten(0, 1).numpy() if L else None
         if mapped(y):
             raise ValueError(
                 "smoothed looks the neighbours of every picture up, which torch.func.vmap does not "
                 "map over: give a batch of pictures, or compare with all images (neighbours=None)"
             )
         with outside_transforms():
+            keys = self._keys(len(y) // self.M, len(index)).flatten(0, 1).numpy() if L else None
             queries = values(y).flatten(1).float().numpy()
         found = self._index(index).kneighbors(queries, n_neighbors=K, return_distance=False)
         D = []
