@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from scoremachine.calibration.copies import single, tell, without_copies
 from scoremachine.core.schedules import (
     LOCALITIES,
     BandwidthSchedule,
@@ -27,9 +28,10 @@ from scoremachine.core.schedules import (
     edm_sigmas,
 )
 from scoremachine.data.corpus import Corpus
-from scoremachine.runtime.files import write_text
+from scoremachine.runtime.files import keep_text
 from scoremachine.runtime.progress import Bar, bar, say
 from scoremachine.runtime.validation import check_integer
+from scoremachine.sources.mixture import Mixture
 
 BANDWIDTHS = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2)
 AUTO_SIGMAS = tuple(float(s) for s in np.geomspace(0.02, 20.0, 10))
@@ -37,7 +39,11 @@ TOWARDS_SIGMAS = tuple(float(s) for s in np.geomspace(0.05, 20.0, 16))
 BUDGET = 1e10  # logits of an automatic calibration: half a minute; a quarter as dear each in ELS
 TOWARDS = 4  # times that for a choice towards a network, which is measured by it
 CROPS = 96  # at most, of one picture
-LAYOUT = 2  # of the files beside the corpus
+LAYOUT = 3  # of the files beside the corpus
+
+
+class NothingDiffers(ValueError):
+    """All images are copies of each other, so that none can be held out."""
 
 
 # a corpus, and the positions in it of the source, of the images that choose, and that report
@@ -175,14 +181,14 @@ def calibrate(
     path = machine.corpus.record_path(f"calibration-{machine.name}", asked)
     if path.exists():
         try:
-            return Calibration(**json.loads(path.read_text()))
-        except (ValueError, TypeError):
-            path.unlink()
+            return Calibration(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            path.unlink(missing_ok=True)
     if parts is None:
         parts = parts_for(machine, held_out, seed, network)
     unfinished = path.with_name(f"{path.stem}-unfinished.json")
     found = _measure(machine, levels, parts, candidates, hs, seed, unfinished, network)
-    write_text(path, json.dumps(asdict(found)))
+    keep_text(path, json.dumps(asdict(found)))
     unfinished.unlink(missing_ok=True)
     return found
 
@@ -335,14 +341,14 @@ def kept_by_level(
     """
     levels: list[dict[str, Any]]
     try:
-        levels = json.loads(unfinished.read_text())
+        levels = json.loads(unfinished.read_text(encoding="utf-8"))
         levels = levels if all(last in level for level in levels) else []
     except (OSError, ValueError):
         levels = []
     progress.advance(len(levels) * rounds)
     for sigma in map(float, sigmas[len(levels) :]):
         levels.append(measure(sigma))
-        write_text(unfinished, json.dumps(levels))
+        keep_text(unfinished, json.dumps(levels))
     return levels
 
 
@@ -355,11 +361,21 @@ def parts_for(
     """
     corpus = machine.corpus
     unseen = None if network is None else network.unseen(corpus)
-    if unseen is None or len(unseen) < 2:
-        return split(corpus, held_out, seed, machine.equivariant)
-    held = min(held_out, len(unseen) // 2)
-    source = np.setdiff1d(np.arange(len(corpus)), unseen)
-    return corpus, source, unseen[:held], unseen[held : 2 * held]
+    if unseen is not None:
+        alone = single(corpus, unseen, min(2 * held_out, len(unseen)))
+        held = min(held_out, len(alone) // 2)
+        if held:
+            source = np.setdiff1d(np.arange(len(corpus)), unseen)
+            return corpus, source, alone[:held], alone[held : 2 * held]
+    return split(corpus, held_out, seed, machine.equivariant, instead=instead_of(machine))
+
+
+def instead_of(machine: Calibrated) -> str:
+    """What to do where nothing can be held out for a machine."""
+    setting = machine.locality
+    if setting is None:
+        return f"build {machine.name!r} with a number as bandwidth"
+    return f"give {setting} a number or a schedule"
 
 
 def split(
@@ -368,39 +384,63 @@ def split(
     seed: int,
     equivariant: bool = False,
     reporting: int | None = None,
+    instead: str = "use more images",
 ) -> Parts:
     """Disjoint images: the corpus, and positions of the source, of choosers and of reporters.
 
-    As many report as choose, unless `reporting` says how many.
+    As many report as choose, unless `reporting` says how many. None of them is a copy, exactly or
+    nearly (`copies`), of one in another part.
 
     A few large pictures become crops when the machine is equivariant, held-out crops at least a
     crop's width away from the source's.
+
+    Raises:
+        ValueError: Where there are too few images, or too few that differ; it ends with what to do
+            `instead`.
     """
+    check_images(corpus, instead)
     N = len(corpus)
     if N < 3 and equivariant:
-        return _crops(corpus, held_out, seed)
+        return _crops(corpus, held_out, seed, instead)
     if N < 3:
         raise ValueError(
             f"calibration needs at least 3 images, one each to make the machine, to choose and to "
-            f"report; the corpus {corpus.name!r} has {N}: give patch_size a number"
+            f"report; the corpus {corpus.name!r} has {N}: {instead}"
         )
-    held = min(held_out, max(1, N // 4))
-    last = held + min(reporting or held, max(1, N // 4))
+    most = max(1, N // 4)
     order = np.random.default_rng(seed).permutation(N)
-    return corpus, np.sort(order[last:]), np.sort(order[:held]), np.sort(order[held:last])
+    held = min(held_out, most)
+    choosing, rest = order[:held], without_copies(corpus, order[:held], order[held:])
+    last = min(reporting or held, most)
+    source = without_copies(corpus, rest[:last], rest[last:])
+    if len(source) == 0:
+        raise NothingDiffers(
+            f"calibration needs at least 3 images that differ, and those of the corpus "
+            f"{corpus.name!r} are copies of each other: {instead}"
+        )
+    parts = corpus, np.sort(source), np.sort(choosing), np.sort(rest[:last])
+    tell(corpus, N - sum(map(len, parts[1:])))
+    return parts
+
+
+def check_images(corpus: Corpus, instead: str) -> None:
+    """ValueError for a mixture: whatever would be held out of it is in its clusters already."""
+    if isinstance(corpus, Mixture):
+        raise ValueError(
+            f"{corpus.name!r} is a mixture, whose clusters hold what would have to be held out: "
+            f"{instead}, as that of the machine of the images"
+        )
 
 
 def _crop_side(H: int, W: int) -> int:
     return min(32, H, W // 3)
 
 
-def _crops(corpus: Corpus, held_out: int, seed: int) -> Parts:
+def _crops(corpus: Corpus, held_out: int, seed: int, instead: str) -> Parts:
     _, H, W = corpus.shape
     side = _crop_side(H, W)
     if side < 3:
-        raise ValueError(
-            f"the {H} x {W} picture is too small to hold a region out; give patch_size a number"
-        )
+        raise ValueError(f"the {H} x {W} picture is too small to hold a region out: {instead}")
     tops = range(0, H - side + 1, side)
     near = [(a, b) for a in tops for b in range(0, W - 3 * side + 1, side)]
     near = [near[k] for k in np.unique(np.linspace(0, len(near) - 1, CROPS).astype(int))]
@@ -417,7 +457,15 @@ def _crops(corpus: Corpus, held_out: int, seed: int) -> Parts:
         reporting = choosing
     crops = Corpus(np.stack(source + others), name=f"crops of {corpus.name}")
     n = len(source)
-    return crops, np.arange(n), n + choosing, n + reporting
+    held_crops = n + np.unique(np.concatenate([choosing, reporting]))
+    different = without_copies(crops, held_crops, np.arange(n))
+    if len(different) == 0:
+        raise NothingDiffers(
+            f"every region of the {H} x {W} picture is a copy of one that would be held out: "
+            f"{instead}"
+        )
+    tell(crops, n - len(different))
+    return crops, different, n + choosing, n + reporting
 
 
 def automatic_locality(machine: Calibrated) -> LevelSchedule:
@@ -429,7 +477,10 @@ def automatic_locality(machine: Calibrated) -> LevelSchedule:
         smallest = [value for value in (machine.candidates() or [1]) if machine.supports(value)]
         return LOCALITIES[setting].constant(smallest[0])
     values = spread_candidates(machine, _crop_side(H, W) if N < 3 else None)
-    return _automatic(machine, setting.replace("_", " ") + "s", values, (0.0,)).locality
+    try:
+        return _automatic(machine, setting.replace("_", " ") + "s", values, (0.0,)).locality
+    except NothingDiffers:  # as of one image
+        return LOCALITIES[setting].constant(values[0])
 
 
 def spread_candidates(machine: Calibrated, side: int | None = None) -> list[Any]:
@@ -441,7 +492,12 @@ def spread_candidates(machine: Calibrated, side: int | None = None) -> list[Any]
 
 
 def automatic_bandwidth(machine: Calibrated) -> BandwidthSchedule:
-    """The bandwidths that bandwidth="auto" stands for, at the machine's own patch sizes."""
+    """The bandwidths that bandwidth="auto" stands for, at the machine's own patch sizes.
+
+    Raises:
+        ValueError: Where no images can be held out, as of a mixture.
+    """
+    check_images(machine.corpus, "give bandwidth a number")
     return _automatic(machine, "bandwidths", [], BANDWIDTHS).bandwidth
 
 
@@ -489,10 +545,15 @@ def unseen_parts(network: Teacher, source: Corpus, corpus: Corpus, held_out: int
     unseen = network.unseen(corpus)
     if unseen is None or len(unseen) < 2:
         return None
-    held, n = min(held_out, len(unseen) // 2), len(source)
-    others = corpus.images[unseen[-2 * held :]]
+    last = single(corpus, unseen[::-1], min(2 * held_out, len(unseen)))[::-1]
+    held, n = len(last) // 2, len(source)
+    if held == 0:
+        return None
+    others = corpus.images[last[len(last) - 2 * held :]]
     joined = Corpus(np.concatenate([source.images, others]), name=corpus.name)
-    return joined, np.arange(n), n + np.arange(held), n + held + np.arange(held)
+    different = without_copies(joined, n + np.arange(2 * held), np.arange(n))
+    tell(joined, n - len(different))
+    return joined, different, n + np.arange(held), n + held + np.arange(held)
 
 
 def _automatic(

@@ -23,6 +23,7 @@ from scoremachine.calibration.heldout import (
     TOWARDS,
     TOWARDS_SIGMAS,
     Calibrated,
+    NothingDiffers,
     Parts,
     Pictures,
     Teacher,
@@ -36,10 +37,10 @@ from scoremachine.calibration.heldout import (
 )
 from scoremachine.core.schedules import WeightSchedule
 from scoremachine.data.corpus import Corpus
-from scoremachine.runtime.files import write_text
+from scoremachine.runtime.files import keep_text
 from scoremachine.runtime.progress import bar, say
 
-LAYOUT = 2  # of the files beside the corpus
+LAYOUT = 3  # of the files beside the corpus
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # penalties, in units of each difference's own square
 HELD_OUT = 16  # pictures that "auto" weights are chosen on
 BEYOND = (60.0, 200.0, 1000.0)  # noise levels at which only y is weighed
@@ -128,9 +129,9 @@ def stack(
     path = corpus.record_path("stacking", asked)
     if path.exists():
         try:
-            return Stacking(**json.loads(path.read_text()))
-        except (ValueError, TypeError):
-            path.unlink()
+            return Stacking(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            path.unlink(missing_ok=True)
     chooser, reporter = held_out_pictures(parts, seed)
 
     def both(pictures: Pictures, sigma: float) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +172,7 @@ def stack(
         held_out=len(choosing),
         **{column: [row[column] for row in rows] for column in columns},
     )
-    write_text(path, json.dumps(asdict(found)))
+    keep_text(path, json.dumps(asdict(found)))
     unfinished.unlink(missing_ok=True)
     return found
 
@@ -238,8 +239,11 @@ def automatic_weights(machine: Mixed) -> WeightSchedule:
         f"'auto': choosing weights of {', '.join(machine.members)} by denoising {HELD_OUT} "
         f"held-out pictures with {len(subset):,} of {N:,} images (kept for the next time)"
     )
-    corpus, source, choosing, _ = split(subset, HELD_OUT, seed=0, reporting=1)
     nobody = np.zeros(0, dtype=np.int64)
+    try:
+        corpus, source, choosing, _ = split(subset, HELD_OUT, seed=0, reporting=1)
+    except NothingDiffers:
+        return WeightSchedule([1.0], [[1 / M] * M], name="equal")
     return stack(machine, AUTO_SIGMAS, (corpus, source, choosing, nobody), beyond=BEYOND).schedule
 
 

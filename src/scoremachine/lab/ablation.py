@@ -24,7 +24,7 @@ from scoremachine.machines import BoxMachine, build, kind_of, spelled
 from scoremachine.runtime.progress import Bar, bar
 from scoremachine.runtime.validation import check_integer
 
-LAYOUT = 1  # of the files beside the corpus
+LAYOUT = 2  # of the files beside the corpus
 VARIANTS = ("ls", "ls+gaussian", "pspc", "pspc+gaussian")
 LEVELS = (5.0, 2.0, 1.0, 0.5, 0.2)
 

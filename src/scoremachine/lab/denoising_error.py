@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from scoremachine.calibration.copies import without_copies
 from scoremachine.calibration.heldout import Parts, calibrate, split, spread_candidates
 from scoremachine.calibration.stacking import stack, with_calibrated
 from scoremachine.core.schedules import LOCALITIES, LevelSchedule, edm_sigmas
@@ -182,7 +183,8 @@ def _mixed(machine: Composite, parts: Parts, sigmas: Any, choosing: int, seed: i
     ready = with_calibrated(machine, levels, choosing, seed, parts)
     order = np.random.default_rng(seed).permutation(source)
     more = order[: min((WEIGHING - 1) * len(choosers), len(source) // 4)]
-    source, weighing = np.setdiff1d(source, more), np.sort(np.concatenate([choosers, more]))
+    source = without_copies(corpus, more, np.setdiff1d(source, more))
+    weighing = np.sort(np.concatenate([choosers, more]))
     weights = stack(ready, levels, (corpus, source, weighing, reporters[:0]), seed).schedule
     made = machine.clone_with(corpus, of=ready.members, weights=weights)
     return _as_it_is(made, (corpus, source, choosers, reporters), sigmas, "", choosing, seed)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from scoremachine.calibration.copies import tell, without_copies
 from scoremachine.data.corpus import Corpus
 from scoremachine.lab.comparison.agreement import Summary
 from scoremachine.lab.comparison.parts import answers, compare, forward_pictures
@@ -131,6 +132,9 @@ def study(
         raise ValueError(f"a study needs at least 8 images, and {corpus.name!r} has {N}")
     order = np.random.default_rng(seed).permutation(N)
     held, rest = order[: min(HELD_OUT, N // 4)], order[min(HELD_OUT, N // 4) :]
+    different = without_copies(corpus, held, rest)
+    tell(corpus, len(rest) - len(different))
+    rest = different
     rows: list[Row] = []
     todo = list(chosen if chosen is not None else cells(N, steps, corpus.shape[1:]))
     with bar("Studying", total=len(todo)) as progress:

@@ -15,7 +15,8 @@ import torch
 from azula.noise import Schedule
 from torch import Tensor
 
-from scoremachine.calibration.heldout import towards
+from scoremachine.calibration.copies import single, tell, without_copies
+from scoremachine.calibration.heldout import check_images, towards
 from scoremachine.calibration.stacking import weights_towards
 from scoremachine.data.corpus import Corpus
 from scoremachine.data.heatmaps import UNREADABLE
@@ -297,26 +298,43 @@ def entered(
 def apart(
     networks: Sequence[Network], corpus: Corpus, pictures: int, seed: int
 ) -> tuple[np.ndarray, Corpus]:
-    """Positions of images that neither the networks nor the machines see, and all others."""
+    """Positions of images that neither the networks nor the machines see, and the machines' source.
+
+    Neither sees a copy of them, exactly or nearly (`calibration.copies`): images that a network has
+    not seen are passed over where it was trained on a copy, and copies are left out of the source.
+
+    Raises:
+        ValueError: For a mixture, or where nothing can be held out.
+    """
+    check_images(corpus, "give the images")
     N = len(corpus)
     known = [network.unseen(corpus) for network in networks]
     common = _common(known) if known else None
     if common is not None and len(common) >= 2:
         # the networks have seen none of them, so the machines do not either
-        return common[:pictures], corpus.subset(np.setdiff1d(np.arange(N), common))
+        held = single(corpus, common, min(pictures, len(common)))
+        if len(held) >= min(2, pictures):
+            return held, corpus.subset(np.setdiff1d(np.arange(N), common))
     if N < 2:
         raise ValueError(f"the corpus {corpus.name!r} has one image; none can be held out")
     if networks:
         names = ", ".join(network.name for network in networks)
-        why = (
-            f"nobody knows which images of {corpus.name} {names} was trained on"
-            if common is None
-            else f"{names} left out too few images of {corpus.name} in common"
-        )
+        if common is None:
+            why = f"nobody knows which images of {corpus.name} {names} was trained on"
+        elif len(common) < 2:
+            why = f"{names} left out too few images of {corpus.name} in common"
+        else:
+            why = f"{names} was trained on copies of the images of {corpus.name} that it left out"
         say(f"{why}: those that are held out here may have been seen")
     order = np.random.default_rng(seed).permutation(N)
-    held = np.sort(order[: min(pictures, N // 2)])
-    return held, corpus.subset(np.setdiff1d(np.arange(N), held))
+    held, rest = order[: min(pictures, N // 2)], order[min(pictures, N // 2) :]
+    source = without_copies(corpus, held, rest)
+    if len(source) == 0:
+        raise ValueError(
+            f"all images of {corpus.name!r} are copies of each other; none can be held out"
+        )
+    tell(corpus, len(rest) - len(source))
+    return np.sort(held), corpus.subset(np.sort(source))
 
 
 def _common(positions: list[np.ndarray | None]) -> np.ndarray | None:
