@@ -18,7 +18,7 @@ from PIL import Image
 import scoremachine as sm
 from conftest import random_corpus
 from scoremachine.app import cli
-from scoremachine.app.runs import Run
+from scoremachine.app.runs.generation import Run, RunOptions
 
 
 def run(*words, **options):
@@ -57,7 +57,8 @@ def generate(call, out, *words):
 
 def test_version_and_help_import_nothing_heavy():
     code = (
-        "import sys\nfrom scoremachine.cli import main\nsys.argv = ['scoremachine', '--version']\n"
+        "import sys\nfrom scoremachine.app.cli import main\n"
+        "sys.argv = ['scoremachine', '--version']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'numba', 'numpy', 'PIL'} & set(sys.modules)))"
     )
@@ -220,7 +221,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, how):
 
 def test_what_a_killed_run_was_writing_is_not_a_finished_picture(tmp_path):
     machine = sm.build("ideal", sm.Corpus.open("digits", limit=20))
-    killed = Run(tmp_path, machine, 4, 2, 0, "ddim", "vp", None, 1, False)
+    killed = Run(tmp_path, machine, RunOptions(count=4, steps=2, batch=1))
     killed.unfinished.mkdir()
     (killed.unfinished / "000000.npz").write_bytes(b"whole")
     (killed.unfinished / ".000001-half.npz").write_bytes(b"")
@@ -273,7 +274,7 @@ def test_denoise_refuses_other_arrays(inside, tmp_path, array, says):
 def test_calibrate_prints_its_table_and_draws_its_curves(tmp_path):
     done = run(
         "calibrate", "--data", "digits", "--limit", 200, "--held-out", 4, "--steps", 3,
-        "--beside", "kamb-mnist-resnet", "--out", tmp_path, env={**os.environ, "COLUMNS": "120"},
+        "--reference", "kamb-mnist-resnet", "--out", tmp_path, env={**os.environ, "COLUMNS": "120"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "kamb-mnist-resnet" in done.stdout
@@ -313,8 +314,8 @@ def test_zoo_draws_every_machine_and_goes_on(inside, tmp_path):
 
 def test_denoising_error_writes_table_csv_and_plot(inside, tmp_path):
     done = inside(
-        "denoising-error", "--data", "digits", "--limit", 60, "--steps", 2, "--choosing", 2,
-        "--reporting", 4, "--machines", "ideal,pspc", "--published", "pspc=3", "--out", tmp_path,
+        "denoising-error", "--data", "digits", "--limit", 60, "--steps", 2, "--validation", 2,
+        "--test", 4, "--machines", "ideal,pspc", "--published", "pspc=3", "--out", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "pspc (published: 3)" in done.stdout
@@ -377,7 +378,7 @@ def test_settings_of_the_machines_are_taken_and_refused(inside, tmp_path, words,
         ("compress", ["--sizes", "1B"], "no size is left to measure: one cluster takes"),
         ("zoo", ["--schedule", "edmm"], "no schedule is called"),
         ("zoo", ["--count", 0], "count is 0"),
-        ("denoising-error", ["--choosing", 0], "choosing is 0"),
+        ("denoising-error", ["--validation", 0], "validation is 0"),
         ("denoising-error", ["--published", "pspc"], "expected NAME=VALUE"),
         ("denoising-error", ["--steps", 0], "steps is 0"),
     ],
@@ -411,13 +412,13 @@ def test_a_network_is_trained_and_compared(inside, tmp_path):
     assert "ls:3" in done.stdout
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
-        "compare.csv", "compare.md", "compare.json", "compare.png", "samples.png", "way.png",
+        "compare.csv", "compare.md", "compare.json", "compare.png", "samples.png", "trajectory.png",
         "report.html",
     }  # fmt: skip
     settings = json.loads((tmp_path / "out" / "compare.json").read_text())["settings"]
     card = json.loads((tmp_path / "network" / "network.json").read_text())
     assert settings["held_out"] == card["training"]["held_out"][:3]
-    for name in ("compare.png", "samples.png", "way.png"):
+    for name in ("compare.png", "samples.png", "trajectory.png"):
         assert Image.open(tmp_path / "out" / name).size[0] > 100
 
 
@@ -427,7 +428,8 @@ def test_an_interrupted_training_is_resumed(inside, tmp_path):
         "--precision", "float32", "--out", str(tmp_path / "n"),
     ]  # fmt: skip
     eager = (
-        "import sys; from scoremachine import cli; from scoremachine.networks import training; "
+        "import sys; from scoremachine.app import cli; "
+        "from scoremachine.lab.networks import training; "
         "training.EVERY = 0.0; sys.argv[0] = 'scoremachine'; cli.main()"
     )  # keeps a checkpoint of every step
     process = started([sys.executable, "-c", eager, *words, "--budget", "1h"])

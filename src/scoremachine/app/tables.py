@@ -23,7 +23,7 @@ TRUTH = "the clean picture"
 
 
 def print_calibration(
-    c: Calibration, beside: LevelSchedule | None = None, target: str = TRUTH
+    c: Calibration, reference: LevelSchedule | None = None, target: str = TRUTH
 ) -> None:
     """Prints a row per noise level: what was chosen, and the error to `target` on other images."""
     from rich.console import Console
@@ -36,8 +36,8 @@ def print_calibration(
     table.add_column("sigma", justify="right")
     if c.setting is not None and c.chosen:
         table.add_column(c.setting.replace("_", " "), justify="right")
-    if beside is not None:
-        table.add_column(beside.name, justify="right")
+    if reference is not None:
+        table.add_column(reference.name, justify="right")
     table.add_column("bandwidth", justify="right")
     table.add_column("error, h = 0", justify="right")
     table.add_column("error", justify="right")
@@ -45,8 +45,8 @@ def print_calibration(
         row = [f"{sigma:.4g}"]
         if c.chosen:
             row.append(f"{c.chosen[k]:g}")
-        if beside is not None:
-            row.append(str(beside(sigma)))
+        if reference is not None:
+            row.append(str(reference(sigma)))
         row.append(f"{c.chosen_bandwidths[k]:g}")
         row += [_mean_with_error(c.plain_errors[k]), _mean_with_error(c.errors[k])]
         table.add_row(*row)
@@ -246,7 +246,7 @@ def errors_markdown(found: list[Errors]) -> str:
         [
             "## The best at each noise level",
             "",
-            *markdown([*columns, "not told apart from it"], best),
+            *markdown([*columns, "not statistically distinguishable from it"], best),
             "",
             "## All of them",
             "",

@@ -69,7 +69,7 @@ def single(corpus: Corpus, candidates: np.ndarray, count: int) -> np.ndarray:
             break
     if passed:
         say(
-            f"{corpus.name}: {passed:,} images that the network has not seen passed over, as copies, "
-            "exactly or nearly, of others"
+            f"{corpus.name}: {passed:,} images that the network has not seen passed over, as "
+            "copies, exactly or nearly, of others"
         )
     return found

@@ -42,11 +42,11 @@ CROPS = 96  # at most, of one picture
 LAYOUT = 3  # of the files beside the corpus
 
 
-class NothingDiffers(ValueError):
+class NothingDiffersError(ValueError):
     """All images are copies of each other, so that none can be held out."""
 
 
-# a corpus, and the positions in it of the source, of the images that choose, and that report
+# a corpus, and the positions in it of the source, of validation images, and of test images
 Parts = tuple[Corpus, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -60,7 +60,7 @@ class Calibration:
         sigmas: The K noise levels, falling.
         values: The S values of it that were tried; empty without a setting.
         bandwidths: The M bandwidths tried.
-        value_errors: (K, S): error of each value with h = 0, on the images for choosing.
+        value_errors: (K, S): error of each value with h = 0, on the validation images.
         bandwidth_errors: (K, M): error of each bandwidth at the chosen value, on the same images.
         chosen: (K,): the best value at each level.
         chosen_bandwidths: (K,): the best bandwidth at that value.
@@ -198,14 +198,14 @@ Pictures = tuple[torch.Tensor, torch.Tensor]  # clean, and standard noise, float
 
 def held_out_pictures(parts: Parts, seed: int) -> tuple[Pictures, Pictures]:
     """The pictures that choose and those that report, each with its noise."""
-    corpus, _, choosing, reporting = parts
+    corpus, _, validation, test = parts
     generator = torch.Generator().manual_seed(seed)
 
     def pictures(index: np.ndarray) -> Pictures:
         x = torch.from_numpy(np.array(corpus.images[index])).double() / 127.5 - 1
         return x, torch.randn(x.shape, dtype=torch.float64, generator=generator)
 
-    return pictures(choosing), pictures(reporting)
+    return pictures(validation), pictures(test)
 
 
 def denoising_error(
@@ -233,10 +233,10 @@ def _measure(
     network: Teacher | None,
 ) -> Calibration:
     """Measures level by level; what is found of each is kept in the file `unfinished`."""
-    corpus, source, choosing, _ = parts
+    corpus, source, validation, _ = parts
     machine = machine.clone_with(corpus)
     values = machine.candidates() if values is None else values
-    chooser, reporter = held_out_pictures(parts, seed)
+    validating, testing = held_out_pictures(parts, seed)
 
     def errors(value: Any, h: float, sigma: float, pictures: Pictures) -> np.ndarray:
         local = {} if value is None else {str(machine.locality): value}
@@ -257,7 +257,7 @@ def _measure(
 
         def mean_error(value: Any, h: float, sigma: float) -> float:
             progress.advance()
-            return float(errors(value, h, sigma, chooser).mean())
+            return float(errors(value, h, sigma, validating).mean())
 
         def level(sigma: float) -> dict[str, Any]:
             value: Any = None
@@ -271,8 +271,8 @@ def _measure(
             ]
             h = bandwidths[int(np.argmin(found["bandwidth_errors"]))]
             found["chosen_bandwidths"] = h
-            found["plain_errors"] = plain = errors(value, 0.0, sigma, reporter).tolist()
-            found["errors"] = errors(value, h, sigma, reporter).tolist() if h else plain
+            found["plain_errors"] = plain = errors(value, 0.0, sigma, testing).tolist()
+            found["errors"] = errors(value, h, sigma, testing).tolist() if h else plain
             progress.advance(2)
             return found
 
@@ -289,7 +289,7 @@ def _measure(
         values=values,
         bandwidths=bandwidths,
         source=len(source),
-        held_out=len(choosing),
+        held_out=len(validation),
         **found,
     )
 
@@ -383,12 +383,12 @@ def split(
     held_out: int,
     seed: int,
     equivariant: bool = False,
-    reporting: int | None = None,
+    test: int | None = None,
     instead: str = "use more images",
 ) -> Parts:
-    """Disjoint images: the corpus, and positions of the source, of choosers and of reporters.
+    """Disjoint images: the corpus, and positions of the source, of validation and of test images.
 
-    As many report as choose, unless `reporting` says how many. None of them is a copy, exactly or
+    As many test as validate, unless `test` says how many. None of them is a copy, exactly or
     nearly (`copies`), of one in another part.
 
     A few large pictures become crops when the machine is equivariant, held-out crops at least a
@@ -410,15 +410,15 @@ def split(
     most = max(1, N // 4)
     order = np.random.default_rng(seed).permutation(N)
     held = min(held_out, most)
-    choosing, rest = order[:held], without_copies(corpus, order[:held], order[held:])
-    last = min(reporting or held, most)
+    validation, rest = order[:held], without_copies(corpus, order[:held], order[held:])
+    last = min(test or held, most)
     source = without_copies(corpus, rest[:last], rest[last:])
     if len(source) == 0:
-        raise NothingDiffers(
+        raise NothingDiffersError(
             f"calibration needs at least 3 images that differ, and those of the corpus "
             f"{corpus.name!r} are copies of each other: {instead}"
         )
-    parts = corpus, np.sort(source), np.sort(choosing), np.sort(rest[:last])
+    parts = corpus, np.sort(source), np.sort(validation), np.sort(rest[:last])
     tell(corpus, N - sum(map(len, parts[1:])))
     return parts
 
@@ -452,20 +452,20 @@ def _crops(corpus: Corpus, held_out: int, seed: int, instead: str) -> Parts:
     order = np.random.default_rng(seed).permutation(len(far) * len(corpus))
     held = min(held_out, max(1, len(order) // 2))
     source, others = cut(near), cut(far)
-    choosing, reporting = order[:held], order[held : 2 * held]
-    if len(reporting) == 0:
-        reporting = choosing
+    validation, test = order[:held], order[held : 2 * held]
+    if len(test) == 0:
+        test = validation
     crops = Corpus(np.stack(source + others), name=f"crops of {corpus.name}")
     n = len(source)
-    held_crops = n + np.unique(np.concatenate([choosing, reporting]))
+    held_crops = n + np.unique(np.concatenate([validation, test]))
     different = without_copies(crops, held_crops, np.arange(n))
     if len(different) == 0:
-        raise NothingDiffers(
+        raise NothingDiffersError(
             f"every region of the {H} x {W} picture is a copy of one that would be held out: "
             f"{instead}"
         )
     tell(crops, n - len(different))
-    return crops, different, n + choosing, n + reporting
+    return crops, different, n + validation, n + test
 
 
 def automatic_locality(machine: Calibrated) -> LevelSchedule:
@@ -479,7 +479,7 @@ def automatic_locality(machine: Calibrated) -> LevelSchedule:
     values = spread_candidates(machine, _crop_side(H, W) if N < 3 else None)
     try:
         return _automatic(machine, setting.replace("_", " ") + "s", values, (0.0,)).locality
-    except NothingDiffers:  # as of one image
+    except NothingDiffersError:  # as of one image
         return LOCALITIES[setting].constant(values[0])
 
 

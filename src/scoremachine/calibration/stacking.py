@@ -1,6 +1,6 @@
 """Weights of machines that are mixed: ridge least squares on images that were held out.
 
-At a noise level, the machines' answers D_1 ... D_M to noised held-out pictures, and these pictures
+At a noise level, the machines' D_1 ... D_M to noised held-out pictures, and these pictures
 y themselves, are regressed on the clean ones, with weights that add up to 1. The penalty pulls
 towards the machine that is best by itself, as hard as costs no more than a standard error on
 pictures left out one at a time, so that a composite of machines that have nothing to add to it *is*
@@ -23,7 +23,7 @@ from scoremachine.calibration.heldout import (
     TOWARDS,
     TOWARDS_SIGMAS,
     Calibrated,
-    NothingDiffers,
+    NothingDiffersError,
     Parts,
     Pictures,
     Teacher,
@@ -104,7 +104,7 @@ def stack(
             and of those that report (which may be none).
         seed: Of the noise.
         network: Its D is what is regressed on, where given, not the clean picture.
-        beyond: Noise levels above the others, where little tells the machines apart. They keep the
+        beyond: Noise levels above the others, where the machines hardly differ. They keep the
             weights of the highest other one, and what is found is the noisy picture's: next to
             nothing of it, right at a lower level, is much noise there. No errors are reported.
 
@@ -113,7 +113,7 @@ def stack(
     """
     if len(beyond) and (len(sigmas) == 0 or min(beyond) <= max(sigmas)):
         raise ValueError(f"beyond is {list(beyond)}; expected noise levels above all others")
-    corpus, source, choosing, _ = parts
+    corpus, source, validation, _ = parts
     machine = machine.clone_with(corpus)  # type: ignore[assignment]
     levels = np.sort(np.asarray([*sigmas, *beyond], dtype=float))[::-1]
     of = {label: member.settings() for label, member in machine.members.items()}
@@ -132,7 +132,7 @@ def stack(
             return Stacking(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             path.unlink(missing_ok=True)
-    chooser, reporter = held_out_pictures(parts, seed)
+    validating, testing = held_out_pictures(parts, seed)
 
     def both(pictures: Pictures, sigma: float) -> tuple[np.ndarray, np.ndarray]:
         """D_1 ... D_M and y, (M + 1, R, n), and what they should be, (R, n)."""
@@ -140,11 +140,11 @@ def stack(
         y, level = x + sigma * eps, torch.full((len(x),), sigma, dtype=torch.float64)
         with torch.no_grad():
             target = x if network is None else network.denoise(y, sigma)
-            answers = machine.each(y, level, source, level)
-        return torch.stack([*answers, y]).flatten(2).numpy(), target.flatten(1).numpy()
+            members = machine.each(y, level, source, level)
+        return torch.stack([*members, y]).flatten(2).numpy(), target.flatten(1).numpy()
 
     def measured(sigma: float) -> dict[str, Any]:
-        Z, x = both(chooser, sigma)
+        Z, x = both(validating, sigma)
         if sigma in beyond:  # every machine is their mean
             (rest, w_0), ridge = weights_of(np.stack([Z[:-1].mean(0), Z[-1]]), x)
             w = np.append(np.full(len(of), rest / len(of)), w_0)
@@ -152,8 +152,8 @@ def stack(
             w, ridge = weights_of(Z, x)
         found: dict[str, Any] = {"weights": w[:-1].tolist(), "ridges": ridge}
         found |= {"errors": [], "member_errors": [[] for _ in of]}
-        if len(reporter[0]) and sigma not in beyond:
-            Z, x = both(reporter, sigma)
+        if len(testing[0]) and sigma not in beyond:
+            Z, x = both(testing, sigma)
             found["errors"] = _squared(np.tensordot(w, Z, 1) - x).tolist()
             found["member_errors"] = _squared(Z[:-1] - x).tolist()
         return found
@@ -169,7 +169,7 @@ def stack(
         machines=list(of),
         sigmas=levels.tolist(),
         source=len(source),
-        held_out=len(choosing),
+        held_out=len(validation),
         **{column: [row[column] for row in rows] for column in columns},
     )
     keep_text(path, json.dumps(asdict(found)))
@@ -193,9 +193,11 @@ def with_calibrated(
 
 
 def weights_of(Z: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights (M + 1,) that add up to 1, of answers Z (M + 1, R, n) to pictures x; the penalty.
+    """Weights (M + 1,) that add up to 1, of D_1 ... D_M and y, which are Z; the penalty.
 
-    With the best answer Z_b, w minimizes |x - Z_b - sum_m w_m (Z_m - Z_b)|^2 + lambda sum_m w_m^2
+    Z is (M + 1, R, n), and what it should be x (R, n).
+
+    With the best Z_b, w minimizes |x - Z_b - sum_m w_m (Z_m - Z_b)|^2 + lambda sum_m w_m^2
     |Z_m - Z_b|^2. lambda, which may be infinite, is the largest whose error on pictures left out
     one at a time is within one standard error of the least (paired, over pictures).
     """
@@ -241,10 +243,10 @@ def automatic_weights(machine: Mixed) -> WeightSchedule:
     )
     nobody = np.zeros(0, dtype=np.int64)
     try:
-        corpus, source, choosing, _ = split(subset, HELD_OUT, seed=0, reporting=1)
-    except NothingDiffers:
+        corpus, source, validation, _ = split(subset, HELD_OUT, seed=0, test=1)
+    except NothingDiffersError:
         return WeightSchedule([1.0], [[1 / M] * M], name="equal")
-    return stack(machine, AUTO_SIGMAS, (corpus, source, choosing, nobody), beyond=BEYOND).schedule
+    return stack(machine, AUTO_SIGMAS, (corpus, source, validation, nobody), beyond=BEYOND).schedule
 
 
 def weights_towards(network: Teacher, machine: Mixed, corpus: Corpus) -> WeightSchedule:

@@ -82,14 +82,14 @@ def ablation(
         ValueError: For a machine without boxes, or a set of fewer than 3 images.
     """
     check_integer("held_out", held_out)
-    entered = [(text, *spelled(text)) for text in machines]
-    for text, name, _ in entered:
+    specs = [(text, *spelled(text)) for text in machines]
+    for text, name, _ in specs:
         if not issubclass(kind_of(name), BoxMachine):
             raise ValueError(f"{text} has no boxes to change the size of; use ls, els or pspc")
     trials = []
     with bar("Ablating", total=len(corpora) * len(machines) * len(sigmas)) as progress:
         for corpus in corpora:
-            for text, name, settings in entered:
+            for text, name, settings in specs:
                 machine = build(name, corpus, **settings)
                 assert isinstance(machine, BoxMachine)
                 values = [
@@ -110,8 +110,8 @@ def _trials(
 ) -> list[Trial]:
     """The trials of a machine, at all noise levels and patch sizes."""
     corpus = machine.corpus
-    _, index, _, reporting = split(corpus, 1, seed, reporting=held_out)
-    (x, eps), _ = held_out_pictures((corpus, index, reporting, reporting[:0]), seed)
+    _, index, _, test = split(corpus, 1, seed, test=held_out)
+    (x, eps), _ = held_out_pictures((corpus, index, test, test[:0]), seed)
 
     def measured(sigma: float) -> dict[str, Any]:
         levels = torch.full((len(x),), sigma, dtype=torch.float64)

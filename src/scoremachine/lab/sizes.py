@@ -102,7 +102,7 @@ def sizes(
     if not kind.accepts_mixtures:
         raise ValueError(f"a mixture is the source of ideal, ls and els, not of {kind.name}")
     levels = np.sort(np.asarray(edm_sigmas() if sigmas is None else sigmas, dtype=float))[::-1]
-    _, others, _, reporting = split(corpus, 1, seed, reporting=held_out)
+    _, others, _, test = split(corpus, 1, seed, test=held_out)
     source = corpus.subset(fewer(kind.name, others))
     exact = build(machine, source, **settings)
     exact.prepare()
@@ -115,7 +115,7 @@ def sizes(
     asked = [s for s in asked if s not in small]
     if not asked:
         raise ValueError(f"no size is left to measure: one cluster takes {least:,} bytes")
-    pictures, _ = held_out_pictures((corpus, source.indices(), reporting, reporting[:0]), seed)
+    pictures, _ = held_out_pictures((corpus, source.indices(), test, test[:0]), seed)
     every = ["exact", *map(str, asked)]
 
     def measured(at: float) -> dict[str, Any]:

@@ -89,6 +89,17 @@ def make_folder(folder: Path) -> None:
         raise type(error)(f"the folder {folder} cannot be made: {why}") from None
 
 
+def check_folder(folder: Path) -> None:
+    """OSError where nothing could be written to a folder, before there is anything to write."""
+    place = Path(folder).absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if os.path.lexists(place) and not place.is_dir():
+        raise NotADirectoryError(f"the folder {folder} cannot be made: {place} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text whole."""
     with written(path) as temporary:

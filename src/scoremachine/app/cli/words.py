@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from scoremachine.runtime.files import sentence_of
 from scoremachine.runtime.parsing import any_number, number
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ NetworkName = Annotated[
     str,
     typer.Option(
         "--network",
-        help="One that comes along (mnist-resnet, cifar10-resnet), a folder that scoremachine "
+        help="A bundled one (mnist-resnet, cifar10-resnet), a folder that scoremachine "
         "train wrote, or one of diffusers with safetensors.",
     ),
 ]
@@ -102,9 +103,12 @@ ClassName = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="One seed is one result.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Everywhere = Annotated[
+MaxImagesEls = Annotated[
     int,
-    typer.Option(help="Images, at most, of machines that look at every position (els, es)."),
+    typer.Option(
+        "--max-images-els",
+        help="Images, at most, of machines that look at every position (els, es).",
+    ),
 ]
 Machines = Annotated[
     str,
@@ -125,17 +129,26 @@ ScheduleName = Annotated[
 ]
 
 
+# earlier spellings of options, which are still taken
+EARLIER = {
+    "--beside": "--reference",
+    "--choosing": "--validation",
+    "--everywhere": "--max-images-els",
+    "--reporting": "--test",
+}
 GOES_ON = "the same command goes on after what is finished"
 
 
 @contextmanager
 def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
-    """Ctrl-C ends the block with a sentence and exit code 130."""
+    """Ctrl-C ends the block with a sentence and exit code 130; an OSError hears it too."""
     try:
         yield
     except KeyboardInterrupt:
         print(f"interrupted: {sentence()}", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as error:
+        raise OSError(f"{sentence_of(error)}; {sentence()}") from error
 
 
 def networks_and_corpus(
@@ -246,20 +259,20 @@ def settings_of(
     others: list[str] | None,
     kernel: str,
 ) -> dict[str, Any]:
-    """What was said of a machine, by the names of its arguments."""
-    said = {"boundary": boundary, "window": window, "augment": augment}
+    """What is given of a machine, by the names of its arguments."""
+    given = {"boundary": boundary, "window": window, "augment": augment}
     if patch_size is not None:
-        said["patch_size"] = any_number(patch_size)
+        given["patch_size"] = any_number(patch_size)
     if bandwidth is not None:
-        said["bandwidth"] = number(bandwidth, float, bandwidth)
+        given["bandwidth"] = number(bandwidth, float, bandwidth)
     for name, value in pairs(others):
-        if name in (*said, "patch_size", "bandwidth", "kernel", "schedule"):
+        if name in (*given, "patch_size", "bandwidth", "kernel", "schedule"):
             option = "--" + name.replace("_", "-")
             raise ValueError(
                 f"{name} has an option of its own, {option}: use that instead of --set"
             )
-        said[name] = any_number(value)
-    return {"kernel": kernel} | {name: value for name, value in said.items() if value is not None}
+        given[name] = any_number(value)
+    return {"kernel": kernel} | {name: value for name, value in given.items() if value is not None}
 
 
 def pairs(texts: list[str] | None) -> list[tuple[str, str]]:
