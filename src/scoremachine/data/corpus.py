@@ -178,7 +178,7 @@ class Corpus:
     def _cached(cls, home: Path, key: str, strict: bool) -> Corpus | None:
         """What the cache holds under a key; None if nothing, or nothing whole."""
         try:
-            meta = json.loads((home / "meta.json").read_text())
+            meta = json.loads((home / "meta.json").read_text(encoding="utf-8"))
             shape = tuple(meta["shape"])
             if (home / "images.u8").stat().st_size != np.prod(shape):
                 raise ValueError("the file of pixels has another length")
@@ -443,7 +443,7 @@ def _build(
             "ids": [contents.ids[i] for i in kept],
             "skipped": skipped,
         }
-        (fresh / "meta.json").write_text(json.dumps(meta))
+        (fresh / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 @contextmanager

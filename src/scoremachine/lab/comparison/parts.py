@@ -263,17 +263,17 @@ def compare(
     levels = o.levels()
     for sigma in levels:
         network.time(float(sigma))  # refuses what it does not know
-    network, steps = network.under(o.schedule).on_noise_levels(o.steps)
+    network = network.under(o.schedule)
+    walk = Walk(*network.on_noise_levels(o.steps), o.sampler, o.seed)
     held, source = held_out_and_source([network], corpus, o.pictures, o.seed)
     built = built_machines(machines, source, o.max_images_els, network, corpus)
     if not built:
         raise ValueError("there is no machine to compare with; give at least one")
-    schedule = network.schedule
+    schedule = walk.network.schedule
     built = {label: m.clone_with(m.corpus, schedule=schedule) for label, m in built.items()}
     pieces = Pieces(o.kept, [network.key, corpus.key, o.seed])
-    walk = Walk(schedule, o.sampler, steps, o.seed)
     one = _Comparing(network, built, corpus, pieces, walk)
-    total = len(built) * (len(levels) + steps + 1) + 1
+    total = len(built) * (len(levels) + walk.steps + 1) + 1
     with bar("Comparing", total=total) as progress, torch.no_grad():
         one.progress = progress
         parts = one.forward(levels, held)
@@ -286,7 +286,7 @@ def compare(
         "network": network.name, "network_key": network.key, "card": network.card,
         "machines": {k: m.settings() | {"images": len(m.corpus)} for k, m in built.items()},
         "corpus": corpus.name, "corpus_key": corpus.key, "held_out": held.tolist(),
-        "sigmas": levels.tolist(), "count": o.count, "steps": steps, "seed": o.seed,
+        "sigmas": levels.tolist(), "count": o.count, "steps": walk.steps, "seed": o.seed,
         "sampler": o.sampler, "schedule": name_of(schedule), "versions": versions(),
     }  # fmt: skip
     return Comparison(settings, parts, samples, nearest, distances, path)
@@ -377,12 +377,22 @@ def forward_pictures(corpus: Corpus, held: np.ndarray, seed: int) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class Walk:
-    """How pictures go from noise to a sample: the times of a schedule, a sampler, a seed."""
+    """How pictures go from noise to a sample.
 
-    schedule: Schedule
-    sampler: str
+    Attributes:
+        network: The network, on that part of its schedule that has noise levels.
+        steps, sampler, seed: Of its trajectories, and of the machines'.
+    """
+
+    network: Network
     steps: int
+    sampler: str
     seed: int
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the network and of the machines."""
+        return self.network.schedule
 
     def key(self, count: int) -> list[Any]:
         """What decides the trajectories of so many pictures, as JSON can hold it."""
@@ -429,7 +439,7 @@ class _Comparing:
         w = self.walk
         points = []
         for x_t, D, t in trajectory(
-            self.network, range(count), self.network.shape, w.steps, w.seed, w.sampler, None
+            w.network, range(count), w.network.shape, w.steps, w.seed, w.sampler, None
         ):
             alpha, sigma = w.schedule(torch.tensor(t, dtype=torch.float64))
             points.append((x_t / float(alpha), D.float(), float(sigma / alpha)))
@@ -452,7 +462,7 @@ class _Comparing:
 
     def samples(self, count: int) -> tuple[list[Part], dict[str, np.ndarray]]:
         """Everybody's own trajectory from the same noise."""
-        samples = {"network": self._samples("network", self.network, count)}
+        samples = {"network": self._samples("network", self.walk.network, count)}
         parts = []
         for label, machine in self.machines.items():
             samples[label] = self._samples(label, machine, count)
