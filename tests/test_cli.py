@@ -321,7 +321,7 @@ def test_denoising_error_writes_table_csv_and_plot(inside, tmp_path):
     assert "pspc (published: 3)" in done.stdout
     lines = (tmp_path / "denoising-error.csv").read_text().splitlines()
     assert len(lines) == 1 + 2 * 5
-    assert lines[0].startswith("machine,way,images,held_out,sigma,")
+    assert lines[0].startswith("machine,choice,images,held_out,sigma,")
     assert all(line.count(",") == lines[0].count(",") for line in lines)
     assert Image.open(tmp_path / "denoising-error.png").size[0] > 500
     report = (tmp_path / "denoising-error.md").read_text()
@@ -592,6 +592,9 @@ def test_ablation_measures_sizes_of_patches_by_kind_and_resolution(inside, tmp_p
     text = (tmp_path / "ablation.md").read_text()
     assert text.count("## ") == 4
     assert "texture/brick, 12 x 12" in text
+    assert "digits, upsampled from 8 x 8, 12 x 12" in text
+    assert "digits, 8 x 8" in text
+    assert "upsampled from 8 x 8 to 12 x 12: more pixels, and no more detail" in done.stderr
     assert {"ablation.md", "ablation.json", "ablation.png"} == {p.name for p in tmp_path.iterdir()}
     for words, says in (
         (["--machine", "pca"], "pca has no boxes to change the size of"),

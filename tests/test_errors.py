@@ -44,7 +44,7 @@ def test_errors_are_those_of_each_machine_on_the_same_held_out_pictures():
     found = denoising_errors(
         corpus, ["ideal", "ls"], [0.3], validation=4, test=8, published=[("ls", 5)]
     )
-    assert [e.way for e in found] == ["", "h", "calibrated", "calibrated, h", "published: 5"]
+    assert [e.choice for e in found] == ["", "h", "calibrated", "calibrated, h", "published: 5"]
     _, source, choosing, reporting = split(corpus, 4, seed=0, test=8)
     assert [e.images for e in found] == [len(source)] * 5
     generator = torch.Generator().manual_seed(0)

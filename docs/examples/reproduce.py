@@ -117,7 +117,7 @@ def write_docs(pages: list[tuple[str, sm.Comparison, Path]], out: Path) -> None:
             report.markdown(found),
         ]
         (ROOT / "docs" / f"against-{name}.md").write_text("\n".join(lines).rstrip() + "\n")
-        for picture in ("samples", "compare", "way"):
+        for picture in ("samples", "compare", "trajectory"):
             to = ROOT / "docs" / "pictures" / f"{name}-{picture}.png"
             shutil.copy(folder / f"{picture}.png", to)
             if to.stat().st_size > 250_000:

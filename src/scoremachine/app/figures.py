@@ -244,7 +244,7 @@ def save_errors(all_errors: list[Errors], path: Path) -> None:
     colours = dict(zip(names, colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
     best = np.min([e.mean for e in all_errors], axis=0)
     for e in all_errors:
-        style = ":" if e.way.startswith("published") else "-" if e.with_bandwidth else "--"
+        style = ":" if e.choice.startswith("published") else "-" if e.with_bandwidth else "--"
         for axes, scale in ((left, 1.0), (right, best)):
             low, high = (bound / scale for bound in e.interval())
             line = {"color": colours[e.machine], "lw": 1.3, "ls": style}

@@ -249,8 +249,8 @@ def _caption(found: Comparison, part: str) -> str:
     )
     if part == "samples":
         return (
-            f"{n} pictures; {marks}. To nearest image: root mean square; a shift of two pixels "
-            "alone makes it about 0.37, so that a large one is no evidence of novelty by itself."
+            f"{n} pictures; {marks}. To nearest image: root mean square, no evidence of novelty by "
+            "itself, for it misses shifts: by two pixels each way it is 0.36 on CIFAR-10, 0.80 on MNIST."
         )
     return f"R² of D with the network's by noise level, {n} pictures; {marks}."
 

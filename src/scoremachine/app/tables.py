@@ -178,22 +178,22 @@ def print_sensitivities(found: list[Sensitivity], sizes: dict[str, list[Any]]) -
 
 
 def errors_csv(found: list[Errors]) -> str:
-    """A line per machine, way and noise level: the mean error and its 95% interval."""
-    lines = ["machine,way,images,held_out,sigma,locality,bandwidth,error,low,high,best_or_tied"]
+    """A line per machine, choice and noise level: the mean error and its 95% interval."""
+    lines = ["machine,choice,images,held_out,sigma,locality,bandwidth,error,low,high,best_or_tied"]
     for e, tied in zip(found, ties(found), strict=True):
         low, high = e.interval()
         for k, sigma in enumerate(e.sigmas):
             value = e.values[k] if e.values else ""
             numbers = f"{e.mean[k]:.6g},{low[k]:.6g},{high[k]:.6g},{int(tied[k])}"
             lines.append(
-                f"{e.machine},{_way(e)},{e.images},{e.errors.shape[1]},{sigma:.6g},{value},"
+                f"{e.machine},{_choice(e)},{e.images},{e.errors.shape[1]},{sigma:.6g},{value},"
                 f"{e.bandwidths[k]:g},{numbers}"
             )
     return "\n".join(lines) + "\n"
 
 
 def print_errors(found: list[Errors]) -> None:
-    """Prints a row per machine and way, a column per noise level; the best and ties are marked."""
+    """Prints a row per machine and choice, a column per noise level; the best and ties are marked."""
     from rich.table import Table
 
     table = Table(
@@ -269,13 +269,13 @@ def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _name(e: Errors) -> str:
-    """Machine and way, as in `ls`, calibrated and h."""
-    return f"`{e.machine}`" + (f", {_way(e)}" if e.way else "")
+    """Machine and choice, as in `ls`, calibrated and h."""
+    return f"`{e.machine}`" + (f", {_choice(e)}" if e.choice else "")
 
 
-def _way(e: Errors) -> str:
-    """The way without a comma, as in calibrated and h."""
-    return e.way.replace(",", " and")
+def _choice(e: Errors) -> str:
+    """The choice without a comma, as in calibrated and h."""
+    return e.choice.replace(",", " and")
 
 
 def _short(value: Any) -> str:

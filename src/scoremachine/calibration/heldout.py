@@ -39,7 +39,7 @@ TOWARDS_SIGMAS = tuple(float(s) for s in np.geomspace(0.05, 20.0, 16))
 BUDGET = 1e10  # logits of an automatic calibration: half a minute; a quarter as dear each in ELS
 TOWARDS = 4  # times that for a choice towards a network, which is measured by it
 CROPS = 96  # at most, of one picture
-LAYOUT = 3  # of the files beside the corpus
+LAYOUT = 3  # of the files in the cache of the corpus
 
 
 class NothingDiffersError(ValueError):

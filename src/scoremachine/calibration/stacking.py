@@ -40,7 +40,7 @@ from scoremachine.data.corpus import Corpus
 from scoremachine.runtime.files import keep_text
 from scoremachine.runtime.progress import bar, say
 
-LAYOUT = 3  # of the files beside the corpus
+LAYOUT = 3  # of the files in the cache of the corpus
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # penalties, in units of each difference's own square
 HELD_OUT = 16  # pictures that "auto" weights are chosen on
 BEYOND = (60.0, 200.0, 1000.0)  # noise levels at which only y is weighed

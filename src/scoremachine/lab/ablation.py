@@ -1,4 +1,4 @@
-"""Patch size and composition by resolution and kind of picture: error, and how many sources speak.
+"""Patch size and composition by resolution and kind of picture: error, and effective number of sources.
 
 A box answers for its middle pixel (`ls`) or for all of itself, and then overlapping boxes are
 averaged (`pspc`); it ends sharply or fades out (`+gaussian`).
@@ -24,7 +24,7 @@ from scoremachine.machines import BoxMachine, build, kind_of, spelled
 from scoremachine.runtime.progress import Bar, bar
 from scoremachine.runtime.validation import check_integer
 
-LAYOUT = 2  # of the files beside the corpus
+LAYOUT = 2  # of the files in the cache of the corpus
 VARIANTS = ("ls", "ls+gaussian", "pspc", "pspc+gaussian")
 LEVELS = (5.0, 2.0, 1.0, 0.5, 0.2)
 
@@ -67,7 +67,7 @@ def ablation(
 ) -> list[Trial]:
     """Measures machines of boxes at every patch size, on several sets of images.
 
-    What is finished is kept beside the corpora.
+    What is finished is kept in the cache of the corpora.
 
     Arguments:
         corpora: The sets.
@@ -127,7 +127,16 @@ def _trials(
     path = corpus.record_path("ablation", what)
     rows = kept_by_level(path, np.asarray(sigmas), measured, "effective", progress, 1)
     return [
-        Trial(corpus.name, corpus.shape, len(index), text, P, float(sigma), np.array(errors), spoke)
+        Trial(
+            corpus.name,
+            corpus.shape,
+            len(index),
+            text,
+            P,
+            float(sigma),
+            np.array(errors),
+            effective,
+        )
         for sigma, row in zip(sigmas, rows, strict=True)
-        for P, errors, spoke in zip(patch_sizes, row["errors"], row["effective"], strict=True)
+        for P, errors, effective in zip(patch_sizes, row["errors"], row["effective"], strict=True)
     ]

@@ -24,11 +24,11 @@ DRAWS = 2000  # of a bootstrap
 
 @dataclass
 class Errors:
-    """Denoising errors of one way to set a machine up, mean squared, in units of x in [-1, 1].
+    """Denoising errors of a machine, its settings chosen in one manner, mean squared, in units of x in [-1, 1].
 
     Attributes:
         machine: The machine's name.
-        way: How its locality was chosen: "published: NAME", "calibrated", "calibrated, h", or ""
+        choice: How its locality was chosen: "published: NAME", "calibrated", "calibrated, h", or ""
             where it has none.
         images: How many images it was made of.
         sigmas: The K noise levels, falling.
@@ -38,7 +38,7 @@ class Errors:
     """
 
     machine: str
-    way: str
+    choice: str
     images: int
     sigmas: list[float]
     errors: np.ndarray
@@ -47,13 +47,13 @@ class Errors:
 
     @property
     def label(self) -> str:
-        """Machine and way, for a legend."""
-        return f"{self.machine} ({self.way})" if self.way else self.machine
+        """Machine and choice, for a legend."""
+        return f"{self.machine} ({self.choice})" if self.choice else self.machine
 
     @property
     def with_bandwidth(self) -> bool:
         """Whether its bandwidth was chosen too."""
-        return self.way.split(", ")[-1] == "h"
+        return self.choice.split(", ")[-1] == "h"
 
     @property
     def mean(self) -> np.ndarray:
@@ -67,19 +67,19 @@ class Errors:
 
 
 def _resampled(errors: np.ndarray) -> np.ndarray:
-    """Means over images drawn again, the same draws for everyone: (K, DRAWS)."""
+    """Means over resampled images, the same ones for everyone: (K, DRAWS)."""
     R = errors.shape[1]
     draws = np.random.default_rng(0).integers(0, R, (DRAWS, R))
     return errors[:, draws].mean(2)
 
 
 def ties(all_errors: Sequence[Errors]) -> np.ndarray:
-    """(ways, K): whether a way is the best at a level, or within the noise of the images of it."""
+    """(entries, K): whether one is the best at a level, or within the noise of the images of it."""
     return best_or_tied(np.stack([e.errors for e in all_errors]))
 
 
 def best_or_tied(errors: np.ndarray) -> np.ndarray:
-    """(ways, K) of errors (ways, K, R): whether one is the least, or not statistically
+    """(entries, K) of errors (entries, K, R): whether one is the least, or not statistically
     distinguishable from it.
 
     The 95% bootstrap interval of the paired difference to the best, over the R pictures, holds 0.
@@ -134,7 +134,7 @@ def denoising_errors(
     """Measures machines on the same held-out images with the same noise.
 
     Every machine is measured with its locality calibrated (on other held-out images), and again
-    with its bandwidth calibrated too. What is measured is kept beside the corpus, level by level.
+    with its bandwidth calibrated too. What is measured is kept in the cache of the corpus, level by level.
 
     Arguments:
         corpus: The images; those held out are no source. `els` takes 1,000 of the others.
@@ -184,17 +184,17 @@ def _calibrated(
 ) -> list[Errors]:
     values = spread_candidates(machine)
     c = calibrate(machine, sigmas, validation, values, seed=seed, parts=parts)
-    way = "calibrated" if c.chosen else ""
+    choice = "calibrated" if c.chosen else ""
     plain = Errors(
         machine.name,
-        way,
+        choice,
         c.source,
         c.sigmas,
         np.array(c.plain_errors),
         c.chosen,
         [0.0] * len(c.sigmas),
     )
-    with_h = replace(plain, way=f"{way}, h".lstrip(", "), errors=np.array(c.errors))
+    with_h = replace(plain, choice=f"{choice}, h".lstrip(", "), errors=np.array(c.errors))
     return [plain, replace(with_h, bandwidths=c.chosen_bandwidths)]
 
 
@@ -220,9 +220,9 @@ def _published(
 
 
 def _as_it_is(
-    made: Machine, parts: Parts, sigmas: Any, way: str, validation: int, seed: int
+    made: Machine, parts: Parts, sigmas: Any, choice: str, validation: int, seed: int
 ) -> Errors:
     """A machine of which nothing is left to choose."""
     c = calibrate(made, sigmas, validation, (), (), seed, parts)
     nothing = [0.0] * len(c.sigmas)
-    return Errors(made.name, way, c.source, c.sigmas, np.array(c.plain_errors), [], nothing)
+    return Errors(made.name, choice, c.source, c.sigmas, np.array(c.plain_errors), [], nothing)

@@ -23,7 +23,7 @@ from scoremachine.runtime.progress import bar, say
 from scoremachine.runtime.validation import check_integer
 from scoremachine.sources.compression import budget_of, compress, least_bytes
 
-LAYOUT = 4  # of the files beside the corpus
+LAYOUT = 4  # of the files in the cache of the corpus
 SIZES = ("30%", "10%", "3%", "1%", "0.3%", "0.1%", "0.03%", "0.01%")
 WITHIN = 1.05  # times the error of the exact machine, that counts as good
 
@@ -83,7 +83,7 @@ def sizes(
 ) -> Sizes:
     """Measures a machine on held-out images: of all the others, and of mixtures of them.
 
-    What is finished is kept beside the corpus.
+    What is finished is kept in the cache of the corpus.
 
     Arguments:
         corpus: The images.

@@ -92,12 +92,12 @@ def generate(
     from scoremachine.runtime import progress
 
     with progress.quiet(quiet):
-        side, drawn = sizes_of(size)
+        side, canvas = sizes_of(size)
         corpus = corpus_of(data, side, grayscale, limit, strict)
         settings = settings_of(patch_size, bandwidth, boundary, window, augment, others, kernel)
         built = machine_of(machine, corpus, schedule, settings)
         options = RunOptions(
-            count, steps, seed, sampler, schedule, label, batch, trajectory, start, drawn, process
+            count, steps, seed, sampler, schedule, label, batch, trajectory, start, canvas, process
         )
         run = Run(out, built, options)
         with interruptible(

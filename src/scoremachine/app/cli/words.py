@@ -12,6 +12,7 @@ import typer
 
 from scoremachine.runtime.files import sentence_of
 from scoremachine.runtime.parsing import any_number, number
+from scoremachine.runtime.progress import say
 
 if TYPE_CHECKING:
     from scoremachine.data.corpus import Corpus
@@ -166,11 +167,11 @@ def networks_and_corpus(
 
 
 def sizes_of(text: str | None) -> tuple[int | None, tuple[int, int] | None]:
-    """The images' side, and height and width of the pictures to draw, where they are said."""
-    side, drawn = None, None
+    """The images' side, and height and width of the pictures to draw, where given."""
+    side, canvas = None, None
     for part in parts_of(text):
         numbers = [number(word, int, 0) for word in part.split("x")]
-        if len(numbers) > 2 or min(numbers) < 1 or (side if len(numbers) == 1 else drawn):
+        if len(numbers) > 2 or min(numbers) < 1 or (side if len(numbers) == 1 else canvas):
             raise ValueError(
                 f"size is {text!r}; expected the images' side, as 32, or the size of the pictures "
                 "to draw, as 128x256, or both, as 32,128x256"
@@ -178,8 +179,8 @@ def sizes_of(text: str | None) -> tuple[int | None, tuple[int, int] | None]:
         if len(numbers) == 1:
             side = numbers[0]
         else:
-            drawn = numbers[0], numbers[1]
-    return side, drawn
+            canvas = numbers[0], numbers[1]
+    return side, canvas
 
 
 def parts_of(text: str | None) -> list[str]:
@@ -223,16 +224,24 @@ def corpus_of(
 def resized(
     data: str, side: int | None, grayscale: bool, limit: int | None, strict: bool
 ) -> Corpus:
-    """Images at a side, if one is said: crops of fewer than three, all resized elsewhere."""
+    """Images at a side, if one is given: crops of fewer than three, all resized elsewhere.
+
+    Those that are made larger have it in their name, and it is said.
+    """
     if side is None:
         return corpus_of(data, None, grayscale, limit, strict)
     try:
         corpus = corpus_of(data, None, grayscale, limit, strict)
-    except ValueError:  # of several sizes, or nothing at all, which is said below
+    except ValueError:  # of several sizes, or nothing at all: the next line says which
         return corpus_of(data, side, grayscale, limit, strict)
-    if len(corpus) < 3 and min(corpus.shape[1:]) > side:
+    H, W = corpus.shape[1:]
+    if len(corpus) < 3 and min(H, W) > side:
         return corpus.crops(side)
-    return corpus_of(data, side, grayscale, limit, strict)
+    found = corpus_of(data, side, grayscale, limit, strict)
+    if min(H, W) < side:
+        found.name += f", upsampled from {H} x {W}"
+        say(f"{found.name} to {side} x {side}: more pixels, and no more detail")
+    return found
 
 
 def machine_of(name: str, corpus: Corpus, schedule: str, settings: dict[str, Any]) -> Any:

@@ -185,7 +185,7 @@ class Run:
         return time.perf_counter() - start
 
     def _frame(self, x_t: Tensor, D: Tensor, t: float, k: int) -> np.ndarray:
-        """x_t, scaled to the variance of noise, beside D: uint8 (C, H, 2 W)."""
+        """x_t, scaled to the variance of noise, next to D: uint8 (C, H, 2 W)."""
         alpha, sigma = self.machine.schedule(torch.tensor(t, dtype=torch.float64))
         scaled = x_t[k] / torch.sqrt(alpha**2 + sigma**2)
         return to_uint8(torch.cat([scaled, D[k]], dim=-1).numpy())

@@ -265,15 +265,15 @@ def memorization(row: Row, reference: Row) -> tuple[float, float, float]:
         The ratio, and its 95% interval by bootstrap over images, paired between the two cells.
     """
     rng = np.random.default_rng(0)
-    logs, drawn = 0.0, np.zeros(DRAWS)
+    logs, resampled = 0.0, np.zeros(DRAWS)
     for name, sign in (("seen", 1), ("unseen", -1)):
         a, b = np.asarray(getattr(row, name)), np.asarray(getattr(reference, name))
         n = min(len(a), len(b))
         a, b = a[:n], b[:n]
         some = rng.integers(0, n, (DRAWS, n))
         logs += sign * float(np.log(a.mean() / b.mean()))
-        drawn += sign * np.log(a[some].mean(1) / b[some].mean(1))
-    low, high = np.quantile(drawn, [0.025, 0.975])
+        resampled += sign * np.log(a[some].mean(1) / b[some].mean(1))
+    low, high = np.quantile(resampled, [0.025, 0.975])
     return math.exp(logs), math.exp(low), math.exp(high)
 
 

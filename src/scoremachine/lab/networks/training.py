@@ -193,8 +193,8 @@ def train(
     """Trains a small reference network on a corpus.
 
     It minimises the mean squared error of D, weighted as in EDM (Karras et al. 2206.00364), at
-    times that fall evenly on azula's CosineSchedule, and gives the average of the weights on the
-    way (Karras et al. 2312.02696). Everything drawn at step k comes from (seed, k), so an
+    times that fall evenly on azula's CosineSchedule, and gives the average of the weights so
+    far (Karras et al. 2312.02696). Everything sampled at step k comes from (seed, k), so an
     interrupted training that goes on ends bit for bit as one that was not, on a CPU.
 
     Arguments:
@@ -318,7 +318,7 @@ def _whole() -> Iterator[None]:
 
 
 def _step(state: State, how: Training, corpus: Corpus, seen: np.ndarray) -> Tensor:
-    """One step; all that is drawn comes from (seed, step)."""
+    """One step; all that is sampled comes from (seed, step)."""
     words = np.random.SeedSequence([how.seed, state.step]).generate_state(2, np.uint64)
     picks = seen[np.random.default_rng(words[0]).integers(0, len(seen), how.batch)]
     x = torch.from_numpy(np.array(corpus.images[picks])).to(how.device).float() / 127.5 - 1
