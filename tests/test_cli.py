@@ -604,3 +604,112 @@ def test_ablation_measures_sizes_of_patches_by_kind_and_resolution(inside, tmp_p
         done = inside("ablation", "--data", "digits", "--limit", 20, "--out", tmp_path, *words)
         assert done.returncode == 2
         assert says in done.stderr
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_where_the_locale_is_ascii_results_are_written_and_printed(tmp_path):
+    done = run(
+        "calibrate", "--data", "digits", "--limit", 100, "--held-out", 2, "--steps", 2,
+        "--out", tmp_path, "--quiet", env={**os.environ, **ASCII},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"calibration.json", "calibration.png"}
+    assert "0.0" in done.stdout
+    assert "±" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        # files are there before the first word is printed, which may fail
+        ["calibrate", "--machine", "ls", "--held-out", "2", "--steps", "2"],
+        ["calibrate", "--machine", "composite", "--set", "of=ideal,gaussian", "--steps", "2"],
+        ["denoising-error", "--machines", "gaussian", "--validation", "2", "--test", "2",
+         "--steps", "2"],
+        ["compress", "--machine", "ideal", "--sizes", "4", "--held-out", "2", "--steps", "2"],
+        ["ablation", "--machine", "ls", "--sigmas", "1", "--held-out", "2"],
+    ],
+)  # fmt: skip
+def test_results_are_written_before_they_are_printed(inside, tmp_path, monkeypatch, found):
+    def refuse(*_, **__):
+        raise ValueError("printing ended")
+
+    monkeypatch.setattr("scoremachine.app.tables.show", refuse)
+    monkeypatch.setattr("rich.console.Console.print", refuse)
+    monkeypatch.setattr("scoremachine.app.runs.machines.print", refuse, raising=False)
+    done = inside(*found, "--data", "digits", "--limit", 40, "--out", tmp_path)
+    assert "printing ended" in done.stderr
+    assert len(list(tmp_path.iterdir())) >= 2
+
+
+def test_earlier_spellings_are_taken_and_not_shown(inside, tmp_path):
+    assert cli.current("--everywhere=7") == "--max-images-els=7"
+    assert cli.current("--count=7") == "--count=7"
+    words = ["--data", "digits", "--limit", 30, "--steps", 1, "--machines", "gaussian"]
+    done = inside("denoising-error", *words, "--choosing", 2, "--reporting", 2, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for command in ("calibrate", "denoising-error", "compare"):
+        text = inside(command, "--help").stdout
+        assert not any(option in text for option in cli.EARLIER)
+    assert "--reference" in inside("calibrate", "--help").stdout
+
+
+def test_warnings_of_other_libraries_are_not_for_users(inside, tmp_path, capsys):
+    show = cli._show_warning
+    show("a folder was skipped", UserWarning, cli.__file__, 1)
+    show(
+        "The given NumPy array is not writable, ...undefined behavior", UserWarning, cli.__file__, 1
+    )
+    show("deprecated", DeprecationWarning, np.__file__, 1)
+    assert capsys.readouterr().err == "scoremachine: a folder was skipped\n"
+    images = np.random.default_rng(0).integers(0, 256, (60, 6, 6), dtype=np.uint8)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for k, image in enumerate(images):  # mapped from the cache, so that they are read-only
+        Image.fromarray(image).save(folder / f"{k}.png")
+    done = inside(
+        "compress", "--data", folder, "--machine", "ideal", "--sizes", "4", "--held-out", 2,
+        "--steps", 1, "--out", tmp_path / "out", "--quiet",
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_an_index_of_patches_as_large_as_the_images_is_none(inside):
+    done = inside("index", "--data", "digits", "--limit", 20, "--patch-size", 7)
+    assert done.returncode == 0, done.stderr
+    done = inside("index", "--data", "faces", "--limit", 20, "--patch-size", 25)
+    assert done.returncode == 0, done.stderr
+    assert "25 x 25: no index, as every patch is compared directly" in done.stdout
+
+
+def test_a_full_disk_says_where_and_how_to_go_on(inside, tmp_path, monkeypatch):
+    import errno
+
+    from scoremachine.runtime import files
+
+    make = files.tempfile.mkstemp
+
+    def full(*words, **settings):
+        if "samples" in settings["prefix"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return make(*words, **settings)
+
+    monkeypatch.setattr(files.tempfile, "mkstemp", full)
+    done = generate(inside, tmp_path / "run")
+    assert done.returncode == 2
+    assert f"{tmp_path / 'run' / 'samples.npz'} cannot be read or written" in done.stderr
+    assert "no space left on device" in done.stderr
+    assert "the same command with --resume goes on" in done.stderr
+    assert "Errno" not in done.stderr
+    monkeypatch.undo()
+
+
+def test_a_heat_run_is_not_taken_for_an_ordinary_one(inside, tmp_path):
+    done = generate(inside, tmp_path, "--process", "heat")
+    assert done.returncode == 0, done.stderr
+    done = generate(inside, tmp_path, "--resume")
+    assert done.returncode == 2
+    assert "another process" in done.stderr

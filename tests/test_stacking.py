@@ -290,7 +290,7 @@ def test_its_denoising_error_is_measured_with_calibrated_machines():
     corpus = stripes(60, 7)
     found = denoising_errors(corpus, ["gaussian", "ls", "composite"], [0.3], 4, 8)
     mixed = found[-1]
-    assert (mixed.machine, mixed.way) == ("composite", "")
+    assert (mixed.machine, mixed.choice) == ("composite", "")
     assert mixed.errors.shape == (1, 8)
 
 

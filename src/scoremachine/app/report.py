@@ -249,8 +249,9 @@ def _caption(found: Comparison, part: str) -> str:
     )
     if part == "samples":
         return (
-            f"{n} pictures; {marks}. To nearest image: root mean square, no evidence of novelty by "
-            "itself, for it misses shifts: by two pixels each way it is 0.36 on CIFAR-10, 0.80 on MNIST."
+            f"{n} pictures; {marks}. To nearest image: root mean square, which is no evidence of "
+            "novelty by itself, as it misses shifts: a copy shifted by two pixels each way is 0.36 "
+            "away on CIFAR-10, and 0.80 on MNIST."
         )
     return f"R² of D with the network's by noise level, {n} pictures; {marks}."
 

@@ -193,7 +193,7 @@ def errors_csv(found: list[Errors]) -> str:
 
 
 def print_errors(found: list[Errors]) -> None:
-    """Prints a row per machine and choice, a column per noise level; the best and ties are marked."""
+    """Prints a row per machine and choice, a column per noise level, the best and ties marked."""
     from rich.table import Table
 
     table = Table(

@@ -1,4 +1,4 @@
-"""Patch size and composition by resolution and kind of picture: error, and effective number of sources.
+"""Patch size and composition by resolution and kind of picture: error and effective sources.
 
 A box answers for its middle pixel (`ls`) or for all of itself, and then overlapping boxes are
 averaged (`pspc`); it ends sharply or fades out (`+gaussian`).

@@ -24,7 +24,9 @@ DRAWS = 2000  # of a bootstrap
 
 @dataclass
 class Errors:
-    """Denoising errors of a machine, its settings chosen in one manner, mean squared, in units of x in [-1, 1].
+    """Denoising errors of a machine with its settings chosen in one manner.
+
+    Mean squared, in units of x in [-1, 1].
 
     Attributes:
         machine: The machine's name.
@@ -134,7 +136,8 @@ def denoising_errors(
     """Measures machines on the same held-out images with the same noise.
 
     Every machine is measured with its locality calibrated (on other held-out images), and again
-    with its bandwidth calibrated too. What is measured is kept in the cache of the corpus, level by level.
+    with its bandwidth calibrated too. What is measured is kept in the cache of the corpus, level by
+    level.
 
     Arguments:
         corpus: The images; those held out are no source. `els` takes 1,000 of the others.
