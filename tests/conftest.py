@@ -45,6 +45,12 @@ def cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    """What one test was told is said again in the next."""
+    monkeypatch.setattr("scoremachine.runtime.progress._said", set())
+
+
 @pytest.fixture(params=["numba", "torch"])
 def kernel(request):
     return request.param

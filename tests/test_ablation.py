@@ -18,7 +18,7 @@ def test_trials_are_what_machines_say_by_themselves():
     assert len(trials) == 2 * 2 * (3 + 2)
     for trial in trials:
         corpus = corpora[trial.shape[0] == 3]
-        _, index, _, reporting = split(corpus, 1, 0, reporting=4)
+        _, index, _, reporting = split(corpus, 1, 0, test=4)
         (x, eps), _ = held_out_pictures((corpus, index, reporting, reporting[:0]), 0)
         name, _, window = trial.machine.partition("+")
         m = sm.build(

@@ -13,7 +13,7 @@ import scoremachine as sm
 from conftest import random_corpus
 from scoremachine.calibration import heldout as calibration
 from scoremachine.calibration.heldout import Exchange, parts_for, split
-from scoremachine.lab.comparison.parts import entered
+from scoremachine.lab.comparison.parts import built_machines
 from scoremachine.lab.networks import Network
 
 
@@ -27,7 +27,7 @@ def stripes(N: int, side: int, seed: int = 0) -> sm.Corpus:
 
 def test_held_out_images_are_in_no_source():
     corpus, source, choosing, reporting = split(random_corpus(N=40), 8, seed=0)
-    assert len(source) + len(choosing) + len(reporting) == len(corpus)
+    assert len(source) + len(choosing) + len(reporting) == len(corpus) - 2  # and not their copies
     assert not set(source) & (set(choosing) | set(reporting))
     assert not set(choosing) & set(reporting)
 
@@ -221,15 +221,16 @@ def test_a_size_chosen_towards_a_network_for_a_comparison(tmp_path, monkeypatch)
 
 def test_a_machine_chosen_towards_no_network():
     with pytest.raises(ValueError, match="chosen towards a network, which compare and study do"):
-        entered(["ls:network"], random_corpus(), 10)
+        built_machines(["ls:network"], random_corpus(), 10)
 
 
 def test_calibrate_towards_a_network_prints_what_either_costs(tmp_path):
-    from scoremachine.app.runs import calibrate_corpus
+    from scoremachine.app.runs.machines import CalibrationOptions, calibrate_corpus
 
     corpus = sm.Corpus.open("digits", limit=80)
     network = Network(sm.build("gaussian", corpus), corpus.shape, "wiener")
-    calibrate_corpus(corpus, "ls", 4, 3, 0, None, tmp_path, {}, network)
+    options = CalibrationOptions(held_out=4, steps=3, network=network)
+    calibrate_corpus(corpus, "ls", tmp_path, {}, options)
     kept = json.loads((tmp_path / "calibration.json").read_text())
     assert len(kept["exchange"]["to_network"]) == len(kept["sigmas"])
     assert min(kept["exchange"]["to_network"]) >= 1

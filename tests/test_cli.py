@@ -18,7 +18,7 @@ from PIL import Image
 import scoremachine as sm
 from conftest import random_corpus
 from scoremachine.app import cli
-from scoremachine.app.runs import Run
+from scoremachine.app.runs.generation import Run, RunOptions
 
 
 def run(*words, **options):
@@ -221,7 +221,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, how):
 
 def test_what_a_killed_run_was_writing_is_not_a_finished_picture(tmp_path):
     machine = sm.build("ideal", sm.Corpus.open("digits", limit=20))
-    killed = Run(tmp_path, machine, 4, 2, 0, "ddim", "vp", None, 1, False)
+    killed = Run(tmp_path, machine, RunOptions(count=4, steps=2, batch=1))
     killed.unfinished.mkdir()
     (killed.unfinished / "000000.npz").write_bytes(b"whole")
     (killed.unfinished / ".000001-half.npz").write_bytes(b"")
@@ -319,7 +319,7 @@ def test_denoise_refuses_other_arrays(inside, tmp_path, array, says):
 def test_calibrate_prints_its_table_and_draws_its_curves(tmp_path):
     done = run(
         "calibrate", "--data", "digits", "--limit", 200, "--held-out", 4, "--steps", 3,
-        "--beside", "kamb-mnist-resnet", "--out", tmp_path, env={**os.environ, "COLUMNS": "120"},
+        "--reference", "kamb-mnist-resnet", "--out", tmp_path, env={**os.environ, "COLUMNS": "120"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "kamb-mnist-resnet" in done.stdout
@@ -359,14 +359,14 @@ def test_zoo_draws_every_machine_and_goes_on(inside, tmp_path):
 
 def test_denoising_error_writes_table_csv_and_plot(inside, tmp_path):
     done = inside(
-        "denoising-error", "--data", "digits", "--limit", 60, "--steps", 2, "--choosing", 2,
-        "--reporting", 4, "--machines", "ideal,pspc", "--published", "pspc=3", "--out", tmp_path,
+        "denoising-error", "--data", "digits", "--limit", 60, "--steps", 2, "--validation", 2,
+        "--test", 4, "--machines", "ideal,pspc", "--published", "pspc=3", "--out", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "pspc (published: 3)" in done.stdout
     lines = (tmp_path / "denoising-error.csv").read_text().splitlines()
     assert len(lines) == 1 + 2 * 5
-    assert lines[0].startswith("machine,way,images,held_out,sigma,")
+    assert lines[0].startswith("machine,choice,images,held_out,sigma,")
     assert all(line.count(",") == lines[0].count(",") for line in lines)
     assert Image.open(tmp_path / "denoising-error.png").size[0] > 500
     report = (tmp_path / "denoising-error.md").read_text()
@@ -423,7 +423,7 @@ def test_settings_of_the_machines_are_taken_and_refused(inside, tmp_path, words,
         ("compress", ["--sizes", "1B"], "no size is left to measure: one cluster takes"),
         ("zoo", ["--schedule", "edmm"], "no schedule is called"),
         ("zoo", ["--count", 0], "count is 0"),
-        ("denoising-error", ["--choosing", 0], "choosing is 0"),
+        ("denoising-error", ["--validation", 0], "validation is 0"),
         ("denoising-error", ["--published", "pspc"], "expected NAME=VALUE"),
         ("denoising-error", ["--steps", 0], "steps is 0"),
     ],
@@ -457,13 +457,13 @@ def test_a_network_is_trained_and_compared(inside, tmp_path):
     assert "ls:3" in done.stdout
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
-        "compare.csv", "compare.md", "compare.json", "compare.png", "samples.png", "way.png",
+        "compare.csv", "compare.md", "compare.json", "compare.png", "samples.png", "trajectory.png",
         "report.html",
     }  # fmt: skip
     settings = json.loads((tmp_path / "out" / "compare.json").read_text())["settings"]
     card = json.loads((tmp_path / "network" / "network.json").read_text())
     assert settings["held_out"] == card["training"]["held_out"][:3]
-    for name in ("compare.png", "samples.png", "way.png"):
+    for name in ("compare.png", "samples.png", "trajectory.png"):
         assert Image.open(tmp_path / "out" / name).size[0] > 100
 
 
@@ -473,7 +473,8 @@ def test_an_interrupted_training_is_resumed(inside, tmp_path):
         "--precision", "float32", "--out", str(tmp_path / "n"),
     ]  # fmt: skip
     eager = (
-        "import sys; from scoremachine import cli; from scoremachine.networks import training; "
+        "import sys; from scoremachine.app import cli; "
+        "from scoremachine.lab.networks import training; "
         "training.EVERY = 0.0; sys.argv[0] = 'scoremachine'; cli.main()"
     )  # keeps a checkpoint of every step
     process = started([sys.executable, "-c", eager, *words, "--budget", "1h"])
@@ -636,6 +637,9 @@ def test_ablation_measures_sizes_of_patches_by_kind_and_resolution(inside, tmp_p
     text = (tmp_path / "ablation.md").read_text()
     assert text.count("## ") == 4
     assert "texture/brick, 12 x 12" in text
+    assert "digits, upsampled from 8 x 8, 12 x 12" in text
+    assert "digits, 8 x 8" in text
+    assert "upsampled from 8 x 8 to 12 x 12: more pixels, and no more detail" in done.stderr
     assert {"ablation.md", "ablation.json", "ablation.png"} == {p.name for p in tmp_path.iterdir()}
     for words, says in (
         (["--machine", "pca"], "pca has no boxes to change the size of"),
@@ -645,3 +649,112 @@ def test_ablation_measures_sizes_of_patches_by_kind_and_resolution(inside, tmp_p
         done = inside("ablation", "--data", "digits", "--limit", 20, "--out", tmp_path, *words)
         assert done.returncode == 2
         assert says in done.stderr
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_where_the_locale_is_ascii_results_are_written_and_printed(tmp_path):
+    done = run(
+        "calibrate", "--data", "digits", "--limit", 100, "--held-out", 2, "--steps", 2,
+        "--out", tmp_path, "--quiet", env={**os.environ, **ASCII},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"calibration.json", "calibration.png"}
+    assert "0.0" in done.stdout
+    assert "±" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        # files are there before the first word is printed, which may fail
+        ["calibrate", "--machine", "ls", "--held-out", "2", "--steps", "2"],
+        ["calibrate", "--machine", "composite", "--set", "of=ideal,gaussian", "--steps", "2"],
+        ["denoising-error", "--machines", "gaussian", "--validation", "2", "--test", "2",
+         "--steps", "2"],
+        ["compress", "--machine", "ideal", "--sizes", "4", "--held-out", "2", "--steps", "2"],
+        ["ablation", "--machine", "ls", "--sigmas", "1", "--held-out", "2"],
+    ],
+)  # fmt: skip
+def test_results_are_written_before_they_are_printed(inside, tmp_path, monkeypatch, found):
+    def refuse(*_, **__):
+        raise ValueError("printing ended")
+
+    monkeypatch.setattr("scoremachine.app.tables.show", refuse)
+    monkeypatch.setattr("rich.console.Console.print", refuse)
+    monkeypatch.setattr("scoremachine.app.runs.machines.print", refuse, raising=False)
+    done = inside(*found, "--data", "digits", "--limit", 40, "--out", tmp_path)
+    assert "printing ended" in done.stderr
+    assert len(list(tmp_path.iterdir())) >= 2
+
+
+def test_earlier_spellings_are_taken_and_not_shown(inside, tmp_path):
+    assert cli.current("--everywhere=7") == "--max-images-els=7"
+    assert cli.current("--count=7") == "--count=7"
+    words = ["--data", "digits", "--limit", 30, "--steps", 1, "--machines", "gaussian"]
+    done = inside("denoising-error", *words, "--choosing", 2, "--reporting", 2, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for command in ("calibrate", "denoising-error", "compare"):
+        text = inside(command, "--help").stdout
+        assert not any(option in text for option in cli.EARLIER)
+    assert "--reference" in inside("calibrate", "--help").stdout
+
+
+def test_warnings_of_other_libraries_are_not_for_users(inside, tmp_path, capsys):
+    show = cli._show_warning
+    show("a folder was skipped", UserWarning, cli.__file__, 1)
+    show(
+        "The given NumPy array is not writable, ...undefined behavior", UserWarning, cli.__file__, 1
+    )
+    show("deprecated", DeprecationWarning, np.__file__, 1)
+    assert capsys.readouterr().err == "scoremachine: a folder was skipped\n"
+    images = np.random.default_rng(0).integers(0, 256, (60, 6, 6), dtype=np.uint8)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for k, image in enumerate(images):  # mapped from the cache, so that they are read-only
+        Image.fromarray(image).save(folder / f"{k}.png")
+    done = inside(
+        "compress", "--data", folder, "--machine", "ideal", "--sizes", "4", "--held-out", 2,
+        "--steps", 1, "--out", tmp_path / "out", "--quiet",
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_an_index_of_patches_as_large_as_the_images_is_none(inside):
+    done = inside("index", "--data", "digits", "--limit", 20, "--patch-size", 7)
+    assert done.returncode == 0, done.stderr
+    done = inside("index", "--data", "faces", "--limit", 20, "--patch-size", 25)
+    assert done.returncode == 0, done.stderr
+    assert "25 x 25: no index, as every patch is compared directly" in done.stdout
+
+
+def test_a_full_disk_says_where_and_how_to_go_on(inside, tmp_path, monkeypatch):
+    import errno
+
+    from scoremachine.runtime import files
+
+    make = files.tempfile.mkstemp
+
+    def full(*words, **settings):
+        if "samples" in settings["prefix"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return make(*words, **settings)
+
+    monkeypatch.setattr(files.tempfile, "mkstemp", full)
+    done = generate(inside, tmp_path / "run")
+    assert done.returncode == 2
+    assert f"{tmp_path / 'run' / 'samples.npz'} cannot be read or written" in done.stderr
+    assert "no space left on device" in done.stderr
+    assert "the same command with --resume goes on" in done.stderr
+    assert "Errno" not in done.stderr
+    monkeypatch.undo()
+
+
+def test_a_heat_run_is_not_taken_for_an_ordinary_one(inside, tmp_path):
+    done = generate(inside, tmp_path, "--process", "heat")
+    assert done.returncode == 0, done.stderr
+    done = generate(inside, tmp_path, "--resume")
+    assert done.returncode == 2
+    assert "another process" in done.stderr

@@ -16,7 +16,7 @@ from sklearn.metrics import r2_score
 import scoremachine as sm
 from conftest import random_corpus
 from scoremachine.app import report
-from scoremachine.lab.comparison import Entrant, Summary, agreement, compare, parts, shared_bias
+from scoremachine.lab.comparison import MachineSpec, Summary, agreement, compare, parts, shared_bias
 from scoremachine.lab.networks import Network
 from scoremachine.machines import spelled
 
@@ -123,7 +123,7 @@ def test_images_that_the_network_has_not_seen_are_held_out(corpus):
 def test_what_is_finished_is_not_measured_again(corpus, tmp_path, monkeypatch):
     network = as_network(sm.build("gaussian", corpus))
     calls = []
-    batches = parts.answers
+    batches = parts.denoised
 
     def counted(machine, y, sigma):
         if machine is network:
@@ -133,14 +133,15 @@ def test_what_is_finished_is_not_measured_again(corpus, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return batches(machine, y, sigma)
 
-    monkeypatch.setattr(parts, "answers", counted)
-    ask = [network, ["ls:3"], corpus, [1.0, 0.5, 0.2, 0.1], 4, 1, 2]
+    monkeypatch.setattr(parts, "denoised", counted)
+    ask = [network, ["ls:3"], corpus]
+    how = {"sigmas": [1.0, 0.5, 0.2, 0.1], "pictures": 4, "count": 1, "steps": 2}
     with pytest.raises(KeyboardInterrupt):
-        compare(*ask, kept=tmp_path)
+        compare(*ask, **how, kept=tmp_path)
     before = len(calls)
-    again = compare(*ask, kept=tmp_path)
+    again = compare(*ask, **how, kept=tmp_path)
     assert calls[before : before + 1] == [0.1]  # three levels were finished
-    whole = compare(*ask)
+    whole = compare(*ask, **how)
     for a, b in zip(again.parts, whole.parts, strict=True):
         for name in a.measures:
             assert np.array_equal(a.measures[name], b.measures[name])
@@ -163,18 +164,18 @@ def test_files_hold_every_number_and_the_page_needs_no_other(found, tmp_path):
     assert tables.count("`els:3`") == 3
 
 
-def test_entrants_are_read_from_words():
-    assert Entrant.of("ls").settings == {}
-    assert Entrant.of("ls:7+h").settings == {"patch_size": 7, "bandwidth": "auto"}
-    assert Entrant.of("pspc:pspc-cifar10").settings == {"patch_size": "pspc-cifar10"}
-    assert Entrant.of("pca:0.05").settings == {"threshold": 0.05}
-    assert Entrant.of("cfdm").name == "smoothed"
-    soft = Entrant.of("els:9+gaussian+h")
+def test_machines_are_read_from_words():
+    assert MachineSpec.of("ls").settings == {}
+    assert MachineSpec.of("ls:7+h").settings == {"patch_size": 7, "bandwidth": "auto"}
+    assert MachineSpec.of("pspc:pspc-cifar10").settings == {"patch_size": "pspc-cifar10"}
+    assert MachineSpec.of("pca:0.05").settings == {"threshold": 0.05}
+    assert MachineSpec.of("cfdm").name == "smoothed"
+    soft = MachineSpec.of("els:9+gaussian+h")
     assert soft.settings == {"patch_size": 9, "window": "gaussian", "bandwidth": "auto"}
-    assert Entrant.of("ls:network+wiener").towards
-    assert Entrant.of("ls:network+wiener").settings == {"window": "wiener"}
+    assert MachineSpec.of("ls:network+wiener").towards
+    assert MachineSpec.of("ls:network+wiener").settings == {"window": "wiener"}
     both = {"patch_size": 5, "window": "gaussian", "boundary": "circular"}
-    assert Entrant.of("els:5+gaussian+circular").settings == both
+    assert MachineSpec.of("els:5+gaussian+circular").settings == both
 
 
 def test_what_cannot_work_is_refused_with_a_sentence(corpus):

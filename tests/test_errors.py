@@ -42,10 +42,10 @@ def test_intervals_hold_the_mean():
 def test_errors_are_those_of_each_machine_on_the_same_held_out_pictures():
     corpus = stripes(60, 6)
     found = denoising_errors(
-        corpus, ["ideal", "ls"], [0.3], choosing=4, reporting=8, published=[("ls", 5)]
+        corpus, ["ideal", "ls"], [0.3], validation=4, test=8, published=[("ls", 5)]
     )
-    assert [e.way for e in found] == ["", "h", "calibrated", "calibrated, h", "published: 5"]
-    _, source, choosing, reporting = split(corpus, 4, seed=0, reporting=8)
+    assert [e.choice for e in found] == ["", "h", "calibrated", "calibrated, h", "published: 5"]
+    _, source, choosing, reporting = split(corpus, 4, seed=0, test=8)
     assert [e.images for e in found] == [len(source)] * 5
     generator = torch.Generator().manual_seed(0)
     for index in (choosing, reporting):
@@ -80,8 +80,8 @@ def test_a_composite_that_is_one_machine_has_its_errors(monkeypatch):
     monkeypatch.setattr(errors_module, "stack", stack)
     corpus = stripes(80, 6)
     levels = [2.0, 0.02]
-    ls, _, mixed = denoising_errors(corpus, ["ls", "composite"], levels, 4, reporting=8)
-    _, source, choosers, reporters = split(corpus, 4, 0, reporting=8)
+    ls, _, mixed = denoising_errors(corpus, ["ls", "composite"], levels, 4, test=8)
+    _, source, choosers, reporters = split(corpus, 4, 0, test=8)
     assert ls.images == len(source)  # as without a composite
     _, rest, weighing, _ = weighed[0]
     assert len(weighing) == 16
@@ -98,20 +98,20 @@ def test_a_composite_that_is_one_machine_has_its_errors(monkeypatch):
 def test_els_takes_fewer_images_and_the_same_held_out_ones(monkeypatch, capsys):
     monkeypatch.setattr(errors_module, "ELS_IMAGES", 20)
     corpus = stripes(60, 5)
-    ls, _, els, _ = denoising_errors(corpus, ["ls", "els"], [1.0], choosing=4, reporting=4)
+    ls, _, els, _ = denoising_errors(corpus, ["ls", "els"], [1.0], validation=4, test=4)
     assert (ls.images, els.images) == (52, 20)
     assert "els is brute force over every position: it takes 20 of 52" in capsys.readouterr().err
 
 
 def test_every_machine_can_be_measured():
-    found = denoising_errors(stripes(30, 5), sigmas=[0.5], choosing=2, reporting=2)
+    found = denoising_errors(stripes(30, 5), sigmas=[0.5], validation=2, test=2)
     assert {e.machine for e in found} == set(SMALL)
     assert all(np.isfinite(e.errors).all() for e in found)
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="choosing is 0"):
-        denoising_errors(random_corpus(), choosing=0)
+    with pytest.raises(ValueError, match="validation is 0"):
+        denoising_errors(random_corpus(), validation=0)
     with pytest.raises(ValueError, match="no machine is called 'lss'"):
         denoising_errors(random_corpus(), ["lss"])
     with pytest.raises(ValueError, match="at least 3 images"):

@@ -309,7 +309,7 @@ def test_sizes_are_errors_of_the_exact_machine_and_of_mixtures(tmp_path, monkeyp
     assert found.errors.shape == (3, 2, 8)
     assert found.clusters[0] == 300 - 9
     assert found.clusters[2] == 20
-    _, source, _, reporting = split(corpus, 1, 0, reporting=8)
+    _, source, _, reporting = split(corpus, 1, 0, test=8)
     parts = corpus, source, reporting, reporting[:0]
     x, eps = held_out_pictures(parts, 0)[0]
     m = small("ls", compress(corpus.subset(source), 20), patch_size=5)

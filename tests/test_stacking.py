@@ -291,17 +291,16 @@ def test_its_denoising_error_is_measured_with_calibrated_machines():
     corpus = stripes(60, 7)
     found = denoising_errors(corpus, ["gaussian", "ls", "composite"], [0.3], 4, 8)
     mixed = found[-1]
-    assert (mixed.machine, mixed.way) == ("composite", "")
+    assert (mixed.machine, mixed.choice) == ("composite", "")
     assert mixed.errors.shape == (1, 8)
 
 
 def test_calibrate_prints_its_weights(tmp_path, capsys):
-    from scoremachine.app.runs import calibrate_corpus
+    from scoremachine.app.runs.machines import CalibrationOptions, calibrate_corpus
 
     corpus = sm.Corpus.open("digits", limit=80)
-    found = calibrate_corpus(
-        corpus, "composite", 8, 3, 0, None, tmp_path, {"of": "gaussian,ls:auto"}
-    )
+    options = CalibrationOptions(held_out=8, steps=3)
+    found = calibrate_corpus(corpus, "composite", tmp_path, {"of": "gaussian,ls:auto"}, options)
     assert len(found.weights) == 3
     assert json.loads((tmp_path / "calibration.json").read_text())["machines"] == found.machines
     assert (tmp_path / "calibration.png").exists()

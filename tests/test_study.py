@@ -29,8 +29,9 @@ def brief():
 
 def test_a_study_trains_compares_and_goes_on(tmp_path, monkeypatch):
     corpus = sm.Corpus.open("digits", limit=40)
-    ask = [corpus, tmp_path, ["ls:3", "gaussian"], 4, CELLS, 2, 2]
-    rows = study(*ask, training=brief())
+    ask = [corpus, tmp_path, ["ls:3", "gaussian"]]
+    how = {"steps": 4, "chosen": CELLS, "count": 2, "pictures": 2}
+    rows = study(*ask, **how, training=brief())
     assert [(r.cell.label, r.machine) for r in rows] == [
         (cell.label, machine) for cell in CELLS for machine in ("ls:3", "gaussian")
     ]
@@ -38,14 +39,14 @@ def test_a_study_trains_compares_and_goes_on(tmp_path, monkeypatch):
         assert row.r2.count == 2
         assert 0 <= row.r2.median <= 1
         assert len(row.forward) == 5
-        assert row.seen > 0
-        assert row.unseen > 0
+        assert min(row.seen) > 0
+        assert min(row.unseen) > 0
     # 2 steps and then 4: one training, which went on
     folders = {path.name for path in tmp_path.iterdir()}
     assert len(folders) == 3
     monkeypatch.setattr(module, "train", None)
     monkeypatch.setattr(module, "compare", None)
-    again = study(*ask, training=brief())
+    again = study(*ask, **how, training=brief())
     assert again == rows
     files = report.write_study(rows, tmp_path)
     assert all(path.exists() for path in files)
@@ -55,14 +56,15 @@ def test_a_study_trains_compares_and_goes_on(tmp_path, monkeypatch):
 
 def test_a_study_goes_on_with_nothing_but_itself(tmp_path):
     corpus, other = sm.Corpus.open("digits", limit=40), sm.Corpus.open("faces", size=8, limit=40)
-    ask = [tmp_path, ["gaussian"], 4, CELLS[2:3], 2, 2]
-    study(corpus, *ask, training=brief())
+    ask = [tmp_path, ["gaussian"]]
+    how = {"steps": 4, "chosen": CELLS[2:3], "count": 2, "pictures": 2}
+    study(corpus, *ask, **how, training=brief())
     with pytest.raises(ValueError, match="another corpus_digest"):
-        study(other, *ask, training=brief())
+        study(other, *ask, **how, training=brief())
     with pytest.raises(ValueError, match=r"another .*seed"):
-        study(corpus, *ask, seed=1, training=brief())
+        study(corpus, *ask, **how, seed=1, training=brief())
     with pytest.raises(ValueError, match="of 4 steps"):
-        study(corpus, tmp_path, ["gaussian"], 2, CELLS[1:2], 2, 2, training=brief())
+        study(corpus, *ask, **how | {"steps": 2, "chosen": CELLS[1:2]}, training=brief())
 
 
 def test_cells_ask_three_questions():

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import scoremachine as sm
-from scoremachine.lab.comparison.parts import apart
+from scoremachine.lab.comparison.parts import held_out_and_source
 from scoremachine.lab.denoising_error import fewer
 from scoremachine.runtime.progress import bar
 from scoremachine.sampling.trajectory import trajectory
@@ -29,14 +29,16 @@ def main() -> None:
     parser.add_argument("--network", default="cifar10-resnet")
     parser.add_argument("--data", required=True)
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--ways", type=int, default=3)
+    parser.add_argument("--trajectories", type=int, default=3)
     parser.add_argument("--seed", type=int, default=777)
     options = parser.parse_args()
     network = sm.Network.load(options.network)
     corpus = sm.Corpus.open(options.data, size=network.shape[1])
-    _, source = apart([network], corpus, 8, 0)
+    _, source = held_out_and_source([network], corpus, 8, 0)
     way = list(
-        trajectory(network, range(options.ways), network.shape, 20, options.seed, "ddim", None)
+        trajectory(
+            network, range(options.trajectories), network.shape, 20, options.seed, "ddim", None
+        )
     )
     images = options.images
     changes: list[tuple[str, int, int, dict[str, Any]]] = [

@@ -21,7 +21,7 @@ from PIL import Image
 
 import scoremachine as sm
 from scoremachine.app import report
-from scoremachine.app.runs import train_network
+from scoremachine.app.runs.networks import train_network
 from scoremachine.lab.networks.network import CARD, WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,8 +77,8 @@ def main() -> None:
         folder = options.out / f"{name}-compared"
         found = sm.compare(
             network, case.machines, corpus, pictures=options.pictures,
-            count=case.seeds * options.longer, steps=case.levels, everywhere=options.images,
-            kept=pieces, ways=3,
+            count=case.seeds * options.longer, steps=case.levels, max_images_els=options.images,
+            kept=pieces, trajectories=3,
         )  # fmt: skip
         report.write(found, folder, page=True)
         report.print_tables(found)
@@ -117,7 +117,7 @@ def write_docs(pages: list[tuple[str, sm.Comparison, Path]], out: Path) -> None:
             report.markdown(found),
         ]
         (ROOT / "docs" / f"against-{name}.md").write_text("\n".join(lines).rstrip() + "\n")
-        for picture in ("samples", "compare", "way"):
+        for picture in ("samples", "compare", "trajectory"):
             to = ROOT / "docs" / "pictures" / f"{name}-{picture}.png"
             shutil.copy(folder / f"{picture}.png", to)
             if to.stat().st_size > 250_000:

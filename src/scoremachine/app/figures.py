@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from scoremachine.data.pixels import to_uint8
 from scoremachine.runtime.files import written
 
 if TYPE_CHECKING:
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
 GAP = 4  # pixels between pictures
 LABEL = 150  # pixels for the names of machines
 WIDTH = 640  # pixels: small pictures are enlarged until the grid is about this wide
-
-
-def to_uint8(x: np.ndarray) -> np.ndarray:
-    """Pictures in [-1, 1] as uint8, values outside clipped."""
-    return np.rint(np.clip((np.asarray(x, dtype=np.float64) + 1) * 127.5, 0, 255)).astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
@@ -71,12 +67,12 @@ def save_film(frames: np.ndarray, path: Path, columns: int | None = None) -> Non
 def save_calibration(
     calibration: Calibration,
     path: Path,
-    beside: LevelSchedule | None = None,
+    reference: LevelSchedule | None = None,
     target: str = "the clean picture",
 ) -> None:
     """Draws error against size and against bandwidth, a curve per noise level, and the choices.
 
-    `target` is what the errors are to; `beside` is another choice.
+    `target` is what the errors are to; `reference` is another choice.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -102,15 +98,15 @@ def save_calibration(
         )
         left.legend(title="sigma", fontsize=6, title_fontsize=7, ncols=2)
         middle.step(c.sigmas, c.chosen, where="mid", marker="o", ms=4, label=f"nearest to {target}")
-        if beside is not None:
+        if reference is not None:
             middle.step(
                 c.sigmas,
-                [beside(s) for s in c.sigmas],
+                [reference(s) for s in c.sigmas],
                 where="mid",
                 marker="x",
                 ms=4,
                 ls="--",
-                label=beside.name,
+                label=reference.name,
             )
         middle.set(
             xlabel="noise level sigma", ylabel=f"chosen {setting}", xscale="log", title="Choice"
@@ -248,7 +244,7 @@ def save_errors(all_errors: list[Errors], path: Path) -> None:
     colours = dict(zip(names, colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
     best = np.min([e.mean for e in all_errors], axis=0)
     for e in all_errors:
-        style = ":" if e.way.startswith("published") else "-" if e.with_bandwidth else "--"
+        style = ":" if e.choice.startswith("published") else "-" if e.with_bandwidth else "--"
         for axes, scale in ((left, 1.0), (right, best)):
             low, high = (bound / scale for bound in e.interval())
             line = {"color": colours[e.machine], "lw": 1.3, "ls": style}
@@ -296,7 +292,7 @@ def save_comparison(found: Comparison, path: Path) -> None:
                 axes.fill_between(p.sigmas, low, high, color=colours[p.label], alpha=0.12, lw=0)
             axes.set(xscale="log", xlabel="noise level sigma", ylabel=what)
             axes.set_title({"forward": "held-out images with noise",
-                            "reverse": "the network's own way"}[part], fontsize=10)  # fmt: skip
+                            "reverse": "the network's trajectory"}[part], fontsize=10)  # fmt: skip
             axes.grid(alpha=0.2)
             if measure == "R2":
                 axes.set_ylim(min(0.0, max(-0.5, axes.get_ylim()[0])), 1.02)
@@ -307,8 +303,8 @@ def save_comparison(found: Comparison, path: Path) -> None:
         figure.savefig(temporary, dpi=90)
 
 
-def save_way(found: Comparison, path: Path) -> None:
-    """Draws D on the network's own way: a column is a noise level, the first row what is denoised.
+def save_trajectory(found: Comparison, path: Path) -> None:
+    """Draws D along the network's trajectory: a column is a noise level, the first row y.
 
     Every second level at most, so that pictures stay large enough to look at.
     """

@@ -23,7 +23,7 @@ TRUTH = "the clean picture"
 
 
 def print_calibration(
-    c: Calibration, beside: LevelSchedule | None = None, target: str = TRUTH
+    c: Calibration, reference: LevelSchedule | None = None, target: str = TRUTH
 ) -> None:
     """Prints a row per noise level: what was chosen, and the error to `target` on other images."""
     from rich.console import Console
@@ -36,8 +36,8 @@ def print_calibration(
     table.add_column("sigma", justify="right")
     if c.setting is not None and c.chosen:
         table.add_column(c.setting.replace("_", " "), justify="right")
-    if beside is not None:
-        table.add_column(beside.name, justify="right")
+    if reference is not None:
+        table.add_column(reference.name, justify="right")
     table.add_column("bandwidth", justify="right")
     table.add_column("error, h = 0", justify="right")
     table.add_column("error", justify="right")
@@ -45,8 +45,8 @@ def print_calibration(
         row = [f"{sigma:.4g}"]
         if c.chosen:
             row.append(f"{c.chosen[k]:g}")
-        if beside is not None:
-            row.append(str(beside(sigma)))
+        if reference is not None:
+            row.append(str(reference(sigma)))
         row.append(f"{c.chosen_bandwidths[k]:g}")
         row += [_mean_with_error(c.plain_errors[k]), _mean_with_error(c.errors[k])]
         table.add_row(*row)
@@ -178,22 +178,22 @@ def print_sensitivities(found: list[Sensitivity], sizes: dict[str, list[Any]]) -
 
 
 def errors_csv(found: list[Errors]) -> str:
-    """A line per machine, way and noise level: the mean error and its 95% interval."""
-    lines = ["machine,way,images,held_out,sigma,locality,bandwidth,error,low,high,best_or_tied"]
+    """A line per machine, choice and noise level: the mean error and its 95% interval."""
+    lines = ["machine,choice,images,held_out,sigma,locality,bandwidth,error,low,high,best_or_tied"]
     for e, tied in zip(found, ties(found), strict=True):
         low, high = e.interval()
         for k, sigma in enumerate(e.sigmas):
             value = e.values[k] if e.values else ""
             numbers = f"{e.mean[k]:.6g},{low[k]:.6g},{high[k]:.6g},{int(tied[k])}"
             lines.append(
-                f"{e.machine},{_way(e)},{e.images},{e.errors.shape[1]},{sigma:.6g},{value},"
+                f"{e.machine},{_choice(e)},{e.images},{e.errors.shape[1]},{sigma:.6g},{value},"
                 f"{e.bandwidths[k]:g},{numbers}"
             )
     return "\n".join(lines) + "\n"
 
 
 def print_errors(found: list[Errors]) -> None:
-    """Prints a row per machine and way, a column per noise level; the best and ties are marked."""
+    """Prints a row per machine and choice, a column per noise level, the best and ties marked."""
     from rich.table import Table
 
     table = Table(
@@ -246,7 +246,7 @@ def errors_markdown(found: list[Errors]) -> str:
         [
             "## The best at each noise level",
             "",
-            *markdown([*columns, "not told apart from it"], best),
+            *markdown([*columns, "not statistically distinguishable from it"], best),
             "",
             "## All of them",
             "",
@@ -269,13 +269,13 @@ def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _name(e: Errors) -> str:
-    """Machine and way, as in `ls`, calibrated and h."""
-    return f"`{e.machine}`" + (f", {_way(e)}" if e.way else "")
+    """Machine and choice, as in `ls`, calibrated and h."""
+    return f"`{e.machine}`" + (f", {_choice(e)}" if e.choice else "")
 
 
-def _way(e: Errors) -> str:
-    """The way without a comma, as in calibrated and h."""
-    return e.way.replace(",", " and")
+def _choice(e: Errors) -> str:
+    """The choice without a comma, as in calibrated and h."""
+    return e.choice.replace(",", " and")
 
 
 def _short(value: Any) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from scoremachine.calibration.copies import single, tell, without_copies
 from scoremachine.core.schedules import (
     LOCALITIES,
     BandwidthSchedule,
@@ -28,6 +29,7 @@ from scoremachine.data.corpus import Corpus
 from scoremachine.data.store import Record
 from scoremachine.runtime.progress import Bar, bar, say
 from scoremachine.runtime.validation import check_integer
+from scoremachine.sources.mixture import Mixture
 
 BANDWIDTHS = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2)
 AUTO_SIGMAS = tuple(float(s) for s in np.geomspace(0.02, 20.0, 10))
@@ -35,10 +37,14 @@ TOWARDS_SIGMAS = tuple(float(s) for s in np.geomspace(0.05, 20.0, 16))
 BUDGET = 1e10  # logits of an automatic calibration: half a minute; a quarter as dear each in ELS
 TOWARDS = 4  # times that for a choice towards a network, which is measured by it
 CROPS = 96  # at most, of one picture
-LAYOUT = 2  # of the files beside the corpus
+LAYOUT = 3  # of the files in the cache of the corpus
 
 
-# a corpus, and the positions in it of the source, of the images that choose, and that report
+class NothingDiffersError(ValueError):
+    """All images are copies of each other, so that none can be held out."""
+
+
+# a corpus, and the positions in it of the source, of validation images, and of test images
 Parts = tuple[Corpus, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -52,7 +58,7 @@ class Calibration:
         sigmas: The K noise levels, falling.
         values: The S values of it that were tried; empty without a setting.
         bandwidths: The M bandwidths tried.
-        value_errors: (K, S): error of each value with h = 0, on the images for choosing.
+        value_errors: (K, S): error of each value with h = 0, on the validation images.
         bandwidth_errors: (K, M): error of each bandwidth at the chosen value, on the same images.
         chosen: (K,): the best value at each level.
         chosen_bandwidths: (K,): the best bandwidth at that value.
@@ -187,14 +193,14 @@ Pictures = tuple[torch.Tensor, torch.Tensor]  # clean, and standard noise, float
 
 def held_out_pictures(parts: Parts, seed: int) -> tuple[Pictures, Pictures]:
     """The pictures that choose and those that report, each with its noise."""
-    corpus, _, choosing, reporting = parts
+    corpus, _, validation, test = parts
     generator = torch.Generator().manual_seed(seed)
 
     def pictures(index: np.ndarray) -> Pictures:
         x = torch.from_numpy(np.array(corpus.images[index])).double() / 127.5 - 1
         return x, torch.randn(x.shape, dtype=torch.float64, generator=generator)
 
-    return pictures(choosing), pictures(reporting)
+    return pictures(validation), pictures(test)
 
 
 def denoising_error(
@@ -222,10 +228,10 @@ def _measure(
     network: Teacher | None,
 ) -> Calibration:
     """Measures level by level; what is found of each is kept in the record `unfinished`."""
-    corpus, source, choosing, _ = parts
+    corpus, source, validation, _ = parts
     machine = machine.clone_with(corpus)
     values = machine.candidates() if values is None else values
-    chooser, reporter = held_out_pictures(parts, seed)
+    validating, testing = held_out_pictures(parts, seed)
 
     def errors(value: Any, h: float, sigma: float, pictures: Pictures) -> np.ndarray:
         local = {} if value is None else {str(machine.locality): value}
@@ -246,7 +252,7 @@ def _measure(
 
         def mean_error(value: Any, h: float, sigma: float) -> float:
             progress.advance()
-            return float(errors(value, h, sigma, chooser).mean())
+            return float(errors(value, h, sigma, validating).mean())
 
         def level(sigma: float) -> dict[str, Any]:
             value: Any = None
@@ -260,8 +266,8 @@ def _measure(
             ]
             h = bandwidths[int(np.argmin(found["bandwidth_errors"]))]
             found["chosen_bandwidths"] = h
-            found["plain_errors"] = plain = errors(value, 0.0, sigma, reporter).tolist()
-            found["errors"] = errors(value, h, sigma, reporter).tolist() if h else plain
+            found["plain_errors"] = plain = errors(value, 0.0, sigma, testing).tolist()
+            found["errors"] = errors(value, h, sigma, testing).tolist() if h else plain
             progress.advance(2)
             return found
 
@@ -278,7 +284,7 @@ def _measure(
         values=values,
         bandwidths=bandwidths,
         source=len(source),
-        held_out=len(choosing),
+        held_out=len(validation),
         **found,
     )
 
@@ -347,11 +353,21 @@ def parts_for(
     """
     corpus = machine.corpus
     unseen = None if network is None else network.unseen(corpus)
-    if unseen is None or len(unseen) < 2:
-        return split(corpus, held_out, seed, machine.equivariant)
-    held = min(held_out, len(unseen) // 2)
-    source = np.setdiff1d(np.arange(len(corpus)), unseen)
-    return corpus, source, unseen[:held], unseen[held : 2 * held]
+    if unseen is not None:
+        alone = single(corpus, unseen, min(2 * held_out, len(unseen)))
+        held = min(held_out, len(alone) // 2)
+        if held:
+            source = np.setdiff1d(np.arange(len(corpus)), unseen)
+            return corpus, source, alone[:held], alone[held : 2 * held]
+    return split(corpus, held_out, seed, machine.equivariant, instead=instead_of(machine))
+
+
+def instead_of(machine: Calibrated) -> str:
+    """What to do where nothing can be held out for a machine."""
+    setting = machine.locality
+    if setting is None:
+        return f"build {machine.name!r} with a number as bandwidth"
+    return f"give {setting} a number or a schedule"
 
 
 def split(
@@ -359,40 +375,64 @@ def split(
     held_out: int,
     seed: int,
     equivariant: bool = False,
-    reporting: int | None = None,
+    test: int | None = None,
+    instead: str = "use more images",
 ) -> Parts:
-    """Disjoint images: the corpus, and positions of the source, of choosers and of reporters.
+    """Disjoint images: the corpus, and positions of the source, of validation and of test images.
 
-    As many report as choose, unless `reporting` says how many.
+    As many test as validate, unless `test` says how many. None of them is a copy, exactly or
+    nearly (`copies`), of one in another part.
 
     A few large pictures become crops when the machine is equivariant, held-out crops at least a
     crop's width away from the source's.
+
+    Raises:
+        ValueError: Where there are too few images, or too few that differ; it ends with what to do
+            `instead`.
     """
+    check_images(corpus, instead)
     N = len(corpus)
     if N < 3 and equivariant:
-        return _crops(corpus, held_out, seed)
+        return _crops(corpus, held_out, seed, instead)
     if N < 3:
         raise ValueError(
             f"calibration needs at least 3 images, one each to make the machine, to choose and to "
-            f"report; the corpus {corpus.name!r} has {N}: give patch_size a number"
+            f"report; the corpus {corpus.name!r} has {N}: {instead}"
         )
-    held = min(held_out, max(1, N // 4))
-    last = held + min(reporting or held, max(1, N // 4))
+    most = max(1, N // 4)
     order = np.random.default_rng(seed).permutation(N)
-    return corpus, np.sort(order[last:]), np.sort(order[:held]), np.sort(order[held:last])
+    held = min(held_out, most)
+    validation, rest = order[:held], without_copies(corpus, order[:held], order[held:])
+    last = min(test or held, most)
+    source = without_copies(corpus, rest[:last], rest[last:])
+    if len(source) == 0:
+        raise NothingDiffersError(
+            f"calibration needs at least 3 images that differ, and those of the corpus "
+            f"{corpus.name!r} are copies of each other: {instead}"
+        )
+    parts = corpus, np.sort(source), np.sort(validation), np.sort(rest[:last])
+    tell(corpus, N - sum(map(len, parts[1:])))
+    return parts
+
+
+def check_images(corpus: Corpus, instead: str) -> None:
+    """ValueError for a mixture: whatever would be held out of it is in its clusters already."""
+    if isinstance(corpus, Mixture):
+        raise ValueError(
+            f"{corpus.name!r} is a mixture, whose clusters hold what would have to be held out: "
+            f"{instead}, as that of the machine of the images"
+        )
 
 
 def _crop_side(H: int, W: int) -> int:
     return min(32, H, W // 3)
 
 
-def _crops(corpus: Corpus, held_out: int, seed: int) -> Parts:
+def _crops(corpus: Corpus, held_out: int, seed: int, instead: str) -> Parts:
     _, H, W = corpus.shape
     side = _crop_side(H, W)
     if side < 3:
-        raise ValueError(
-            f"the {H} x {W} picture is too small to hold a region out; give patch_size a number"
-        )
+        raise ValueError(f"the {H} x {W} picture is too small to hold a region out: {instead}")
     tops = range(0, H - side + 1, side)
     near = [(a, b) for a in tops for b in range(0, W - 3 * side + 1, side)]
     near = [near[k] for k in np.unique(np.linspace(0, len(near) - 1, CROPS).astype(int))]
@@ -404,12 +444,20 @@ def _crops(corpus: Corpus, held_out: int, seed: int) -> Parts:
     order = np.random.default_rng(seed).permutation(len(far) * len(corpus))
     held = min(held_out, max(1, len(order) // 2))
     source, others = cut(near), cut(far)
-    choosing, reporting = order[:held], order[held : 2 * held]
-    if len(reporting) == 0:
-        reporting = choosing
+    validation, test = order[:held], order[held : 2 * held]
+    if len(test) == 0:
+        test = validation
     crops = Corpus(np.stack(source + others), name=f"crops of {corpus.name}")
     n = len(source)
-    return crops, np.arange(n), n + choosing, n + reporting
+    held_crops = n + np.unique(np.concatenate([validation, test]))
+    different = without_copies(crops, held_crops, np.arange(n))
+    if len(different) == 0:
+        raise NothingDiffersError(
+            f"every region of the {H} x {W} picture is a copy of one that would be held out: "
+            f"{instead}"
+        )
+    tell(crops, n - len(different))
+    return crops, different, n + validation, n + test
 
 
 def automatic_locality(machine: Calibrated) -> LevelSchedule:
@@ -421,7 +469,10 @@ def automatic_locality(machine: Calibrated) -> LevelSchedule:
         smallest = [value for value in (machine.candidates() or [1]) if machine.supports(value)]
         return LOCALITIES[setting].constant(smallest[0])
     values = spread_candidates(machine, _crop_side(H, W) if N < 3 else None)
-    return _automatic(machine, setting.replace("_", " ") + "s", values, (0.0,)).locality
+    try:
+        return _automatic(machine, setting.replace("_", " ") + "s", values, (0.0,)).locality
+    except NothingDiffersError:  # as of one image
+        return LOCALITIES[setting].constant(values[0])
 
 
 def spread_candidates(machine: Calibrated, side: int | None = None) -> list[Any]:
@@ -433,7 +484,12 @@ def spread_candidates(machine: Calibrated, side: int | None = None) -> list[Any]
 
 
 def automatic_bandwidth(machine: Calibrated) -> BandwidthSchedule:
-    """The bandwidths that bandwidth="auto" stands for, at the machine's own patch sizes."""
+    """The bandwidths that bandwidth="auto" stands for, at the machine's own patch sizes.
+
+    Raises:
+        ValueError: Where no images can be held out, as of a mixture.
+    """
+    check_images(machine.corpus, "give bandwidth a number")
     return _automatic(machine, "bandwidths", [], BANDWIDTHS).bandwidth
 
 
@@ -481,10 +537,15 @@ def unseen_parts(network: Teacher, source: Corpus, corpus: Corpus, held_out: int
     unseen = network.unseen(corpus)
     if unseen is None or len(unseen) < 2:
         return None
-    held, n = min(held_out, len(unseen) // 2), len(source)
-    others = corpus.images[unseen[-2 * held :]]
+    last = single(corpus, unseen[::-1], min(2 * held_out, len(unseen)))[::-1]
+    held, n = len(last) // 2, len(source)
+    if held == 0:
+        return None
+    others = corpus.images[last[len(last) - 2 * held :]]
     joined = Corpus(np.concatenate([source.images, others]), name=corpus.name)
-    return joined, np.arange(n), n + np.arange(held), n + held + np.arange(held)
+    different = without_copies(joined, n + np.arange(2 * held), np.arange(n))
+    tell(joined, n - len(different))
+    return joined, different, n + np.arange(held), n + held + np.arange(held)
 
 
 def _automatic(

@@ -1,6 +1,6 @@
 """Weights of machines that are mixed: ridge least squares on images that were held out.
 
-At a noise level, the machines' answers D_1 ... D_M to noised held-out pictures, and these pictures
+At a noise level, the machines' D_1 ... D_M to noised held-out pictures, and these pictures
 y themselves, are regressed on the clean ones, with weights that add up to 1. The penalty pulls
 towards the machine that is best by itself, as hard as costs no more than a standard error on
 pictures left out one at a time, so that a composite of machines that have nothing to add to it *is*
@@ -22,6 +22,7 @@ from scoremachine.calibration.heldout import (
     TOWARDS,
     TOWARDS_SIGMAS,
     Calibrated,
+    NothingDiffersError,
     Parts,
     Pictures,
     Teacher,
@@ -37,7 +38,7 @@ from scoremachine.core.schedules import WeightSchedule
 from scoremachine.data.corpus import Corpus
 from scoremachine.runtime.progress import bar, say
 
-LAYOUT = 2  # of the files beside the corpus
+LAYOUT = 3  # of the files in the cache of the corpus
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # penalties, in units of each difference's own square
 HELD_OUT = 16  # pictures that "auto" weights are chosen on
 BEYOND = (60.0, 200.0, 1000.0)  # noise levels at which only y is weighed
@@ -104,7 +105,7 @@ def stack(
             and of those that report (which may be none).
         seed: Of the noise.
         network: Its D is what is regressed on, where given, not the clean picture.
-        beyond: Noise levels above the others, where little tells the machines apart. They keep the
+        beyond: Noise levels above the others, where the machines hardly differ. They keep the
             weights of the highest other one, and what is found is the noisy picture's: next to
             nothing of it, right at a lower level, is much noise there. No errors are reported.
 
@@ -113,7 +114,7 @@ def stack(
     """
     if len(beyond) and (len(sigmas) == 0 or min(beyond) <= max(sigmas)):
         raise ValueError(f"beyond is {list(beyond)}; expected noise levels above all others")
-    corpus, source, choosing, _ = parts
+    corpus, source, validation, _ = parts
     machine = machine.clone_with(corpus)  # type: ignore[assignment]
     levels = np.sort(np.asarray([*sigmas, *beyond], dtype=float))[::-1]
     of = {label: member.settings() for label, member in machine.members.items()}
@@ -130,7 +131,7 @@ def stack(
     kept = record.read(lambda found: Stacking(**found))
     if kept is not None:
         return kept
-    chooser, reporter = held_out_pictures(parts, seed)
+    validating, testing = held_out_pictures(parts, seed)
 
     def both(pictures: Pictures, sigma: float) -> tuple[np.ndarray, np.ndarray]:
         """D_1 ... D_M and y, (M + 1, R, n), and what they should be, (R, n)."""
@@ -142,7 +143,7 @@ def stack(
         return torch.stack([*answers, y]).flatten(2).numpy(), target.flatten(1).numpy()
 
     def measured(sigma: float) -> dict[str, Any]:
-        Z, x = both(chooser, sigma)
+        Z, x = both(validating, sigma)
         if sigma in beyond:  # every machine is their mean
             (rest, w_0), ridge = weights_of(np.stack([Z[:-1].mean(0), Z[-1]]), x)
             w = np.append(np.full(len(of), rest / len(of)), w_0)
@@ -150,8 +151,8 @@ def stack(
             w, ridge = weights_of(Z, x)
         found: dict[str, Any] = {"weights": w[:-1].tolist(), "ridges": ridge}
         found |= {"errors": [], "member_errors": [[] for _ in of]}
-        if len(reporter[0]) and sigma not in beyond:
-            Z, x = both(reporter, sigma)
+        if len(testing[0]) and sigma not in beyond:
+            Z, x = both(testing, sigma)
             found["errors"] = _squared(np.tensordot(w, Z, 1) - x).tolist()
             found["member_errors"] = _squared(Z[:-1] - x).tolist()
         return found
@@ -166,7 +167,7 @@ def stack(
         machines=list(of),
         sigmas=levels.tolist(),
         source=len(source),
-        held_out=len(choosing),
+        held_out=len(validation),
         **{column: [row[column] for row in rows] for column in columns},
     )
     record.write(asdict(found))
@@ -190,9 +191,11 @@ def with_calibrated(
 
 
 def weights_of(Z: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights (M + 1,) that add up to 1, of answers Z (M + 1, R, n) to pictures x; the penalty.
+    """Weights (M + 1,) that add up to 1, of D_1 ... D_M and y, which are Z; the penalty.
 
-    With the best answer Z_b, w minimizes |x - Z_b - sum_m w_m (Z_m - Z_b)|^2 + lambda sum_m w_m^2
+    Z is (M + 1, R, n), and what it should be x (R, n).
+
+    With the best Z_b, w minimizes |x - Z_b - sum_m w_m (Z_m - Z_b)|^2 + lambda sum_m w_m^2
     |Z_m - Z_b|^2. lambda, which may be infinite, is the largest whose error on pictures left out
     one at a time is within one standard error of the least (paired, over pictures).
     """
@@ -235,9 +238,12 @@ def automatic_weights(machine: Mixed) -> WeightSchedule:
         f"'auto': choosing weights of {', '.join(machine.members)} by denoising {HELD_OUT} "
         f"held-out pictures with {len(subset):,} of {N:,} images (kept for the next time)"
     )
-    corpus, source, choosing, _ = split(subset, HELD_OUT, seed=0, reporting=1)
     nobody = np.zeros(0, dtype=np.int64)
-    return stack(machine, AUTO_SIGMAS, (corpus, source, choosing, nobody), beyond=BEYOND).schedule
+    try:
+        corpus, source, validation, _ = split(subset, HELD_OUT, seed=0, test=1)
+    except NothingDiffersError:
+        return WeightSchedule([1.0], [[1 / M] * M], name="equal")
+    return stack(machine, AUTO_SIGMAS, (corpus, source, validation, nobody), beyond=BEYOND).schedule
 
 
 def weights_towards(network: Teacher, machine: Mixed, corpus: Corpus) -> WeightSchedule:

@@ -1,4 +1,4 @@
-"""Patch size and composition by resolution and kind of picture: error, and how many sources speak.
+"""Patch size and composition by resolution and kind of picture: error and effective sources.
 
 A box answers for its middle pixel (`ls`) or for all of itself, and then overlapping boxes are
 averaged (`pspc`); it ends sharply or fades out (`+gaussian`).
@@ -25,7 +25,7 @@ from scoremachine.machines.machine import Batch
 from scoremachine.runtime.progress import Bar, bar
 from scoremachine.runtime.validation import check_integer
 
-LAYOUT = 1  # of the files beside the corpus
+LAYOUT = 2  # of the files in the cache of the corpus
 VARIANTS = ("ls", "ls+gaussian", "pspc", "pspc+gaussian")
 LEVELS = (5.0, 2.0, 1.0, 0.5, 0.2)
 
@@ -68,7 +68,7 @@ def ablation(
 ) -> list[Trial]:
     """Measures machines of boxes at every patch size, on several sets of images.
 
-    What is finished is kept beside the corpora.
+    What is finished is kept in the cache of the corpora.
 
     Arguments:
         corpora: The sets.
@@ -83,14 +83,14 @@ def ablation(
         ValueError: For a machine without boxes, or a set of fewer than 3 images.
     """
     check_integer("held_out", held_out)
-    entered = [(text, *spelled(text)) for text in machines]
-    for text, name, _ in entered:
+    specs = [(text, *spelled(text)) for text in machines]
+    for text, name, _ in specs:
         if not issubclass(kind_of(name), BoxMachine):
             raise ValueError(f"{text} has no boxes to change the size of; use ls, els or pspc")
     trials = []
     with bar("Ablating", total=len(corpora) * len(machines) * len(sigmas)) as progress:
         for corpus in corpora:
-            for text, name, settings in entered:
+            for text, name, settings in specs:
                 machine = build(name, corpus, **settings)
                 assert isinstance(machine, BoxMachine)
                 values = [
@@ -111,8 +111,8 @@ def _trials(
 ) -> list[Trial]:
     """The trials of a machine, at all noise levels and patch sizes."""
     corpus = machine.corpus
-    _, index, _, reporting = split(corpus, 1, seed, reporting=held_out)
-    (x, eps), _ = held_out_pictures((corpus, index, reporting, reporting[:0]), seed)
+    _, index, _, test = split(corpus, 1, seed, test=held_out)
+    (x, eps), _ = held_out_pictures((corpus, index, test, test[:0]), seed)
 
     def measured(sigma: float) -> dict[str, Any]:
         levels = torch.full((len(x),), sigma, dtype=torch.float64)
@@ -130,7 +130,16 @@ def _trials(
     record = corpus.record("ablation", what)
     rows = kept_by_level(record, np.asarray(sigmas), measured, "effective", progress, 1)
     return [
-        Trial(corpus.name, corpus.shape, len(index), text, P, float(sigma), np.array(errors), spoke)
+        Trial(
+            corpus.name,
+            corpus.shape,
+            len(index),
+            text,
+            P,
+            float(sigma),
+            np.array(errors),
+            effective,
+        )
         for sigma, row in zip(sigmas, rows, strict=True)
-        for P, errors, spoke in zip(patch_sizes, row["errors"], row["effective"], strict=True)
+        for P, errors, effective in zip(patch_sizes, row["errors"], row["effective"], strict=True)
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from scoremachine.calibration.copies import without_copies
 from scoremachine.calibration.heldout import Parts, calibrate, split, spread_candidates
 from scoremachine.calibration.stacking import stack, with_calibrated
 from scoremachine.core.schedules import LOCALITIES, LevelSchedule, edm_sigmas
@@ -23,11 +24,13 @@ DRAWS = 2000  # of a bootstrap
 
 @dataclass
 class Errors:
-    """Denoising errors of one way to set a machine up, mean squared, in units of x in [-1, 1].
+    """Denoising errors of a machine with its settings chosen in one manner.
+
+    Mean squared, in units of x in [-1, 1].
 
     Attributes:
         machine: The machine's name.
-        way: How its locality was chosen: "published: NAME", "calibrated", "calibrated, h", or ""
+        choice: How its locality was chosen: "published: NAME", "calibrated", "calibrated, h", or ""
             where it has none.
         images: How many images it was made of.
         sigmas: The K noise levels, falling.
@@ -37,7 +40,7 @@ class Errors:
     """
 
     machine: str
-    way: str
+    choice: str
     images: int
     sigmas: list[float]
     errors: np.ndarray
@@ -46,13 +49,13 @@ class Errors:
 
     @property
     def label(self) -> str:
-        """Machine and way, for a legend."""
-        return f"{self.machine} ({self.way})" if self.way else self.machine
+        """Machine and choice, for a legend."""
+        return f"{self.machine} ({self.choice})" if self.choice else self.machine
 
     @property
     def with_bandwidth(self) -> bool:
         """Whether its bandwidth was chosen too."""
-        return self.way.split(", ")[-1] == "h"
+        return self.choice.split(", ")[-1] == "h"
 
     @property
     def mean(self) -> np.ndarray:
@@ -66,19 +69,20 @@ class Errors:
 
 
 def _resampled(errors: np.ndarray) -> np.ndarray:
-    """Means over images drawn again, the same draws for everyone: (K, DRAWS)."""
+    """Means over resampled images, the same ones for everyone: (K, DRAWS)."""
     R = errors.shape[1]
     draws = np.random.default_rng(0).integers(0, R, (DRAWS, R))
     return errors[:, draws].mean(2)
 
 
 def ties(all_errors: Sequence[Errors]) -> np.ndarray:
-    """(ways, K): whether a way is the best at a level, or within the noise of the images of it."""
+    """(entries, K): whether one is the best at a level, or within the noise of the images of it."""
     return best_or_tied(np.stack([e.errors for e in all_errors]))
 
 
 def best_or_tied(errors: np.ndarray) -> np.ndarray:
-    """(ways, K) of errors (ways, K, R): whether one is the least, or not told apart from it.
+    """(entries, K) of errors (entries, K, R): whether one is the least, or not statistically
+    distinguishable from it.
 
     The 95% bootstrap interval of the paired difference to the best, over the R pictures, holds 0.
     """
@@ -87,6 +91,27 @@ def best_or_tied(errors: np.ndarray) -> np.ndarray:
     for k in range(errors.shape[1]):
         differences = errors[:, k] - errors[best[k], k]
         tied[:, k] = np.quantile(_resampled(differences), 0.025, axis=1) <= 0
+    return tied
+
+
+def highest_or_tied(values: np.ndarray) -> np.ndarray:
+    """(machines, K) of values (machines, K, R): whether a median is the highest, or tied with it.
+
+    Tied: not statistically distinguishable, by the 95% bootstrap interval of the difference of the
+    two medians, over the same R pictures. Values that are not a number are left out.
+    """
+    M, K, R = values.shape
+    draws = np.random.default_rng(0).integers(0, R, (DRAWS, R))
+    tied = np.zeros((M, K), dtype=bool)
+    for k in range(K):
+        at = values[:, k]
+        known = at[:, np.isfinite(at).all(0)]
+        if known.shape[1] == 0:
+            continue
+        some = draws[:, : known.shape[1]] % known.shape[1]
+        best = int(np.median(known, axis=1).argmax())
+        medians = np.median(known[:, some], axis=2)
+        tied[:, k] = np.quantile(medians[best] - medians, 0.025, axis=1) <= 0
     return tied
 
 
@@ -103,31 +128,32 @@ def denoising_errors(
     corpus: Corpus,
     machines: Sequence[str] = tuple(MACHINES),
     sigmas: Sequence[float] | np.ndarray | None = None,
-    choosing: int = 16,
-    reporting: int = 32,
+    validation: int = 16,
+    test: int = 32,
     seed: int = 0,
     published: Sequence[tuple[str, Any]] = (),
 ) -> list[Errors]:
     """Measures machines on the same held-out images with the same noise.
 
     Every machine is measured with its locality calibrated (on other held-out images), and again
-    with its bandwidth calibrated too. What is measured is kept beside the corpus, level by level.
+    with its bandwidth calibrated too. What is measured is kept in the cache of the corpus, level by
+    level.
 
     Arguments:
         corpus: The images; those held out are no source. `els` takes 1,000 of the others.
         machines: Names.
         sigmas: Noise levels; None: the 18 of EDM.
-        choosing: How many held-out images calibrate. A composite is weighed on four times as many,
-            these among them, and made of so many fewer.
-        reporting: How many others report.
+        validation: How many held-out images calibrate. A composite is weighed on four times as
+            many, these among them, and made of so many fewer.
+        test: How many others report.
         seed: Of the choice of images and of their noise.
         published: Also these: (machine, locality), as ("pspc", "pspc-cifar10").
 
     Raises:
         ValueError: For an unknown name, or a corpus of fewer than 3 images.
     """
-    check_integer("choosing", choosing)
-    check_integer("reporting", reporting)
+    check_integer("validation", validation)
+    check_integer("test", test)
     built = [build(name, corpus) for name in machines]
     also = []
     for name, locality in ((kind_of(name).name, locality) for name, locality in published):
@@ -138,17 +164,17 @@ def denoising_errors(
             raise ValueError(f"{name} has no locality, so nothing of it can be as published")
         schedule = LOCALITIES[setting].of(locality)
         also.append((schedule, build(name, corpus, **{setting: schedule})))
-    _, source, choosers, reporters = split(corpus, choosing, seed, reporting=reporting)
+    _, source, validating, testing = split(corpus, validation, seed, test=test)
     found: list[Errors] = []
     with bar("Measuring machines", total=len(built)) as progress:
         for machine in built:
-            parts: Parts = corpus, fewer(machine.name, source), choosers, reporters
+            parts: Parts = corpus, fewer(machine.name, source), validating, testing
             if isinstance(machine, Composite):
-                found.append(_mixed(machine, parts, sigmas, choosing, seed))
+                found.append(_mixed(machine, parts, sigmas, validation, seed))
             else:
-                found += _calibrated(machine, parts, sigmas, choosing, seed)
+                found += _calibrated(machine, parts, sigmas, validation, seed)
             found += [
-                _published(made, parts, sigmas, schedule, choosing, seed)
+                _published(made, parts, sigmas, schedule, validation, seed)
                 for schedule, made in also
                 if made.name == machine.name
             ]
@@ -157,48 +183,49 @@ def denoising_errors(
 
 
 def _calibrated(
-    machine: Machine, parts: Parts, sigmas: Any, choosing: int, seed: int
+    machine: Machine, parts: Parts, sigmas: Any, validation: int, seed: int
 ) -> list[Errors]:
     values = spread_candidates(machine)
-    c = calibrate(machine, sigmas, choosing, values, seed=seed, parts=parts)
-    way = "calibrated" if c.chosen else ""
+    c = calibrate(machine, sigmas, validation, values, seed=seed, parts=parts)
+    choice = "calibrated" if c.chosen else ""
     plain = Errors(
         machine.name,
-        way,
+        choice,
         c.source,
         c.sigmas,
         np.array(c.plain_errors),
         c.chosen,
         [0.0] * len(c.sigmas),
     )
-    with_h = replace(plain, way=f"{way}, h".lstrip(", "), errors=np.array(c.errors))
+    with_h = replace(plain, choice=f"{choice}, h".lstrip(", "), errors=np.array(c.errors))
     return [plain, replace(with_h, bandwidths=c.chosen_bandwidths)]
 
 
-def _mixed(machine: Composite, parts: Parts, sigmas: Any, choosing: int, seed: int) -> Errors:
+def _mixed(machine: Composite, parts: Parts, sigmas: Any, validation: int, seed: int) -> Errors:
     """The composite: weighed on the images that choose localities and on some of the source."""
     levels = edm_sigmas() if sigmas is None else sigmas
-    corpus, source, choosers, reporters = parts
-    ready = with_calibrated(machine, levels, choosing, seed, parts)
+    corpus, source, validating, testing = parts
+    ready = with_calibrated(machine, levels, validation, seed, parts)
     order = np.random.default_rng(seed).permutation(source)
-    more = order[: min((WEIGHING - 1) * len(choosers), len(source) // 4)]
-    source, weighing = np.setdiff1d(source, more), np.sort(np.concatenate([choosers, more]))
-    weights = stack(ready, levels, (corpus, source, weighing, reporters[:0]), seed).schedule
+    more = order[: min((WEIGHING - 1) * len(validating), len(source) // 4)]
+    source = without_copies(corpus, more, np.setdiff1d(source, more))
+    weighing = np.sort(np.concatenate([validating, more]))
+    weights = stack(ready, levels, (corpus, source, weighing, testing[:0]), seed).schedule
     made = machine.clone_with(corpus, of=ready.members, weights=weights)
-    return _as_it_is(made, (corpus, source, choosers, reporters), sigmas, "", choosing, seed)
+    return _as_it_is(made, (corpus, source, validating, testing), sigmas, "", validation, seed)
 
 
 def _published(
-    made: Machine, parts: Parts, sigmas: Any, schedule: LevelSchedule, choosing: int, seed: int
+    made: Machine, parts: Parts, sigmas: Any, schedule: LevelSchedule, validation: int, seed: int
 ) -> Errors:
-    e = _as_it_is(made, parts, sigmas, f"published: {schedule.name}", choosing, seed)
+    e = _as_it_is(made, parts, sigmas, f"published: {schedule.name}", validation, seed)
     return replace(e, values=[schedule(sigma) for sigma in e.sigmas])
 
 
 def _as_it_is(
-    made: Machine, parts: Parts, sigmas: Any, way: str, choosing: int, seed: int
+    made: Machine, parts: Parts, sigmas: Any, choice: str, validation: int, seed: int
 ) -> Errors:
     """A machine of which nothing is left to choose."""
-    c = calibrate(made, sigmas, choosing, (), (), seed, parts)
+    c = calibrate(made, sigmas, validation, (), (), seed, parts)
     nothing = [0.0] * len(c.sigmas)
-    return Errors(made.name, way, c.source, c.sigmas, np.array(c.plain_errors), [], nothing)
+    return Errors(made.name, choice, c.source, c.sigmas, np.array(c.plain_errors), [], nothing)

@@ -23,7 +23,7 @@ from scoremachine.runtime.progress import bar, say
 from scoremachine.runtime.validation import check_integer
 from scoremachine.sources.compression import budget_of, compress, least_bytes
 
-LAYOUT = 3  # of the files beside the corpus
+LAYOUT = 4  # of the files in the cache of the corpus
 SIZES = ("30%", "10%", "3%", "1%", "0.3%", "0.1%", "0.03%", "0.01%")
 WITHIN = 1.05  # times the error of the exact machine, that counts as good
 
@@ -83,7 +83,7 @@ def sizes(
 ) -> Sizes:
     """Measures a machine on held-out images: of all the others, and of mixtures of them.
 
-    What is finished is kept beside the corpus.
+    What is finished is kept in the cache of the corpus.
 
     Arguments:
         corpus: The images.
@@ -102,7 +102,7 @@ def sizes(
     if not kind.accepts_mixtures:
         raise ValueError(f"a mixture is the source of ideal, ls and els, not of {kind.name}")
     levels = np.sort(np.asarray(edm_sigmas() if sigmas is None else sigmas, dtype=float))[::-1]
-    _, others, _, reporting = split(corpus, 1, seed, reporting=held_out)
+    _, others, _, test = split(corpus, 1, seed, test=held_out)
     source = corpus.subset(fewer(kind.name, others))
     exact = build(machine, source, **settings)
     exact = exact.prepare()
@@ -115,7 +115,7 @@ def sizes(
     asked = [s for s in asked if s not in small]
     if not asked:
         raise ValueError(f"no size is left to measure: one cluster takes {least:,} bytes")
-    pictures, _ = held_out_pictures((corpus, source.indices(), reporting, reporting[:0]), seed)
+    pictures, _ = held_out_pictures((corpus, source.indices(), test, test[:0]), seed)
     every = ["exact", *map(str, asked)]
 
     def measured(at: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files: none half-written ever has its final name, and JSON that says what is wrong with it."""
+"""Files: none half-written ever has its final name; UTF-8; errors that say where and what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,44 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from scoremachine.runtime.progress import say
+
 FULL = {errno.ENOSPC, errno.EDQUOT}  # the error numbers of a full disk and of a used-up quota
+ELSEWHERE = "write elsewhere (--out; SCOREMACHINE_CACHE for what is kept between runs)"
+REMEDIES = {
+    errno.EROFS: ELSEWHERE,
+    errno.EACCES: f"ask for permission, or {ELSEWHERE}",
+    errno.EPERM: f"ask for permission, or {ELSEWHERE}",
+    errno.ENOENT: "check the path, which nothing has",
+    errno.EISDIR: "give the path of a file, since that is a folder",
+    errno.ENOTDIR: "give a path whose folders are folders",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.EIO: "check the disk, then try again",
+}
+
+
+def sentence_of(error: OSError) -> str:
+    """A system's error as a sentence: where it was met, what it is, and what to do."""
+    if error.errno is None:  # written by hand
+        return str(error)
+    if error.errno in FULL:
+        folder = Path(error.filename).absolute().parent if error.filename else Path.cwd()
+        return str(full_disk(folder))
+    what = (error.strerror or os.strerror(error.errno)).lower()
+    places = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    where = " and ".join(places) or "a file"
+    return f"{where} cannot be read or written ({what}): " + REMEDIES.get(
+        error.errno, f"mend that, or {ELSEWHERE}"
+    )
+
+
+@contextmanager
+def optional(path: Path) -> Iterator[None]:
+    """For what only saves time later: where it cannot be written, says so once and goes on."""
+    try:
+        yield
+    except OSError as error:
+        say(f"going on without a record in {path.parent}: {sentence_of(error)}", path.parent)
 
 
 @contextmanager
@@ -28,17 +65,25 @@ def written(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     make_folder(path.parent)
     with full_disk_told(path.parent):
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
-        )
+        try:
+            handle, name = tempfile.mkstemp(
+                prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
+            )
+        except OSError as error:
+            error.filename = str(path)  # no name of a temporary file, which nobody knows
+            raise
         os.close(handle)
         temporary = Path(name)
         try:
             yield temporary
             os.chmod(temporary, 0o666 & ~umask())
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename in (None, name):
+                error.filename = str(path)
+            elif "(os error 28)" in str(error):  # as safetensors says it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
             raise
 
 
@@ -78,10 +123,27 @@ def make_folder(folder: Path) -> None:
         raise type(error)(f"the folder {folder} cannot be made: {why}") from None
 
 
+def check_folder(folder: Path) -> None:
+    """OSError where nothing could be written to a folder, before there is anything to write."""
+    place = Path(folder).absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if os.path.lexists(place) and not place.is_dir():
+        raise NotADirectoryError(f"the folder {folder} cannot be made: {place} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text whole."""
     with written(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def keep_text(path: Path, text: str) -> None:
+    """Writes a text that only saves time later; see `optional`."""
+    with optional(path):
+        write_text(path, text)
 
 
 def read_json(path: Path, expected: str) -> dict[str, Any]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 def unknown(met: str, name: object, known: Iterable[str], near: Iterable[str] = ()) -> str:
@@ -37,3 +41,20 @@ def check_seed(seed: object) -> None:
     """ValueError unless a seed is a whole number that is 0 or more."""
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed is {seed!r}; expected a whole number that is 0 or more")
+
+
+def options_of(
+    kind: type[T], given: Mapping[str, Any], earlier: Mapping[str, str] | None = None
+) -> T:
+    """A dataclass of options from keyword arguments, of which `earlier` names are still taken.
+
+    Raises:
+        TypeError: For a keyword that is none of its fields.
+    """
+    earlier = earlier or {}
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    named = {earlier.get(name, name): value for name, value in given.items()}
+    for name in named:
+        if name not in known:
+            raise TypeError(unknown(f"there is no argument {name!r}", name, known))
+    return kind(**named)

@@ -9,11 +9,33 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from scoremachine import __version__
 from scoremachine.app.cli import cache, machines, networks
+from scoremachine.app.cli.words import EARLIER
+from scoremachine.runtime.files import sentence_of
+
+PACKAGE = str(Path(__file__).parents[2])
+# PyTorch's, of arrays mapped from disk, which nothing here writes to
+READ_ONLY = "The given NumPy array is not writable"
+
+
+class Commands(TyperGroup):
+    """The commands, which take earlier spellings of options too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [current(word) for word in args])
+
+
+def current(word: str) -> str:
+    """An option by its present name."""
+    name, equals, value = word.partition("=")
+    return EARLIER.get(name, name) + equals + value
+
 
 app = typer.Typer(
+    cls=Commands,
     help="Training-free diffusion: the closed-form denoisers of a set of images, exact and fast.",
     no_args_is_help=True,
     add_completion=False,
@@ -57,26 +79,27 @@ for panel, commands in COMMANDS.items():
 app.add_typer(cache.app, name="cache", rich_help_panel="What is kept")
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"scoremachine: {message}", file=sys.stderr)
-
-
-def _told(error: Exception) -> Exception:
-    """An error as a sentence: a full disk may be met wherever something is written."""
-    from scoremachine.runtime.files import FULL, full_disk
-
-    if not isinstance(error, OSError) or error.errno not in FULL:
-        return error
-    return full_disk(Path(error.filename).absolute().parent if error.filename else Path.cwd())
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None,
+    line: str | None = None,
+) -> None:  # fmt: skip
+    """Shows what scoremachine warns of; other libraries' warnings are for who calls them."""
+    own = filename.startswith(PACKAGE) and not str(message).startswith(READ_ONLY)
+    if own or sys.warnoptions:
+        print(f"scoremachine: {message}", file=sys.stderr)
 
 
 def main() -> None:
     """Runs the command line: exit code 2 and a sentence for what a user can mend."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the locale has no sign for becomes "?"
+            stream.reconfigure(errors="replace")
     warnings.showwarning = _show_warning
     try:
         app()
     except (ValueError, OSError) as error:
-        print(f"scoremachine: {_told(error)}", file=sys.stderr)
+        sentence = sentence_of(error) if isinstance(error, OSError) else error
+        print(f"scoremachine: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

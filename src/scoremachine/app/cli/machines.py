@@ -92,16 +92,18 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Generate new pictures: samples.png, samples.npz and run.json in --out."""
-    from scoremachine.app.runs import Run
+    from scoremachine.app.runs.generation import Run, RunOptions
     from scoremachine.runtime import progress
 
     with progress.quiet(quiet):
-        side, drawn = sizes_of(size)
+        side, canvas = sizes_of(size)
         corpus = corpus_of(data, side, grayscale, limit, strict, split, array)
         settings = settings_of(patch_size, bandwidth, boundary, window, augment, others, kernel)
         built = machine_of(machine, corpus, schedule, settings)
-        where = sampler, schedule, label, batch, trajectory, start, drawn, process
-        run = Run(out, built, count, steps, seed, *where)
+        options = RunOptions(
+            count, steps, seed, sampler, schedule, label, batch, trajectory, start, canvas, process
+        )
+        run = Run(out, built, options)
         with interruptible(
             lambda: (
                 f"{run.finished()} of {count} pictures are finished; the same command with "
@@ -143,8 +145,8 @@ def denoise(
     kernel: KernelName = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Denoise a picture: denoised.png (noisy beside denoised) and denoised.npz in --out."""
-    from scoremachine.app.runs import denoise_file
+    """Denoise a picture: denoised.png (noisy next to denoised) and denoised.npz in --out."""
+    from scoremachine.app.runs.machines import denoise_file
     from scoremachine.runtime import progress
 
     with progress.quiet(quiet):
@@ -160,14 +162,17 @@ def calibrate(
     machine: MachineName = "ls",
     held_out: Annotated[int, typer.Option(help="Images that choose; as many others report.")] = 16,
     steps: Annotated[int, typer.Option(help="How many EDM noise levels.")] = 18,
-    beside: Annotated[
-        str | None, typer.Option(help="A schedule to print beside: a name, or a file of calibrate.")
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="A schedule to print next to what is chosen: a name, or a file of calibrate."
+        ),
     ] = None,
     network: Annotated[
         str | None,
         typer.Option(
-            help="Choose what is nearest to this trained network's D instead, and print beside it "
-            "what denoises best, and what either costs the other."
+            help="Choose what is nearest to this trained network's D instead, and print next to "
+            "it what denoises best, and what either costs the other."
         ),
     ] = None,
     out: Annotated[
@@ -188,19 +193,20 @@ def calibrate(
     quiet: Quiet = False,
 ) -> None:
     """Choose locality and bandwidth per noise level by denoising held-out images."""
-    from scoremachine.app.runs import calibrate_corpus
+    from scoremachine.app.runs.machines import CalibrationOptions, calibrate_corpus
     from scoremachine.core.schedules import LOCALITIES
     from scoremachine.machines import kind_of
     from scoremachine.runtime import progress
 
     with progress.quiet(quiet):
         other = None
-        if beside is not None:
-            other = LOCALITIES[kind_of(machine).locality or "patch_size"].of(beside)
+        if reference is not None:
+            other = LOCALITIES[kind_of(machine).locality or "patch_size"].of(reference)
         settings = settings_of(None, None, boundary, window, augment, others, kernel)
         where = data, size, grayscale, limit, strict, split, array
         teachers, corpus = networks_and_corpus([network] if network else [], *where)
-        calibrate_corpus(corpus, machine, held_out, steps, seed, other, out, settings, *teachers)
+        options = CalibrationOptions(held_out, steps, seed, other, *teachers)
+        calibrate_corpus(corpus, machine, out, settings, options)
 
 
 def index(
@@ -235,6 +241,9 @@ def index(
             machine.local_at(1.0)
             for each in sorted({int(value) for value in machine.patch_size.values}):
                 folders = machine.index(each, images)
+                if not folders:
+                    print(f"{each} x {each}: no index, as every patch is compared directly")
+                    continue
                 files = [file.stat().st_size for folder in folders for file in folder.iterdir()]
                 print(f"{each} x {each}: {sum(files) / 1e6:,.1f} MB in {folders[0].parent}")
 
@@ -261,7 +270,8 @@ def zoo(
     quiet: Quiet = False,
 ) -> None:
     """Draw every machine's samples from the same noise, with the nearest training images."""
-    from scoremachine.app.runs import zoo as draw
+    from scoremachine.app.runs.generation import RunOptions
+    from scoremachine.app.runs.generation import zoo as draw
     from scoremachine.runtime import progress
     from scoremachine.sampling.schedules import schedule_of
 
@@ -269,11 +279,11 @@ def zoo(
         names = names_of(machines)
         schedule_of(schedule)  # refuses what is none before images are read
         corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
-        settings = count, steps, seed, sampler, schedule, label, resume
+        options = RunOptions(count, steps, seed, sampler, schedule, label)
         with interruptible(
             lambda: "the same command with --resume goes on after the pictures that are finished"
         ):
-            seconds = draw(corpus, out, names, *settings)
+            seconds = draw(corpus, out, names, options, resume)
     print(f"{len(names)} machines in {seconds:.0f} s: {out / 'zoo.png'}")
 
 
@@ -282,8 +292,8 @@ def denoising_error(
     out: Out = Path("runs/denoising-error"),
     machines: MachineNames = None,
     steps: Annotated[int, typer.Option(help="How many EDM noise levels.")] = 18,
-    choosing: Annotated[int, typer.Option(help="Held-out images that calibrate.")] = 16,
-    reporting: Annotated[int, typer.Option(help="Other held-out images, that report.")] = 32,
+    validation: Annotated[int, typer.Option(help="Held-out images that calibrate.")] = 16,
+    test: Annotated[int, typer.Option(help="Other held-out images, that report.")] = 32,
     published: Annotated[
         list[str] | None,
         typer.Option(
@@ -301,14 +311,20 @@ def denoising_error(
     quiet: Quiet = False,
 ) -> None:
     """Measure every machine's held-out denoising error per noise level: table, CSV and plot."""
-    from scoremachine.app.runs import measure_errors
+    from scoremachine.app.runs.machines import measure_errors
+    from scoremachine.core.schedules import edm_sigmas
     from scoremachine.runtime import progress
+    from scoremachine.runtime.validation import check_integer
 
     with progress.quiet(quiet):
         names = names_of(machines)
         also = [(name, any_number(value)) for name, value in pairs(published)]
         corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
-        measure_errors(corpus, out, names, steps, choosing, reporting, seed, also)
+        sigmas = edm_sigmas(check_integer("steps", steps))
+        measure_errors(
+            corpus, out, names, sigmas=sigmas, validation=validation, test=test, seed=seed,
+            published=also,
+        )  # fmt: skip
 
 
 def compress(
@@ -340,7 +356,7 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Find how small a machine can be: images as ever fewer Gaussians, against denoising error."""
-    from scoremachine.app.runs import compress_corpus
+    from scoremachine.app.runs.machines import CompressionOptions, compress_corpus
     from scoremachine.lab.sizes import SIZES
     from scoremachine.runtime import progress
 
@@ -350,7 +366,8 @@ def compress(
         asked = [number(word, int, word) for word in parts_of(sizes)] or list(SIZES)
         kept = None if keep is None else number(keep, int, keep)
         with interruptible(lambda: "the same command goes on after the sizes that are finished"):
-            compress_corpus(corpus, out, machine, asked, kept, steps, held_out, seed, settings)
+            options = CompressionOptions(asked, kept, steps, held_out, seed)
+            compress_corpus(corpus, out, machine, settings, options)
 
 
 def ablation(
@@ -375,8 +392,8 @@ def ablation(
     array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure patch sizes and ways to compose patches, by kind of picture and resolution."""
-    from scoremachine.app.runs import ablate
+    """Measure patch sizes and how patches are composed, by kind of picture and resolution."""
+    from scoremachine.app.runs.machines import ablate
     from scoremachine.runtime import progress
 
     levels = levels_of(sigmas)

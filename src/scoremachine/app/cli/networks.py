@@ -11,10 +11,10 @@ from scoremachine.app.cli.words import (
     GOES_ON,
     ArrayName,
     Data,
-    Everywhere,
     Grayscale,
     Limit,
     Machines,
+    MaxImagesEls,
     NetworkName,
     Out,
     Quiet,
@@ -75,7 +75,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a small reference network: weights, their card and the loss curve in --out."""
-    from scoremachine.app.runs import train_network
+    from scoremachine.app.runs.networks import train_network
     from scoremachine.lab.networks import Training
     from scoremachine.runtime import progress
 
@@ -101,7 +101,7 @@ def compare(
         str | None,
         typer.Option(help="As for generate (vp, cosine, ...); the network's unless given."),
     ] = None,
-    everywhere: Everywhere = 2000,
+    max_images_els: MaxImagesEls = 2000,
     report: Annotated[
         bool, typer.Option("--report", help="Also write report.html, one page with everything.")
     ] = False,
@@ -115,19 +115,20 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Measure how well machines predict a trained network: tables, curves and pictures in --out."""
-    from scoremachine.app.runs import compare_network
+    from scoremachine.app.runs.networks import compare_network
     from scoremachine.runtime import progress
     from scoremachine.sampling.schedules import schedule_of
 
     with progress.quiet(quiet):
-        way = None if schedule is None else schedule_of(schedule)
+        other = None if schedule is None else schedule_of(schedule)
         (loaded,), corpus = networks_and_corpus(
             [network], data, size, grayscale, limit, strict, split, array
         )
         with interruptible(lambda: GOES_ON):
             compare_network(
                 loaded, parts_of(machine), corpus, out, report, pictures=pictures, count=count,
-                steps=steps, seed=seed, sampler=sampler, everywhere=everywhere, schedule=way,
+                steps=steps, seed=seed, sampler=sampler, schedule=other,
+                max_images_els=max_images_els,
             )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def sensitivity(
     ] = "20,8,4,2,1,0.5,0.2,0.1",
     count: Annotated[int, typer.Option(help="How many images.")] = 4,
     pixels: Annotated[int, typer.Option(help="How many output values of each.")] = 32,
-    everywhere: Everywhere = 500,
+    max_images_els: MaxImagesEls = 500,
     seed: Seed = 0,
     size: Size = None,
     grayscale: Grayscale = False,
@@ -154,7 +155,7 @@ def sensitivity(
     quiet: Quiet = False,
 ) -> None:
     """Draw what denoisers look at, from their gradients: maps and their widths in --out."""
-    from scoremachine.app.runs import measure_sensitivity
+    from scoremachine.app.runs.networks import SensitivityOptions, measure_sensitivity
     from scoremachine.runtime import progress
 
     levels = levels_of(sigmas)
@@ -162,8 +163,8 @@ def sensitivity(
         where = data, size, grayscale, limit, strict, split, array
         loaded, corpus = networks_and_corpus([network] if network else [], *where)
         names = parts_of(machine)
-        settings = levels, count, pixels, seed, everywhere
-        measure_sensitivity(loaded, names, corpus, out, *settings)
+        options = SensitivityOptions(levels, count, pixels, seed, max_images_els)
+        measure_sensitivity(loaded, names, corpus, out, options)
 
 
 def bias(
@@ -180,7 +181,7 @@ def bias(
     machine: Machines = "gaussian,ls,els,pspc,pca",
     sigmas: Annotated[str, typer.Option(help="Noise levels, by commas.")] = "20,5,2,1,0.5,0.2",
     pictures: Annotated[int, typer.Option(help="How many held-out images are denoised.")] = 16,
-    everywhere: Everywhere = 2000,
+    max_images_els: MaxImagesEls = 2000,
     seed: Seed = 0,
     size: Size = None,
     grayscale: Grayscale = False,
@@ -191,7 +192,7 @@ def bias(
     quiet: Quiet = False,
 ) -> None:
     """Measure how networks and machines differ from the ideal denoiser, and how alike they do."""
-    from scoremachine.app.runs import measure_bias
+    from scoremachine.app.runs.networks import measure_bias
     from scoremachine.runtime import progress
 
     levels = levels_of(sigmas)
@@ -201,7 +202,10 @@ def bias(
         )
         names = parts_of(machine)
         with interruptible(lambda: GOES_ON):
-            measure_bias(every, names, corpus, out, levels, pictures, seed, everywhere)
+            measure_bias(
+                every, names, corpus, out, sigmas=levels, pictures=pictures, seed=seed,
+                max_images_els=max_images_els,
+            )  # fmt: skip
 
 
 def quality(
@@ -216,7 +220,7 @@ def quality(
     machine: Machines = "ls,els,pspc,smoothed",
     count: Annotated[int, typer.Option(help="How many pictures of each.")] = 64,
     steps: Annotated[int, typer.Option(help="How many noise levels to visit.")] = 20,
-    everywhere: Everywhere = 1000,
+    max_images_els: MaxImagesEls = 1000,
     seed: Seed = 0,
     size: Size = None,
     grayscale: Grayscale = False,
@@ -227,7 +231,7 @@ def quality(
     quiet: Quiet = False,
 ) -> None:
     """Judge samples of machines, networks and VAEs: how good, how new, how varied."""
-    from scoremachine.app.runs import judge_samples
+    from scoremachine.app.runs.networks import judge_samples
     from scoremachine.runtime import progress
 
     with progress.quiet(quiet):
@@ -236,8 +240,10 @@ def quality(
         names = parts_of(machine)
         if not names and not every:
             raise ValueError("there is nobody to judge: name a machine or a network")
-        settings = {"count": count, "steps": steps, "seed": seed, "everywhere": everywhere}
-        judge_samples(every, names, corpus, out, **settings)
+        judge_samples(
+            every, names, corpus, out, count=count, steps=steps, seed=seed,
+            max_images_els=max_images_els,
+        )  # fmt: skip
 
 
 def study(
@@ -249,7 +255,7 @@ def study(
     steps: Annotated[int, typer.Option(help="How long a network is trained.")] = 2000,
     count: Annotated[int, typer.Option(help="How many samples are drawn of each.")] = 16,
     pictures: Annotated[int, typer.Option(help="How many held-out images are denoised.")] = 16,
-    everywhere: Everywhere = 1000,
+    max_images_els: MaxImagesEls = 1000,
     seed: Seed = 0,
     size: Size = None,
     grayscale: Grayscale = False,
@@ -260,7 +266,7 @@ def study(
     quiet: Quiet = False,
 ) -> None:
     """Measure when the theory holds: by images, training time and kind of network. Hours."""
-    from scoremachine.app.runs import study_networks
+    from scoremachine.app.runs.networks import study_networks
     from scoremachine.runtime import progress
 
     with progress.quiet(quiet):
@@ -268,5 +274,5 @@ def study(
         with interruptible(lambda: GOES_ON):
             study_networks(
                 corpus, out, parts_of(machine), steps=steps, count=count, pictures=pictures,
-                everywhere=everywhere, seed=seed,
+                max_images_els=max_images_els, seed=seed,
             )  # fmt: skip

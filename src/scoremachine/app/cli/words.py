@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from scoremachine.runtime.files import sentence_of
 from scoremachine.runtime.parsing import any_number, number
+from scoremachine.runtime.progress import say
 
 if TYPE_CHECKING:
     from scoremachine.data.corpus import Corpus
@@ -105,7 +107,7 @@ NetworkName = Annotated[
     str,
     typer.Option(
         "--network",
-        help="One that comes along (mnist-resnet, cifar10-resnet), a folder that scoremachine "
+        help="A bundled one (mnist-resnet, cifar10-resnet), a folder that scoremachine "
         "train wrote, or one of diffusers with safetensors.",
     ),
 ]
@@ -119,9 +121,12 @@ ClassName = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="One seed is one result.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Everywhere = Annotated[
+MaxImagesEls = Annotated[
     int,
-    typer.Option(help="Images, at most, of machines that look at every position (els, es)."),
+    typer.Option(
+        "--max-images-els",
+        help="Images, at most, of machines that look at every position (els, es).",
+    ),
 ]
 Machines = Annotated[
     str,
@@ -142,17 +147,26 @@ ScheduleName = Annotated[
 ]
 
 
+# earlier spellings of options, which are still taken
+EARLIER = {
+    "--beside": "--reference",
+    "--choosing": "--validation",
+    "--everywhere": "--max-images-els",
+    "--reporting": "--test",
+}
 GOES_ON = "the same command goes on after what is finished"
 
 
 @contextmanager
 def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
-    """Ctrl-C ends the block with a sentence and exit code 130."""
+    """Ctrl-C ends the block with a sentence and exit code 130; an OSError hears it too."""
     try:
         yield
     except KeyboardInterrupt:
         print(f"interrupted: {sentence()}", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as error:
+        raise OSError(f"{sentence_of(error)}; {sentence()}") from error
 
 
 def networks_and_corpus(
@@ -171,11 +185,11 @@ def networks_and_corpus(
 
 
 def sizes_of(text: str | None) -> tuple[int | None, tuple[int, int] | None]:
-    """The images' side, and height and width of the pictures to draw, where they are said."""
-    side, drawn = None, None
+    """The images' side, and height and width of the pictures to draw, where given."""
+    side, canvas = None, None
     for part in parts_of(text):
         numbers = [number(word, int, 0) for word in part.split("x")]
-        if len(numbers) > 2 or min(numbers) < 1 or (side if len(numbers) == 1 else drawn):
+        if len(numbers) > 2 or min(numbers) < 1 or (side if len(numbers) == 1 else canvas):
             raise ValueError(
                 f"size is {text!r}; expected the images' side, as 32, or the size of the pictures "
                 "to draw, as 128x256, or both, as 32,128x256"
@@ -183,8 +197,8 @@ def sizes_of(text: str | None) -> tuple[int | None, tuple[int, int] | None]:
         if len(numbers) == 1:
             side = numbers[0]
         else:
-            drawn = numbers[0], numbers[1]
-    return side, drawn
+            canvas = numbers[0], numbers[1]
+    return side, canvas
 
 
 def parts_of(text: str | None) -> list[str]:
@@ -245,17 +259,25 @@ def resized(
     split: str | None = None,
     array: str | None = None,
 ) -> Corpus:
-    """Images at a side, if one is said: crops of fewer than three, all resized elsewhere."""
+    """Images at a side, if one is given: crops of fewer than three, all resized elsewhere.
+
+    Those that are made larger have it in their name, and it is said.
+    """
     how = grayscale, limit, strict, split, array
     if side is None:
         return corpus_of(data, None, *how)
     try:
         corpus = corpus_of(data, None, *how)
-    except ValueError:  # of several sizes, or nothing at all, which is said below
+    except ValueError:  # of several sizes, or nothing at all: the next line says which
         return corpus_of(data, side, *how)
-    if len(corpus) < 3 and min(corpus.shape[1:]) > side:
+    H, W = corpus.shape[1:]
+    if len(corpus) < 3 and min(H, W) > side:
         return corpus.crops(side)
-    return corpus_of(data, side, *how)
+    found = corpus_of(data, side, *how)
+    if min(H, W) < side:
+        found.name += f", upsampled from {H} x {W}"
+        say(f"{found.name} to {side} x {side}: more pixels, and no more detail")
+    return found
 
 
 def machine_of(name: str, corpus: Corpus, schedule: str, settings: dict[str, Any]) -> Any:
@@ -282,20 +304,20 @@ def settings_of(
     others: list[str] | None,
     kernel: str,
 ) -> dict[str, Any]:
-    """What was said of a machine, by the names of its arguments."""
-    said = {"boundary": boundary, "window": window, "augment": augment}
+    """What is given of a machine, by the names of its arguments."""
+    given = {"boundary": boundary, "window": window, "augment": augment}
     if patch_size is not None:
-        said["patch_size"] = any_number(patch_size)
+        given["patch_size"] = any_number(patch_size)
     if bandwidth is not None:
-        said["bandwidth"] = number(bandwidth, float, bandwidth)
+        given["bandwidth"] = number(bandwidth, float, bandwidth)
     for name, value in pairs(others):
-        if name in (*said, "patch_size", "bandwidth", "kernel", "schedule"):
+        if name in (*given, "patch_size", "bandwidth", "kernel", "schedule"):
             option = "--" + name.replace("_", "-")
             raise ValueError(
                 f"{name} has an option of its own, {option}: use that instead of --set"
             )
-        said[name] = any_number(value)
-    return {"kernel": kernel} | {name: value for name, value in said.items() if value is not None}
+        given[name] = any_number(value)
+    return {"kernel": kernel} | {name: value for name, value in given.items() if value is not None}
 
 
 def pairs(texts: list[str] | None) -> list[tuple[str, str]]:

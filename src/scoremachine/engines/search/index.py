@@ -149,7 +149,7 @@ class Index:
             ValueError: If it is of other images, of another version, or cut short.
         """
         try:
-            meta = json.loads((folder / "meta.json").read_text())
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"there is no index in {folder}") from None
         except ValueError as error:
@@ -339,7 +339,7 @@ def _write(
         progress.advance(int(starts[buckets]))
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(part / name, "ab")) for name in ARRAYS}
-        journal = stack.enter_context(open(part / "journal", "a"))
+        journal = stack.enter_context(open(part / "journal", "a", encoding="utf-8"))
         columns = embedding.columns(patches.size)
         room = max(NODE, ROOM // (16 * embedding.m))  # patches
         while buckets < len(starts) - 1:
@@ -366,13 +366,13 @@ def _resume(part: Path, embedding: Embedding) -> tuple[int, int, float]:
     """Cuts the files to what the journal says: (buckets, nodes, furthest patch)."""
     buckets, nodes, furthest = 0, 0, 0.0
     journal = part / "journal"
-    text = journal.read_text() if journal.exists() else ""
+    text = journal.read_text(encoding="utf-8") if journal.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole:
         buckets, nodes, furthest = json.loads(whole.splitlines()[-1])
     if any(_length(part / name) < size for name, size in _sizes(nodes, embedding).items()):
         whole, buckets, nodes, furthest = "", 0, 0, 0.0  # the disk lost what was written
-    journal.write_text(whole)
+    journal.write_text(whole, encoding="utf-8")
     for name, size in _sizes(nodes, embedding).items():
         with open(part / name, "ab") as file:
             file.truncate(size)

@@ -1,4 +1,4 @@
-"""How alike two answers are: each number by its right name."""
+"""How alike two pictures are: each number by its right name."""
 
 from __future__ import annotations
 

@@ -16,12 +16,12 @@ import torch
 
 from scoremachine.data.corpus import Corpus
 from scoremachine.lab.comparison.parts import (
-    EVERYWHERE,
+    MAX_IMAGES_ELS,
     Pieces,
-    answers,
-    apart,
-    entered,
+    built_machines,
+    denoised,
     forward_pictures,
+    held_out_and_source,
 )
 from scoremachine.lab.networks.network import Network
 from scoremachine.machines import Machine, build
@@ -73,7 +73,7 @@ def shared_bias(
     sigmas: Sequence[float] | np.ndarray = LEVELS,
     pictures: int = 16,
     seed: int = 0,
-    everywhere: int = EVERYWHERE,
+    max_images_els: int = MAX_IMAGES_ELS,
     kept: Path | None = None,
 ) -> Bias:
     """Measures how networks and machines differ from the ideal denoiser.
@@ -85,6 +85,7 @@ def shared_bias(
         ValueError: As `compare`, and for fewer than two denoisers.
     """
     check_integer("pictures", pictures)
+    check_integer("max_images_els", max_images_els)
     levels = np.sort(np.asarray(sigmas, dtype=float))[::-1].tolist()
     if not networks:
         raise ValueError("there is no network to look for a bias in; give at least one")
@@ -92,17 +93,17 @@ def shared_bias(
         network.check_corpus(corpus)
         for sigma in levels:
             network.time(sigma)
-    held, source = apart(networks, corpus, pictures, seed)
-    made = entered(machines, source, everywhere)
+    held, source = held_out_and_source(networks, corpus, pictures, seed)
+    built = built_machines(machines, source, max_images_els)
     ideal = build("ideal", source)
     x, eps = forward_pictures(corpus, held, seed)
     denoisers: dict[str, Network | Machine] = {}
     for network in networks:
         label, k = network.name, 2
-        while label in denoisers or label in made:
+        while label in denoisers or label in built:
             label, k = f"{network.name}-{k}", k + 1
         denoisers[label] = network
-    denoisers |= made
+    denoisers |= built
     if len(denoisers) < 2:
         raise ValueError("there is one denoiser; two or more can be alike: give another")
     pieces = Pieces(kept, [corpus.key, seed, held.tolist(), ideal.settings()])
@@ -113,11 +114,11 @@ def shared_bias(
     with bar("Comparing", total=len(levels) * (1 + len(denoisers))) as progress:
         for sigma in levels:
             y = x + sigma * eps
-            D_ideal = pieces.get(["ideal", sigma], lambda y=y, s=sigma: answers(ideal, y, s))  # type: ignore[misc]
+            D_ideal = pieces.get(["ideal", sigma], lambda y=y, s=sigma: denoised(ideal, y, s))  # type: ignore[misc]
             progress.advance()
             at = []
             for who, denoiser in zip(map(json.dumps, asked), denoisers.values(), strict=True):
-                D = pieces.get([who, sigma], lambda y=y, s=sigma, d=denoiser: answers(d, y, s))  # type: ignore[misc]
+                D = pieces.get([who, sigma], lambda y=y, s=sigma, d=denoiser: denoised(d, y, s))  # type: ignore[misc]
                 at.append((D - D_ideal).double().flatten(1).numpy())
                 progress.advance()
             differences.append(np.stack(at))

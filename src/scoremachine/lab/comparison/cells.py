@@ -6,24 +6,29 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from scoremachine.calibration.copies import tell, without_copies
 from scoremachine.data.corpus import Corpus
 from scoremachine.lab.comparison.agreement import Summary
-from scoremachine.lab.comparison.parts import answers, compare, forward_pictures
+from scoremachine.lab.comparison.parts import EARLIER, compare, denoised, forward_pictures
+from scoremachine.lab.networks.architectures import check_settings
 from scoremachine.lab.networks.network import Network
 from scoremachine.lab.networks.training import Training, train
-from scoremachine.runtime.files import write_text
-from scoremachine.runtime.progress import bar
-from scoremachine.runtime.validation import check_integer
+from scoremachine.runtime.files import keep_text, read_json
+from scoremachine.runtime.progress import bar, say
+from scoremachine.runtime.records import differing, other_versions, versions
+from scoremachine.runtime.validation import check_integer, options_of
 
 HELD_OUT = 64  # images that no cell trains on
 LEVELS = (5.0, 2.0, 1.0, 0.5, 0.2)  # of the forward process
 MEMORY = 0.5  # the noise level at which errors on seen and unseen images are compared
+LAYOUT = 2  # of compared.json
+DRAWS = 2000  # of a bootstrap
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Cell:
     """A network of the study.
 
     Attributes:
-        group: Which request it answers: "images", "steps" or "network".
+        group: Which question it is for: "images", "steps" or "network".
         label: What differs, in words.
         images, steps: How many it is trained on, and how long.
         network, settings: Of `train`.
@@ -54,8 +59,10 @@ class Row:
         machine: The machine's label.
         r2, R2: Of final samples.
         forward: Median R2 on held-out images, at each of `LEVELS`.
-        seen, unseen: The network's mean squared error on images that it was trained on, and on
-            others, at noise level `MEMORY`: far apart where it has learnt its images by heart.
+        seen, unseen: The network's mean squared errors at noise level `MEMORY`, one by one, on up
+            to 64 images that it was trained on, and on as many others. They are the same images in
+            every cell (fewer seen ones where it was trained on fewer), and one lot may be harder
+            than the other: so a cell says little by itself, see `memorization`.
         nearest: How far its samples are from the images it was trained on, root mean square.
     """
 
@@ -64,8 +71,8 @@ class Row:
     r2: Summary
     R2: Summary
     forward: list[float]
-    seen: float
-    unseen: float
+    seen: list[float]
+    unseen: list[float]
     nearest: float
 
 
@@ -97,57 +104,70 @@ def cells(N: int, steps: int, sides: Sequence[int]) -> list[Cell]:
     return found
 
 
+@dataclass(frozen=True)
+class StudyOptions:
+    """How a study is made.
+
+    Attributes:
+        steps: How long a network is trained, where the time is not what differs.
+        chosen: The cells; None: `cells`.
+        count, pictures, max_images_els, seed: As `compare`'s.
+        training: How, apart from steps and seed.
+    """
+
+    steps: int = 2000
+    chosen: Sequence[Cell] | None = None
+    count: int = 16
+    pictures: int = 16
+    max_images_els: int = 1000
+    seed: int = 0
+    training: Training = field(default_factory=Training)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "count", "pictures", "max_images_els"):
+            check_integer(name, getattr(self, name))
+
+
 def study(
-    corpus: Corpus,
-    out: str | Path,
-    machines: Sequence[str] = ("els", "ls"),
-    steps: int = 2000,
-    chosen: Sequence[Cell] | None = None,
-    count: int = 16,
-    pictures: int = 16,
-    everywhere: int = 1000,
-    seed: int = 0,
-    training: Training | None = None,
+    corpus: Corpus, out: str | Path, machines: Sequence[str] = ("els", "ls"), **options: Any
 ) -> list[Row]:
     """Trains the cells' networks and compares machines of the same images with each.
 
     What is finished stays in `out`, and the same call goes on after it.
 
     Arguments:
-        corpus: The images; 64 are held out of everything.
+        corpus: The images; 64 are held out of everything, and so are copies of them.
         out: A folder for networks and what was found of each.
         machines: As `compare`'s.
-        steps: How long a network is trained, where the time is not what differs.
-        chosen: The cells; None: `cells`.
-        count, pictures, everywhere, seed: As `compare`'s.
-        training: How, apart from steps and seed.
+        options: Those of `StudyOptions`, by name.
 
     Raises:
         ValueError: For a corpus of fewer than 8 images.
+        TypeError: For an option that there is not.
     """
-    check_integer("steps", steps)
+    o = options_of(StudyOptions, options, EARLIER)
     N = len(corpus)
     if N < 8:
         raise ValueError(f"a study needs at least 8 images, and {corpus.name!r} has {N}")
-    order = np.random.default_rng(seed).permutation(N)
+    order = np.random.default_rng(o.seed).permutation(N)
     held, rest = order[: min(HELD_OUT, N // 4)], order[min(HELD_OUT, N // 4) :]
+    different = without_copies(corpus, held, rest)
+    tell(corpus, len(rest) - len(different))
     rows: list[Row] = []
-    todo = list(chosen if chosen is not None else cells(N, steps, corpus.shape[1:]))
+    todo = list(o.chosen if o.chosen is not None else cells(N, o.steps, corpus.shape[1:]))
     with bar("Studying", total=len(todo)) as progress:
         # longer trainings of the same network go on from shorter ones
         for cell in sorted(todo, key=lambda c: c.steps):
-            part = corpus.subset(np.concatenate([held, rest[: cell.images]]))
+            part = corpus.subset(np.concatenate([held, different[: cell.images]]))
             how = replace(
-                training or Training(),
+                o.training,
                 steps=cell.steps,
                 seconds=None,
-                seed=seed,
+                seed=o.seed,
                 held_out=list(range(len(held))),
             )
             network, folder = _trained(cell, part, how, Path(out))
-            rows += _measured(
-                cell, network, machines, part, count, pictures, everywhere, seed, folder
-            )
+            rows += _measured(cell, network, machines, part, o, folder)
             progress.advance()
     places = {cell: k for k, cell in enumerate(todo)}
     return sorted(rows, key=lambda row: places[row.cell])
@@ -161,13 +181,18 @@ def _trained(cell: Cell, part: Corpus, how: Training, out: Path) -> tuple[Networ
     if (finished / "network.json").exists():
         network = Network.load(finished)
         known = network.card["training"]
-        asked = {**how.settings(), "corpus_digest": part.digest, "steps": cell.steps}
-        differing = [name for name, value in asked.items() if known.get(name) != value]
-        if differing:
+        asked = {**how.settings(), "corpus_digest": part.digest, "steps": cell.steps,
+                 "held_out": how.held_out}  # fmt: skip
+        others = differing(asked, {name: known[name] for name in asked if name in known})
+        chosen = {**check_settings(cell.network, {}), **dict(cell.settings)}
+        others += differing(chosen, network.card["settings"])
+        if others:
             raise ValueError(
-                f"{finished} holds a network of another {', '.join(differing)}; going on needs the "
+                f"{finished} holds a network of another {', '.join(others)}; going on needs the "
                 "same study: repeat the command, or choose another --out"
             )
+        if ran := other_versions(known.get("versions")):
+            say(f"{finished} was trained with {ran}, and is not trained again")
         return network, finished
     network = train(part, cell.network, folder, how, True, **dict(cell.settings))
     network.save(finished)
@@ -179,22 +204,20 @@ def _measured(
     network: Network,
     machines: Sequence[str],
     part: Corpus,
-    count: int,
-    pictures: int,
-    everywhere: int,
-    seed: int,
+    options: StudyOptions,
     folder: Path,
 ) -> list[Row]:
-    asked = [list(machines), count, pictures, everywhere, seed, network.key, part.digest]
+    how = {"pictures": options.pictures, "count": options.count, "seed": options.seed,
+           "max_images_els": options.max_images_els}  # fmt: skip
+    asked = [LAYOUT, list(machines), how, network.key, part.digest, versions()]
     path = folder / "compared.json"
     if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_json(path, "expected what a study found")
         if kept["asked"] == asked:
             return [_row(cell, fields) for fields in kept["rows"]]
     found = compare(
-        network, machines, part, LEVELS, pictures, count, seed=seed, everywhere=everywhere,
-        kept=folder / ".unfinished", ways=1,
-    )  # fmt: skip
+        network, machines, part, sigmas=LEVELS, kept=folder / ".unfinished", trajectories=1, **how
+    )
     unseen = network.unseen(part)
     assert unseen is not None
     seen = np.setdiff1d(np.arange(len(part)), unseen)[: len(unseen)]
@@ -205,11 +228,11 @@ def _measured(
             "r2": vars(Summary.of(samples.measures["r2"][0])),
             "R2": vars(Summary.of(samples.measures["R2"][0])),
             "forward": [Summary.of(row).median for row in forward.measures["R2"]],
-            "seen": _error(network, part, seen, seed),
-            "unseen": _error(network, part, unseen, seed),
+            "seen": _errors(network, part, seen, options.seed),
+            "unseen": _errors(network, part, unseen, options.seed),
             "nearest": float(found.distances["network"].mean()),
         })  # fmt: skip
-    write_text(path, json.dumps({"asked": asked, "rows": rows}))
+    keep_text(path, json.dumps({"asked": asked, "rows": rows}))
     shutil.rmtree(folder / ".unfinished", ignore_errors=True)
     return [_row(cell, fields) for fields in rows]
 
@@ -222,32 +245,64 @@ def _row(cell: Cell, fields: dict[str, Any]) -> Row:
     return Row(cell, **{**fields, "r2": r2, "R2": R2})
 
 
-def _error(network: Network, corpus: Corpus, index: np.ndarray, seed: int) -> float:
-    """The network's mean squared error on some images at noise level `MEMORY`."""
+def _errors(network: Network, corpus: Corpus, index: np.ndarray, seed: int) -> list[float]:
+    """The network's mean squared errors on some images at noise level `MEMORY`, one by one."""
     x, eps = forward_pictures(corpus, index, seed)
-    D = answers(network, x + MEMORY * eps, MEMORY)
-    return float(((D - x) ** 2).mean())
+    D = denoised(network, x + MEMORY * eps, MEMORY)
+    return ((D - x) ** 2).mean((1, 2, 3)).tolist()
+
+
+def memorization(row: Row, reference: Row) -> tuple[float, float, float]:
+    """Error on seen images over that on unseen ones, in units of another cell's ratio.
+
+        (seen / unseen) / (seen / unseen of the reference, on the same images)
+
+    The reference, trained on all images, hardly knows any of them by heart: what its ratio differs
+    from 1 is that one lot of images is harder. So below 1, with an interval that leaves 1 out, a
+    network does better on its own images than on others, by more than that explains: it overfits.
+
+    Returns:
+        The ratio, and its 95% interval by bootstrap over images, paired between the two cells.
+    """
+    rng = np.random.default_rng(0)
+    logs, resampled = 0.0, np.zeros(DRAWS)
+    for name, sign in (("seen", 1), ("unseen", -1)):
+        a, b = np.asarray(getattr(row, name)), np.asarray(getattr(reference, name))
+        n = min(len(a), len(b))
+        a, b = a[:n], b[:n]
+        some = rng.integers(0, n, (DRAWS, n))
+        logs += sign * float(np.log(a.mean() / b.mean()))
+        resampled += sign * np.log(a[some].mean(1) / b[some].mean(1))
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return math.exp(logs), math.exp(low), math.exp(high)
 
 
 def markdown_rows(rows: Sequence[Row], group: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table of one request."""
+    """Header and rows of a table of one request; by images also `memorization`."""
+    some = [row for row in rows if row.cell.group == group]
     header = ["", "machine", "r² of samples", "95% interval", "R² of samples"]
     header += [*(f"R² at {s:g}" for s in LEVELS), "error on seen", "on unseen", "to nearest"]
-    lines = [
-        [
+    most = max((row.cell.images for row in some), default=0)
+    if group == "images":
+        header.append("seen / unseen, over that of all images")
+    lines = []
+    for row in some:
+        cells = [
             row.cell.label,
             f"`{row.machine}`",
             _number(row.r2.median),
             f"{_number(row.r2.interval[0])} to {_number(row.r2.interval[1])}",
             _number(row.R2.median),
             *map(_number, row.forward),
-            f"{row.seen:.4f}",
-            f"{row.unseen:.4f}",
+            f"{np.mean(row.seen):.4f}",
+            f"{np.mean(row.unseen):.4f}",
             f"{row.nearest:.2f}",
         ]
-        for row in rows
-        if row.cell.group == group
-    ]
+        if group == "images":
+            reference = next(r for r in some if r.machine == row.machine and r.cell.images == most)
+            ratio, low, high = memorization(row, reference)
+            cells.append("1" if row is reference else f"{ratio:.2f} ({low:.2f} to {high:.2f})")
+        lines.append(cells)
     return header, lines
 
 

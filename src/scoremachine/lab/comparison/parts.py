@@ -1,4 +1,4 @@
-"""Machines against a trained network: where it denoises, on its way, and in what it draws."""
+"""Machines against a trained network: denoising, along its sampling trajectory, in its samples."""
 
 from __future__ import annotations
 
@@ -15,30 +15,35 @@ import torch
 from azula.noise import Schedule
 from torch import Tensor
 
-from scoremachine.calibration.heldout import towards
+from scoremachine.calibration.copies import single, tell, without_copies
+from scoremachine.calibration.heldout import check_images, towards
 from scoremachine.calibration.stacking import weights_towards
 from scoremachine.data.corpus import Corpus
 from scoremachine.data.heatmaps import UNREADABLE
 from scoremachine.lab.comparison.agreement import Summary, agreement
-from scoremachine.lab.denoising_error import best_or_tied, fewer
-from scoremachine.lab.networks.network import Network
+from scoremachine.lab.denoising_error import fewer, highest_or_tied
+from scoremachine.lab.networks.network import Network, Within
 from scoremachine.machines import Composite, IdealScore, Machine, build, kind_of, spelled
-from scoremachine.runtime.files import written
+from scoremachine.runtime.files import optional, written
 from scoremachine.runtime.progress import bar, say
-from scoremachine.runtime.validation import check_integer, check_name
+from scoremachine.runtime.records import versions
+from scoremachine.runtime.validation import check_integer, check_name, check_seed, options_of
 from scoremachine.sampling.generate import generate_batches
 from scoremachine.sampling.samplers import SAMPLERS
+from scoremachine.sampling.schedules import times_of
 from scoremachine.sampling.trajectory import Sampling, trajectory
 
 ERROR = 1e-2  # the largest of a pixel that els may make where it searches; networks are further
 LEVELS = 10  # noise levels of the forward process, unless others are asked for
+SHOWN = {"forward": "R2", "reverse": "R2", "samples": "r2"}  # the measure of the tables
 BATCH = 8  # pictures that go together
-WAYS = 16  # of the network, at most, that machines follow
-EVERYWHERE = 2000  # images that machines which look at every position are made of
+TRAJECTORIES = 16  # of the network, at most, that machines follow
+MAX_IMAGES_ELS = 2000  # images that machines which look at every position are made of
+EARLIER = {"everywhere": "max_images_els", "ways": "trajectories"}  # names of arguments
 
 
 @dataclass
-class Entrant:
+class MachineSpec:
     """A machine as it is compared.
 
     Attributes:
@@ -55,7 +60,7 @@ class Entrant:
     towards: bool = False
 
     @classmethod
-    def of(cls, text: str) -> Entrant:
+    def of(cls, text: str) -> MachineSpec:
         """From NAME[:LOCALITY][+WINDOW][+circular][+h], as in `machines.spelled`.
 
         The locality "network" stands for what agrees best with the network
@@ -80,8 +85,8 @@ class Entrant:
         Raises:
             ValueError: Without a network to choose towards.
         """
-        way = {"error": ERROR} if kind_of(self.name).equivariant else {}
-        machine = build(self.name, corpus, **way, **self.settings)
+        search = {"error": ERROR} if kind_of(self.name).equivariant else {}
+        machine = build(self.name, corpus, **search, **self.settings)
         if not self.towards:
             return machine
         if network is None or everything is None:
@@ -134,8 +139,8 @@ class Comparison:
         samples: Final pictures by label, the network's as "network": float32 (n, C, H, W).
         nearest: The training image nearest to each, uint8 (n, C, H, W).
         distances: How far that is, root mean square, (n,).
-        path: The network's x_t on its way in units of y, its D and the machines', of the first
-            picture: float32 (K, C, H, W) by label, "y" and "network".
+        path: The network's x_t along its trajectory in units of y, its D and the machines', of the
+            first picture: float32 (K, C, H, W) by label, "y" and "network".
     """
 
     settings: dict[str, Any]
@@ -155,21 +160,22 @@ class Comparison:
         return [p for p in self.parts if p.part == part and p.label != "network"]
 
     def best(self, part: str) -> np.ndarray:
-        """(machines, K): whether it is the nearest to the network, or not told apart from that.
+        """(machines, K): whether its median is the highest, or not distinguishable from that.
 
-        By paired bootstrap of the mean squared error over pictures.
+        The median over pictures of what the tables show (`SHOWN`); see `highest_or_tied`.
         """
-        return best_or_tied(np.stack([p.measures["mse"] for p in self.of(part)]))
+        return highest_or_tied(np.stack([p.measures[SHOWN[part]] for p in self.of(part)]))
 
 
 class Pieces:
     """What is dear to measure, kept in a folder until all is done.
 
-    So the same command, after an interruption, goes on after what is finished.
+    So the same command, after an interruption, goes on after what is finished, by the same versions
+    of everything.
     """
 
     def __init__(self, folder: Path | None, of: Any) -> None:
-        self.folder, self.of = folder, of
+        self.folder, self.of = folder, [of, versions()]
 
     def get(self, key: list[Any], make: Callable[[], Tensor]) -> Tensor:
         """A tensor by what decides it."""
@@ -181,96 +187,115 @@ class Pieces:
             try:
                 return torch.from_numpy(np.load(path, allow_pickle=False))
             except UNREADABLE:
-                path.unlink()
+                path.unlink(missing_ok=True)
         made = make()
-        with written(path) as temporary:
+        with optional(path), written(path) as temporary:
             np.save(temporary, made.numpy())
         return made
 
 
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """How machines are compared with a network.
+
+    Attributes:
+        sigmas: Noise levels of the forward process; None: ten from 0.05 to 20.
+        pictures: How many images are held out.
+        count: How many samples.
+        steps, sampler, schedule: Of these, and of the trajectories; schedule None: the network's
+            own.
+        seed: Of all noise.
+        max_images_els: How many images at most machines are made of that look at every position.
+        kept: A folder where finished pieces wait in case of an interruption.
+        trajectories: How many of the network's are followed: the first of its samples.
+
+    Raises:
+        ValueError: For numbers out of their range, or an unknown sampler.
+    """
+
+    sigmas: Sequence[float] | np.ndarray | None = None
+    pictures: int = 32
+    count: int = 16
+    steps: int = 20
+    seed: int = 0
+    sampler: str = "ddim"
+    schedule: Schedule | None = None
+    max_images_els: int = MAX_IMAGES_ELS
+    kept: Path | None = None
+    trajectories: int = TRAJECTORIES
+
+    def __post_init__(self) -> None:
+        for name in ("pictures", "count", "steps", "trajectories", "max_images_els"):
+            check_integer(name, getattr(self, name))
+        check_name("sampler", self.sampler, SAMPLERS)
+        check_seed(self.seed)
+
+    def levels(self) -> np.ndarray:
+        """The noise levels of the forward process, falling."""
+        known = np.geomspace(20, 0.05, LEVELS) if self.sigmas is None else self.sigmas
+        return np.sort(np.asarray(known, dtype=float))[::-1]
+
+
 def compare(
-    network: Network,
-    machines: Sequence[str | Machine],
-    corpus: Corpus,
-    sigmas: Sequence[float] | np.ndarray | None = None,
-    pictures: int = 32,
-    count: int = 16,
-    steps: int = 20,
-    seed: int = 0,
-    sampler: str = "ddim",
-    schedule: Schedule | None = None,
-    everywhere: int = EVERYWHERE,
-    kept: Path | None = None,
-    ways: int = WAYS,
+    network: Network, machines: Sequence[str | Machine], corpus: Corpus, **options: Any
 ) -> Comparison:
     """Measures how well machines predict a network.
 
     Three parts. *Forward*: held-out images with noise, which both denoise. *Reverse*: the network's
-    own way from noise to a picture; both denoise every x_t of it. *Samples*: each goes its own way
-    from the same noise.
+    sampling trajectory from noise to a picture; both denoise every x_t of it. *Samples*: each
+    follows its own trajectory from the same noise.
 
     Arguments:
         network: The network.
-        machines: "NAME[:LOCALITY][+h]" (see `Entrant.of`; LOCALITY "network" agrees best with this
-            one), or machines, which are used as they are.
+        machines: "NAME[:LOCALITY][+h]" (see `MachineSpec.of`; LOCALITY "network" agrees best with
+            this one), or machines, which are used as they are.
         corpus: What the network was trained on, or one like it. Images that the network's card
-            says it has not seen are held out, or else some that are drawn.
-        sigmas: Noise levels of the forward process; None: ten from 0.05 to 20.
-        pictures: How many images are held out.
-        count: How many samples.
-        steps, sampler, schedule: Of these, and of the ways; schedule None: the network's own.
-        seed: Of all noise.
-        everywhere: How many images at most machines are made of that look at every position.
-        kept: A folder where finished pieces wait in case of an interruption.
-        ways: How many of the network's ways are followed: the first of its samples.
+            says it has not seen are held out, or else some at random.
+        options: Those of `ComparisonOptions`, by name.
 
     Raises:
         ValueError: For pictures of another shape, unknown names, or noise levels that the network
             does not know.
+        TypeError: For an option that there is not.
     """
-    check_integer("pictures", pictures)
-    check_integer("count", count)
-    check_integer("steps", steps)
-    check_integer("ways", ways)
-    check_integer("everywhere", everywhere)
-    check_name("sampler", sampler, SAMPLERS)
+    o = options_of(ComparisonOptions, options, EARLIER)
     network.check_corpus(corpus)
-    levels = np.geomspace(20, 0.05, LEVELS) if sigmas is None else np.asarray(sigmas, dtype=float)
-    levels = np.sort(levels)[::-1]
+    levels = o.levels()
     for sigma in levels:
         network.time(float(sigma))  # refuses what it does not know
-    held, source = apart([network], corpus, pictures, seed)
-    made = entered(machines, source, everywhere, network, corpus)
-    if not made:
+    network = network.under(o.schedule)
+    walk = Walk(*network.on_noise_levels(o.steps), o.sampler, o.seed)
+    held, source = held_out_and_source([network], corpus, o.pictures, o.seed)
+    built = built_machines(machines, source, o.max_images_els, network, corpus)
+    if not built:
         raise ValueError("there is no machine to compare with; give at least one")
-    network = network.under(schedule)
-    schedule = network.schedule
-    made = {label: m.clone_with(m.corpus, schedule=schedule) for label, m in made.items()}
-    pieces = Pieces(kept, [network.key, corpus.key, seed])
-    one = _Comparing(network, made, corpus, pieces, schedule, sampler, steps, seed)
-    total = len(made) * (len(levels) + steps + 1) + 1
+    schedule = walk.network.schedule
+    built = {label: m.clone_with(m.corpus, schedule=schedule) for label, m in built.items()}
+    pieces = Pieces(o.kept, [network.key, corpus.key, o.seed])
+    one = _Comparing(network, built, corpus, pieces, walk)
+    total = len(built) * (len(levels) + walk.steps + 1) + 1
     with bar("Comparing", total=total) as progress, torch.no_grad():
         one.progress = progress
         parts = one.forward(levels, held)
-        followed, path = one.reverse(min(ways, count))
+        followed, path = one.reverse(min(o.trajectories, o.count))
         parts += followed
-        more, samples = one.samples(count)
+        more, samples = one.samples(o.count)
         parts += more
     nearest, distances = _nearest(samples, source)
     settings = {
         "network": network.name, "network_key": network.key, "card": network.card,
-        "machines": {k: m.settings() | {"images": len(m.corpus)} for k, m in made.items()},
+        "machines": {k: m.settings() | {"images": len(m.corpus)} for k, m in built.items()},
         "corpus": corpus.name, "corpus_key": corpus.key, "held_out": held.tolist(),
-        "sigmas": levels.tolist(), "count": count, "steps": steps, "seed": seed,
-        "sampler": sampler, "schedule": type(schedule).__name__,
+        "sigmas": levels.tolist(), "count": o.count, "steps": walk.steps, "seed": o.seed,
+        "sampler": o.sampler, "schedule": name_of(schedule), "versions": versions(),
     }  # fmt: skip
     return Comparison(settings, parts, samples, nearest, distances, path)
 
 
-def entered(
+def built_machines(
     machines: Sequence[str | Machine],
     source: Corpus,
-    everywhere: int,
+    max_images_els: int,
     network: Network | None = None,
     corpus: Corpus | None = None,
 ) -> dict[str, Machine]:
@@ -278,45 +303,62 @@ def entered(
 
     `network`, trained on `corpus`, is what NAME:network is chosen towards.
     """
-    made: dict[str, Machine] = {}
+    built: dict[str, Machine] = {}
     whole = source.indices()
     for each in machines:
         if isinstance(each, Machine):
             label, machine = each.name, each
         else:
-            entrant = Entrant.of(each)
-            some = fewer(entrant.name, whole, everywhere)
+            spec = MachineSpec.of(each)
+            some = fewer(spec.name, whole, max_images_els)
             part = source if len(some) == len(whole) else source.subset(some)
-            label, machine = entrant.label, entrant.built(part, network, corpus)
-        if label in made:
+            label, machine = spec.label, spec.built(part, network, corpus)
+        if label in built:
             raise ValueError(f"{label} is there twice; give every machine once")
-        made[label] = machine
-    return made
+        built[label] = machine
+    return built
 
 
-def apart(
+def held_out_and_source(
     networks: Sequence[Network], corpus: Corpus, pictures: int, seed: int
 ) -> tuple[np.ndarray, Corpus]:
-    """Positions of images that neither the networks nor the machines see, and all others."""
+    """Positions of images that neither the networks nor the machines see, and the machines' source.
+
+    Neither sees a copy of them, exactly or nearly (`calibration.copies`): images that a network has
+    not seen are passed over where it was trained on a copy, and copies are left out of the source.
+
+    Raises:
+        ValueError: For a mixture, or where nothing can be held out.
+    """
+    check_images(corpus, "give the images")
     N = len(corpus)
     known = [network.unseen(corpus) for network in networks]
     common = _common(known) if known else None
     if common is not None and len(common) >= 2:
         # the networks have seen none of them, so the machines do not either
-        return common[:pictures], corpus.subset(np.setdiff1d(np.arange(N), common))
+        held = single(corpus, common, min(pictures, len(common)))
+        if len(held) >= min(2, pictures):
+            return held, corpus.subset(np.setdiff1d(np.arange(N), common))
     if N < 2:
         raise ValueError(f"the corpus {corpus.name!r} has one image; none can be held out")
     if networks:
         names = ", ".join(network.name for network in networks)
-        why = (
-            f"nobody knows which images of {corpus.name} {names} was trained on"
-            if common is None
-            else f"{names} left out too few images of {corpus.name} in common"
-        )
+        if common is None:
+            why = f"nobody knows which images of {corpus.name} {names} was trained on"
+        elif len(common) < 2:
+            why = f"{names} left out too few images of {corpus.name} in common"
+        else:
+            why = f"{names} was trained on copies of the images of {corpus.name} that it left out"
         say(f"{why}: those that are held out here may have been seen")
     order = np.random.default_rng(seed).permutation(N)
-    held = np.sort(order[: min(pictures, N // 2)])
-    return held, corpus.subset(np.setdiff1d(np.arange(N), held))
+    held, rest = order[: min(pictures, N // 2)], order[min(pictures, N // 2) :]
+    source = without_copies(corpus, held, rest)
+    if len(source) == 0:
+        raise ValueError(
+            f"all images of {corpus.name!r} are copies of each other; none can be held out"
+        )
+    tell(corpus, len(rest) - len(source))
+    return np.sort(held), corpus.subset(np.sort(source))
 
 
 def _common(positions: list[np.ndarray | None]) -> np.ndarray | None:
@@ -333,6 +375,31 @@ def forward_pictures(corpus: Corpus, held: np.ndarray, seed: int) -> tuple[Tenso
     return x, torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
 
 
+@dataclass(frozen=True)
+class Walk:
+    """How pictures go from noise to a sample.
+
+    Attributes:
+        network: The network, on that part of its schedule that has noise levels.
+        steps, sampler, seed: Of its trajectories, and of the machines'.
+    """
+
+    network: Network
+    steps: int
+    sampler: str
+    seed: int
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the network and of the machines."""
+        return self.network.schedule
+
+    def key(self, count: int) -> list[Any]:
+        """What decides the trajectories of so many pictures, as JSON can hold it."""
+        levels = [v.tolist() for v in self.schedule(times_of(self.schedule, self.steps))]
+        return [name_of(self.schedule), levels, self.sampler, self.steps, self.seed, count]
+
+
 class _Comparing:
     """The three parts, with what they have in common."""
 
@@ -344,94 +411,90 @@ class _Comparing:
         machines: dict[str, Machine],
         corpus: Corpus,
         pieces: Pieces,
-        schedule: Schedule,
-        sampler: str,
-        steps: int,
-        seed: int,
+        walk: Walk,
     ) -> None:
         self.network, self.machines, self.corpus = network, machines, corpus
-        self.pieces, self.schedule, self.sampler = pieces, schedule, sampler
-        self.steps, self.seed = steps, seed
+        self.pieces, self.walk = pieces, walk
         # before "auto" is replaced by what it stands for
         self.asked = {k: json.dumps(m.settings()) for k, m in machines.items()}
 
     def forward(self, levels: np.ndarray, held: np.ndarray) -> list[Part]:
         """Held-out images with noise."""
-        x, eps = forward_pictures(self.corpus, held, self.seed)
-        said = [answers(self.network, x + float(s) * eps, float(s)) for s in levels]
-        truth = np.stack([_squared(D, x) for D in said])
+        x, eps = forward_pictures(self.corpus, held, self.walk.seed)
+        targets = [denoised(self.network, x + float(s) * eps, float(s)) for s in levels]
+        truth = np.stack([_squared(D, x) for D in targets])
         parts = [Part("forward", "network", levels.tolist(), {"truth": truth})]
         for label, machine in self.machines.items():
             found = []
-            for sigma, D in zip(levels.tolist(), said, strict=True):
+            for sigma, D in zip(levels.tolist(), targets, strict=True):
                 key = ["forward", self.asked[label], sigma, held.tolist()]
-                E = self.pieces.get(key, lambda s=sigma, m=machine: answers(m, x + s * eps, s))  # type: ignore[misc]
+                E = self.pieces.get(key, lambda s=sigma, m=machine: denoised(m, x + s * eps, s))  # type: ignore[misc]
                 found.append(agreement(D.numpy(), E.numpy()) | {"truth": _squared(E, x)})
                 self.progress.advance()
             parts.append(Part("forward", label, levels.tolist(), _stacked(found)))
         return parts
 
     def reverse(self, count: int) -> tuple[list[Part], dict[str, np.ndarray]]:
-        """The network's own way."""
-        sampling = Sampling(
-            self.steps, self.seed, self.sampler, shape=self.network.shape, bandwidth=0.0
-        )
-        way = list(trajectory(self.network, range(count), sampling))
+        """The network's sampling trajectory."""
+        w = self.walk
         points = []
-        for x_t, D, t in way:
-            alpha, sigma = self.schedule(torch.tensor(t, dtype=torch.float64))
+        sampling = Sampling(w.steps, w.seed, w.sampler, shape=w.network.shape)
+        for x_t, D, t in trajectory(w.network, range(count), sampling):
+            alpha, sigma = w.schedule(torch.tensor(t, dtype=torch.float64))
             points.append((x_t / float(alpha), D.float(), float(sigma / alpha)))
         sigmas = [sigma for _, _, sigma in points]
         path = {"y": np.stack([y[0].numpy() for y, _, _ in points]),
                 "network": np.stack([D[0].numpy() for _, D, _ in points])}  # fmt: skip
         parts = []
         for label, machine in self.machines.items():
-            found, drawn = [], []
+            found, shown = [], []
             machine.prepare(None, sigmas)
             for k, (y, D, sigma) in enumerate(points):
-                key = ["reverse", self.asked[label], self._way(count), k]
-                E = self.pieces.get(key, lambda y=y, s=sigma, m=machine: answers(m, y, s))  # type: ignore[misc]
+                key = ["reverse", self.asked[label], w.key(count), k]
+                E = self.pieces.get(key, lambda y=y, s=sigma, m=machine: denoised(m, y, s))  # type: ignore[misc]
                 found.append(agreement(D.numpy(), E.numpy()))
-                drawn.append(E[0].float().numpy())
+                shown.append(E[0].float().numpy())
                 self.progress.advance()
             parts.append(Part("reverse", label, sigmas, _stacked(found)))
-            path[label] = np.stack(drawn)
+            path[label] = np.stack(shown)
         return parts, path
 
     def samples(self, count: int) -> tuple[list[Part], dict[str, np.ndarray]]:
-        """Everybody's own way from the same noise."""
-        drawn = {"network": self._drawn("network", self.network, count)}
+        """Everybody's own trajectory from the same noise."""
+        samples = {"network": self._samples("network", self.walk.network, count)}
         parts = []
         for label, machine in self.machines.items():
-            drawn[label] = self._drawn(label, machine, count)
-            alike = agreement(drawn["network"], drawn[label])
+            samples[label] = self._samples(label, machine, count)
+            alike = agreement(samples["network"], samples[label])
             parts.append(Part("samples", label, [0.0], _stacked([alike])))
             self.progress.advance()
-        return parts, drawn
+        return parts, samples
 
-    def _drawn(self, label: str, denoiser: Network | Machine, count: int) -> np.ndarray:
+    def _samples(self, label: str, denoiser: Network | Machine, count: int) -> np.ndarray:
         bandwidth = denoiser.bandwidth if isinstance(denoiser, Machine) else 0.0
-        found = []
+        w, found = self.walk, []
         for first in range(0, count, BATCH):
             some = range(first, min(first + BATCH, count))
 
             def make(some: range = some) -> Tensor:
+                shape, steps = w.network.shape, w.steps
                 sampling = Sampling(
-                    self.steps, self.seed, self.sampler, None, bandwidth, len(some),
-                    self.network.shape,
-                )  # fmt: skip
+                    steps, w.seed, w.sampler, bandwidth=bandwidth, batch=len(some), shape=shape
+                )
                 batches = generate_batches(denoiser, some, sampling)
                 return torch.cat([path[-1][1] for _, path in batches]).float()
 
-            key = ["samples", self.asked.get(label), self._way(len(some)), first]
+            key = ["samples", self.asked.get(label), w.key(len(some)), first]
             found.append(self.pieces.get(key, make))
         return torch.cat(found).numpy()
 
-    def _way(self, count: int) -> list[Any]:
-        return [type(self.schedule).__name__, vars(self.schedule), self.sampler, self.steps, count]
+
+def name_of(schedule: Schedule) -> str:
+    """What a schedule is called, that of a part of one being the whole one's."""
+    return type(schedule.schedule if isinstance(schedule, Within) else schedule).__name__
 
 
-def answers(denoiser: Network | Machine, y: Tensor, sigma: float) -> Tensor:
+def denoised(denoiser: Network | Machine, y: Tensor, sigma: float) -> Tensor:
     """D, batch by batch."""
     with torch.no_grad():
         return torch.cat([denoiser.denoise(some, sigma) for some in y.split(BATCH)]).float()

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from scoremachine.app import figures as drawing
 from scoremachine.data.corpus import Corpus
-from scoremachine.lab.comparison.parts import apart, entered
+from scoremachine.data.pixels import to_uint8
+from scoremachine.lab.comparison.parts import built_machines, held_out_and_source
 from scoremachine.lab.denoising_error import ELS_IMAGES
 from scoremachine.lab.networks.network import Network
 from scoremachine.machines import IdealScore, build
@@ -98,7 +98,7 @@ def qualities(
     count: int = 64,
     steps: int = 20,
     seed: int = 0,
-    everywhere: int = ELS_IMAGES,
+    max_images_els: int = ELS_IMAGES,
 ) -> list[Quality]:
     """Draws pictures with networks (VAEs too) and machines, and judges them.
 
@@ -109,7 +109,7 @@ def qualities(
         count: How many pictures of each, >= 2.
         steps: Noise levels that a picture visits, on the first network's schedule if there is one.
         seed: Of all noise.
-        everywhere: Images, at most, of machines that look at every position.
+        max_images_els: Images, at most, of machines that look at every position.
 
     Returns:
         The held-out images' own first: half of them against the other half.
@@ -122,16 +122,18 @@ def qualities(
         raise ValueError("one picture has neither a distribution nor variety; count two or more")
     for network in networks:
         network.check_corpus(corpus)
-    held, source = apart(networks, corpus, max(count, 128), seed)
+    held, source = held_out_and_source(networks, corpus, max(count, 128), seed)
     if len(held) < 4:
         raise ValueError(
             f"{len(held)} images are held out; expected at least 4: train with more, or use a "
             "larger corpus"
         )
-    made = entered(machines, source, everywhere)
-    if networks:  # everybody goes the same way
-        schedule = networks[0].schedule
-        made = {label: m.clone_with(m.corpus, schedule=schedule) for label, m in made.items()}
+    built = built_machines(machines, source, max_images_els)
+    levels = steps
+    if networks:  # everybody follows the same noise levels
+        first, levels = networks[0].on_noise_levels(steps)
+        schedule = first.schedule
+        built = {label: m.clone_with(m.corpus, schedule=schedule) for label, m in built.items()}
     ideal = build("ideal", source)
     assert isinstance(ideal, IdealScore)
     real = np.asarray(corpus.images[held])
@@ -149,16 +151,14 @@ def qualities(
         )
 
     found = [judged(UNSEEN, real[one], known[other], math.nan)]
-    with bar("Drawing", total=len(networks) + len(made)) as progress:
+    with bar("Drawing", total=len(networks) + len(built)) as progress:
         everybody: list[tuple[str, Network | Machine]] = [(n.name, n) for n in networks]
-        for label, denoiser in [*everybody, *made.items()]:
+        for label, denoiser in [*everybody, *built.items()]:
             start = time.perf_counter()
             if isinstance(denoiser, Network):
                 x = denoiser.draw(count, steps, seed)
             else:
-                x = generate(denoiser, count, steps, seed, bandwidth=denoiser.bandwidth)
-            found.append(
-                judged(label, drawing.to_uint8(x.numpy()), known, time.perf_counter() - start)
-            )
+                x = generate(denoiser, count, levels, seed, bandwidth=denoiser.bandwidth)
+            found.append(judged(label, to_uint8(x.numpy()), known, time.perf_counter() - start))
             progress.advance()
     return found

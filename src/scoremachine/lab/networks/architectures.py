@@ -233,9 +233,9 @@ def architecture(name: str, shape: Shape, **settings: Any) -> tuple[nn.Module, d
 
 
 def _no_such(name: str, chosen: dict[str, Any], error: Exception) -> ValueError:
-    said = ", ".join(f"{k}={v}" for k, v in chosen.items())
+    settings = ", ".join(f"{k}={v}" for k, v in chosen.items())
     why = f" ({error})" if str(error) else ""
     return ValueError(
-        f"there is no network {name!r} with {said}{why}: widths are even, multiples of 8 where "
+        f"there is no network {name!r} with {settings}{why}: widths are even, multiples of 8 where "
         "they are normalised, and multiples of the heads of attention"
     )

@@ -52,7 +52,7 @@ class DiscreteSchedule(Schedule):
 
 
 class Sample(nn.Module):
-    """What a model of diffusers answers, as a tensor."""
+    """What a model of diffusers returns, as a tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def read_diffusers(folder: Path) -> tuple[Sample, str, DiscreteSchedule, tuple[i
     C, outs, side = config["in_channels"], config["out_channels"], config.get("sample_size")
     if outs != C:
         raise ValueError(
-            f"{home} holds a network that answers {outs} channels to {C}: one that also predicts "
+            f"{home} holds a network that returns {outs} channels for {C}: one that also predicts "
             "a variance; only those that predict a mean alone can be read"
         )
     if side is None:

@@ -38,11 +38,12 @@ BUILT_IN = Path(__file__).parent / "weights"
 WEIGHTS, CARD = "network.safetensors", "network.json"
 LAYOUT = 1  # of a card
 NO_NETWORK = (
-    f"a network is one of those that come along ({{}}), a folder with {WEIGHTS} and {CARD}, as "
+    f"a network is one of the bundled ones ({{}}), a folder with {WEIGHTS} and {CARD}, as "
     "scoremachine train writes it, or a folder of diffusers"
 )
 BATCH = 64  # pictures that go through a network together
 PREDICTIONS = ("x0", "eps", "v")
+MOST = 1e3  # the noise level where a trajectory begins on a schedule that has higher ones
 
 
 class Predicted(Denoiser):
@@ -86,7 +87,7 @@ class Predicted(Denoiser):
         if not isinstance(f, Tensor) or f.shape != x_t.shape:
             shape = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
             raise ValueError(
-                f"the network answers {shape} to pictures of shape {tuple(x_t.shape)}; expected "
+                f"the network returns {shape} for pictures of shape {tuple(x_t.shape)}; expected "
                 "a tensor of the same shape"
             )
         f = f.to(x_t)
@@ -110,6 +111,31 @@ class Under(Denoiser):
         )
         y = x_t / alpha.to(x_t).reshape(-1, 1, 1, 1)
         return DiracPosterior(mean=self.network.denoise(y, sigma / alpha))
+
+
+class Within(Schedule):
+    """The part of a schedule between two of its times, as a schedule of its own."""
+
+    def __init__(self, schedule: Schedule, low: float, high: float) -> None:
+        self.schedule, self.low, self.high = schedule, low, high
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.schedule(self.inner(torch.as_tensor(t)))
+
+    def inner(self, t: Tensor) -> Tensor:
+        """The whole schedule's time."""
+        return self.low + t * (self.high - self.low)
+
+
+class Limited(Denoiser):
+    """A denoiser on a part of its schedule."""
+
+    def __init__(self, denoiser: Denoiser, schedule: Within) -> None:
+        super().__init__()
+        self.denoiser, self.schedule = denoiser, schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> Posterior:
+        return self.denoiser(x_t, self.schedule.inner(torch.as_tensor(t)), **kwargs)
 
 
 class Network(Denoiser):
@@ -179,8 +205,9 @@ class Network(Denoiser):
         """New pictures, (count, C, H, W): `scoremachine.generate`, or what a VAE draws."""
         if isinstance(self.denoiser, Autoencoder):
             return self.denoiser.draw(count, seed)
+        network, steps = self.on_noise_levels(steps)
         with torch.no_grad():
-            return generate(self, count, steps, seed, sampler, shape=self.shape).float()
+            return generate(network, count, steps, seed, sampler, shape=self.shape).float()
 
     def check_corpus(self, corpus: Corpus) -> None:
         """ValueError unless a corpus has pictures of its shape."""
@@ -200,7 +227,7 @@ class Network(Denoiser):
         t = time_of(self.schedule, sigma)
         alpha, sigma_t = self.schedule(torch.tensor(t, dtype=torch.float64))
         reached = float(sigma_t / alpha)
-        if abs(reached / sigma - 1) > 1e-3:
+        if not abs(reached / sigma - 1) <= 1e-3:
             raise ValueError(
                 f"the network {self.name!r} knows no noise level {sigma:g}; the nearest of its "
                 f"schedule is {reached:.4g}"
@@ -213,9 +240,28 @@ class Network(Denoiser):
             return self
         return Network(Under(self, schedule), self.shape, self.name, self.card)
 
+    def on_noise_levels(self, steps: int) -> tuple[Network, int]:
+        """The network on that part of its schedule where sigma / alpha is above 0, and its steps.
+
+        A schedule as papers write it may end at sigma = 0, where there is nothing to denoise, and
+        begin at alpha = 0, where there is no picture: then a trajectory of `steps` times stops at
+        the last level above 0, and begins at sigma / alpha = 1,000 (`MOST`).
+        """
+        least, largest = self.levels()
+        low, high = 0.0, 1.0
+        if not largest <= 10 * MOST:
+            high = time_of(self.schedule, MOST)
+        if not least > 0:
+            steps = max(1, steps - 1)
+            low = high / max(2, steps)
+        if (low, high) == (0.0, 1.0):
+            return self, steps
+        part = Within(self.schedule, low, high)
+        return Network(Limited(self, part), self.shape, self.name, self.card), steps
+
     @property
     def key(self) -> str:
-        """A digest of all that decides its answers: weights, card, prediction and schedule.
+        """A digest of all that decides its D: weights, card, prediction and schedule.
 
         A network without weights is known by a number drawn when it is made.
         """
@@ -281,7 +327,7 @@ class Network(Denoiser):
 
     @classmethod
     def load(cls, name: str | Path) -> Network:
-        """A network from a folder that `save` or diffusers wrote, or one that comes along.
+        """A network from a folder that `save` or diffusers wrote, or a bundled one.
 
         It computes on the GPU where there is one, wherever the pictures are that it is asked.
 

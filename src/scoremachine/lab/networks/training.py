@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scoremachine.app import figures as drawing
 from scoremachine.data.corpus import Corpus
 from scoremachine.engines.pytorch import where
 from scoremachine.lab.networks.network import Network
-from scoremachine.runtime.files import write_text, written
-from scoremachine.runtime.progress import bar
+from scoremachine.runtime.files import optional, write_text, written
+from scoremachine.runtime.progress import bar, say
+from scoremachine.runtime.records import differing, other_versions, versions
 from scoremachine.runtime.validation import check_integer, check_name, check_seed
 
 CHECKPOINT = "training.safetensors"
@@ -123,6 +123,7 @@ class State:
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)  # of LOSSES steps each
     recent: list[float] = field(default_factory=list)  # of the steps since
+    begun_with: list[dict[str, str]] = field(default_factory=list)  # other versions, before these
 
     def tensors(self) -> dict[str, Tensor]:
         """All that goes on a disk."""
@@ -134,8 +135,9 @@ class State:
 
     def save(self, path: Path, asked: dict[str, Any]) -> None:
         """Writes a checkpoint."""
-        note = {"asked": asked, "step": self.step, "seconds": self.seconds,
-                "losses": self.losses, "recent": self.recent}  # fmt: skip
+        note = {"asked": asked, "versions": versions(), "begun_with": self.begun_with,
+                "step": self.step, "seconds": self.seconds, "losses": self.losses,
+                "recent": self.recent}  # fmt: skip
         with written(path) as temporary:
             save_file(self.tensors(), temporary, metadata={"training": json.dumps(note)})
 
@@ -153,12 +155,18 @@ class State:
             raise ValueError(
                 f"{path} cannot be read ({str(error).splitlines()[0]}): remove it and train again"
             ) from None
-        differing = [k for k in asked if asked[k] != note["asked"].get(k)]
-        if differing:
+        if others := differing(asked, note["asked"]):
             raise ValueError(
-                f"{path.parent} holds a training with another {', '.join(differing)}; resume needs "
+                f"{path.parent} holds a training with another {', '.join(others)}; resume needs "
                 "the same settings: repeat the command, or choose another --out"
             )
+        self.begun_with = note.get("begun_with", [])
+        if others_ran := other_versions(note.get("versions")):
+            say(
+                f"going on with a training that was begun with {others_ran}: its result is not bit "
+                "for bit that of one without interruption"
+            )
+            self.begun_with = [*self.begun_with, note.get("versions", {})]
 
         def part(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
@@ -185,15 +193,15 @@ def train(
     """Trains a small reference network on a corpus.
 
     It minimises the mean squared error of D, weighted as in EDM (Karras et al. 2206.00364), at
-    times that fall evenly on azula's CosineSchedule, and gives the average of the weights on the
-    way (Karras et al. 2312.02696). Everything drawn at step k comes from (seed, k), so an
+    times that fall evenly on azula's CosineSchedule, and gives the average of the weights so
+    far (Karras et al. 2312.02696). Everything sampled at step k comes from (seed, k), so an
     interrupted training that goes on ends bit for bit as one that was not, on a CPU.
 
     Arguments:
         corpus: The images; some are held out, see `Training`.
         architecture: "resnet", "unet", "unet-attention", "dit", "mlp", or "vae" for pictures alone.
-        out: A folder for network.safetensors, network.json (its card), loss.csv, loss.png and a
-            checkpoint; None: nothing is written.
+        out: A folder for network.safetensors, network.json (its card), loss.csv and a checkpoint;
+            None: nothing is written.
         training: How; None: 600 seconds.
         resume: Whether to go on from the folder's checkpoint.
         settings: Of the network, as width and depth.
@@ -236,7 +244,8 @@ def train(
         for _ in _steps(state, how, corpus, seen):
             if time.monotonic() - kept > EVERY:
                 _check(state, how)
-                keep()
+                with optional(Path(out or ".") / CHECKPOINT):  # training goes on without one
+                    keep()
                 kept = time.monotonic()
     except KeyboardInterrupt:
         keep()
@@ -249,8 +258,10 @@ def train(
         "images": len(seen), "held_out": unseen.tolist(), "steps": state.step,
         "seconds": round(state.seconds, 1),
         "loss": state.losses[-1] if state.losses else None,
-        "parameters": result.parameters_count,
+        "parameters": result.parameters_count, "versions": versions(),
     }  # fmt: skip
+    if state.begun_with:
+        result.card["training"]["begun_with"] = state.begun_with
     if folder is not None:
         result.save(folder)
         _write_losses(state.losses, how.batch, folder)
@@ -307,7 +318,7 @@ def _whole() -> Iterator[None]:
 
 
 def _step(state: State, how: Training, corpus: Corpus, seen: np.ndarray) -> Tensor:
-    """One step; all that is drawn comes from (seed, step)."""
+    """One step; all that is sampled comes from (seed, step)."""
     words = np.random.SeedSequence([how.seed, state.step]).generate_state(2, np.uint64)
     picks = seen[np.random.default_rng(words[0]).integers(0, len(seen), how.batch)]
     x = torch.from_numpy(np.array(corpus.images[picks])).to(how.device).float() / 127.5 - 1
@@ -334,4 +345,10 @@ def _write_losses(losses: list[float], batch: int, folder: Path) -> None:
     steps = [(k + 1) * LOSSES for k in range(len(losses))]
     lines = [f"{k},{k * batch},{v:.6g}" for k, v in zip(steps, losses, strict=True)]
     write_text(folder / "loss.csv", "\n".join(["step,images,loss", *lines]) + "\n")
-    drawing.save_losses(steps, losses, folder / "loss.png")
+
+
+def losses_of(folder: str | Path) -> tuple[list[int], list[float]]:
+    """Steps and losses of a training, from the loss.csv that it wrote to a folder."""
+    lines = (Path(folder) / "loss.csv").read_text(encoding="utf-8").splitlines()[1:]
+    rows = [line.split(",") for line in lines]
+    return [int(row[0]) for row in rows], [float(row[2]) for row in rows]

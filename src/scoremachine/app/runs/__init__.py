@@ -1,0 +1,1 @@
+"""What the commands do on disk: one module for generation, one for each family of commands."""
