@@ -308,7 +308,7 @@ def folder(root: Path, split: str | None = None) -> Source:
     name = root.name or str(root)
     paths, notes = of_split(name, listing.images, split)
     hashed = Hashed(root, [*paths, *listing.label_files])
-    identity = ["files", READING, hashed.digest, split]
+    identity = ["files", READING, hashed.digest, split, sorted(listing.others.items())]
 
     def contents() -> Contents:
         def load(path: str) -> bytes:

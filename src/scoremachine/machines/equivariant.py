@@ -13,11 +13,12 @@ from torch import Tensor
 from scoremachine.core.collection import Boundary, Collection
 from scoremachine.core.schedules import PatchSchedule
 from scoremachine.data.corpus import Corpus
+from scoremachine.engines.search.bounded import LEVEL
 from scoremachine.machines.machine import Batch, Label, apply_bandwidth
 from scoremachine.machines.windowed import BoxMachine
 from scoremachine.sources import source_of
 from scoremachine.sources.searched import Search, SearchedImages
-from scoremachine.sources.source import Source
+from scoremachine.sources.source import FoldRequest, Source
 
 
 class Searched(NamedTuple):
@@ -25,11 +26,11 @@ class Searched(NamedTuple):
 
     Attributes:
         D: As `denoise` gives it, shape (B, C, H, W).
-        omitted_mass: For every pixel an upper bound of the share of its posterior that was not
-            looked at, or what stands for it where lots were drawn; float64 (B, H, W); 0 where
+        omitted_mass: For every pixel the share of its posterior that was omitted, at most, or the
+            share that would make as large an error as is estimated; float64 (B, H, W); 0 where
             everything was looked at.
-        kind: What kind of bound: "deterministic", true of every picture; or "statistical", for
-            noise independent of the images not true of at most one pixel in a hundred.
+        kind: "deterministic": a bound, true of every picture; or "statistical": an estimate with
+            its `level`.
     """
 
     D: Tensor
@@ -38,8 +39,17 @@ class Searched(NamedTuple):
 
     @property
     def error(self) -> Tensor:
-        """An upper bound of the error of a pixel's channels in D, float64 (B, H, W)."""
+        """How far the channels of a pixel in D may be off: a bound or estimate, (B, H, W)."""
         return 2 * self.omitted_mass
+
+    @property
+    def level(self) -> float:
+        """The share of pixels, at least, whose errors are within `error`.
+
+        1 of a deterministic bound. That of an estimate is a confidence level, for pictures whose
+        noise is independent of the images.
+        """
+        return 1.0 if self.kind == "deterministic" else LEVEL
 
 
 class EquivariantLocalScore(BoxMachine):
@@ -57,12 +67,12 @@ class EquivariantLocalScore(BoxMachine):
             "bounded": through an index of the patches, built when it is first needed, so that
             every pixel of D is within `error` of the exact one; "auto" (default): bounded where
             that is faster.
-        error: The largest error of a pixel that a bounded search may make, in (0, 1].
-        bound: What kind of bound that is (see `Searched`): "deterministic", "statistical", or
-            "auto" (default): deterministic where few patches matter to a pixel and have up to 100
-            numbers, statistical elsewhere, which is faster.
-        corpus, patch_size, bandwidth, kernel, schedule, window, augment: See `BoxMachine`;
-            shifts add nothing to a source of all positions.
+        error: The largest error of a pixel that a search may make, in (0, 1], in units of x.
+        bound: What is promised of that (see `Searched`): "deterministic": a bound; "statistical":
+            an estimate with a confidence level; "auto" (default): deterministic where few patches
+            matter to a pixel and have up to 100 numbers, statistical elsewhere, which is faster.
+        corpus, patch_size, settings: See `BoxMachine`; shifts add nothing to a source of all
+            positions.
     """
 
     name = "els"
@@ -145,18 +155,21 @@ class EquivariantLocalScore(BoxMachine):
         pictures, levels = self.check(y, sigma)
         D = torch.empty_like(pictures)
         mass = torch.zeros(len(y), *y.shape[2:], dtype=torch.float64)
-        before = self.source.bounded.statistical
+        kinds = {"deterministic"}
         for members, index in self.by_label(label, len(pictures)):
             y_m, sigma_m = pictures[members], levels[members]
             h = machine.bandwidths(sigma_m)
             batch = Batch(y_m, torch.sqrt(sigma_m**2 + h**2), sigma_m, index)
             for some, row in machine.by_row(batch):
-                found = machine.evidence(batch.at(some), row)
+                some_batch = batch.at(some)
+                self.source.prepare(row, index)
+                request = FoldRequest(some_batch.y, some_batch.sigma, row, index)
+                found, kind = self.source.folded_with_kind(request)
+                kinds.add(kind)
                 D[members[some]] = apply_bandwidth(found.mean, y_m[some], sigma_m[some], h[some])
                 assert found.fold is not None
                 mass[members[some]] = found.fold.omitted_mass
-        kind = "statistical" if self.source.bounded.statistical > before else "deterministic"
-        return Searched(D.to(dtype=y.dtype, device=y.device), mass, kind)
+        return Searched(D.to(dtype=y.dtype, device=y.device), mass, max(kinds))
 
     def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> Self:
         machine = super().prepare(label, levels)

@@ -144,7 +144,8 @@ class Machine(Denoiser, metaclass=Frozen):
             MACHINES[cls.name] = cls
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__.get("_frozen") and name != "training":  # which torch sets
+        torchs = name == "training" or (name.startswith("_") and name not in self.__dict__)
+        if self.__dict__.get("_frozen") and not torchs:
             known = self.__dict__.get(name)
             same = type(known) is type(value) and isinstance(value, str | float) and known == value
             if not same:

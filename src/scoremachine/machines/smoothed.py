@@ -147,7 +147,6 @@ class SmoothedScore(LocalMachine):
         index = batch.index
         K = min(self.neighbours or 1, len(index))
         L = min(self.uniform, len(index) - K)
-        keys = self._keys(batch).numpy() if L else None
         if mapped(batch.y):
             raise ValueError(
                 "smoothed looks the neighbours of every picture up, which torch.func.vmap does not "
@@ -155,6 +154,7 @@ class SmoothedScore(LocalMachine):
             )
         with outside_transforms():
             queries = values(batch.y).flatten(1).float().numpy()
+            keys = self._keys(batch).numpy() if L else None
         found = self._index(index).kneighbors(queries, n_neighbors=K, return_distance=False)
         D = []
         for p, near in enumerate(found):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scoremachine.core.collection import Collection
-from scoremachine.core.derivatives import regrouped
+from scoremachine.core.derivatives import outside_transforms, regrouped
 from scoremachine.core.schedules import PatchSchedule
 from scoremachine.core.windows import Augment, Box, Soft, Window, check_window
 from scoremachine.data.corpus import Corpus
@@ -55,7 +55,8 @@ class WindowMachine(LocalMachine):
         """
 
         def make() -> Collection:
-            found = self.collection(self.local_at(level), level, index)
+            with outside_transforms():  # of torch.func: windows are no function of a picture
+                found = self.collection(self.local_at(level), level, index)
             return found if canvas is None else replace(found, canvas=canvas)
 
         key = *self._row(level), index.tobytes() if self.depends_on_noise else b"", canvas

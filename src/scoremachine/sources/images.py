@@ -61,13 +61,16 @@ class ImageSource:
         """Nothing: images are folded as they are."""
 
     def fold(self, request: FoldRequest) -> Evidence:
-        """The posterior mean and the folds of the sites, by `posterior`."""
+        """The posterior mean and the folds of the sites."""
+        return self.folded(request, self.engine_for(request.collection, request.index))
+
+    def folded(self, request: FoldRequest, engine: Engine) -> Evidence:
+        """`fold`, by an engine."""
         c, keys, values = request.collection, self.keys, self.values
         keys = keys.reshape(len(keys), -1, *c.image)  # a row may have the channels side by side
         if values is not None:
             values = values.reshape(keys.shape)
         y = request.y.reshape(-1, keys.shape[1], *c.frame)
-        engine = self.engine_for(c, request.index)
         asked = request.index, y, request.sigma, c, request.leaders, values
         fold, D = posterior(engine, keys, *asked)
         return Evidence(D.reshape(request.y.shape), fold)

@@ -13,11 +13,18 @@ from scoremachine.core.collection import Collection
 from scoremachine.core.posterior import Engine
 from scoremachine.data.corpus import Corpus
 from scoremachine.engines import pytorch, triton
-from scoremachine.engines.search.bounded import KINDS, Bounded, exact_cost, searchable
+from scoremachine.engines.search.bounded import (
+    KINDS,
+    Bounded,
+    Record,
+    exact_cost,
+    searchable,
+)
 from scoremachine.runtime.lru import LRUCache
 from scoremachine.runtime.progress import say
 from scoremachine.runtime.validation import check_name
 from scoremachine.sources.images import ImageSource
+from scoremachine.sources.source import Evidence, FoldRequest
 
 SEARCHES = ("auto", "exact", "bounded")
 # sides of patches up to which, and seconds of one core for `PIXELS` of a picture: a scan that takes
@@ -35,7 +42,7 @@ class Search:
             "auto": whichever is faster.
         error: The largest error of a pixel that a search may make, in (0, 1], in units of x.
         bound: "deterministic": a bound, true of every picture; "statistical": an estimate with a
-            level; "auto": see `machines.EquivariantLocalScore`.
+            confidence level; "auto": see `machines.EquivariantLocalScore`.
         patience: How many times the cost of the exact scan the search for a picture may take,
             before every patch is compared after all.
     """
@@ -95,11 +102,18 @@ class SearchedImages(ImageSource):
             if exact_cost(collection, len(index)) < least * pictures:
                 return exact
             try:
-                self.bounded.check_room(index, collection)
+                self.bounded.check_space(index, collection)
             except (OSError, ValueError) as error:
                 say(f"every patch is compared, which takes longer than a search: {error}")
                 return exact
         return self.bounded
+
+    def folded_with_kind(self, request: FoldRequest) -> tuple[Evidence, str]:
+        """`fold`, and what its omitted masses are: "deterministic" bounds, or "statistical"."""
+        engine, record = self.engine_for(request.collection, request.index), Record()
+        if engine is self.bounded:
+            engine = self.bounded.recorded(record)
+        return self.folded(request, engine), record.kind
 
     def prepare(self, collection: Collection, index: np.ndarray) -> list[Path]:  # type: ignore[override]
         """Builds the indexes that a row needs and that are missing; their folders, if any.

@@ -1,4 +1,4 @@
-"""The fold over every patch of every image, by search: a kernel that says what it leaves out."""
+"""The fold over every patch of every image through an index, with a bound or an estimated error."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -22,9 +23,8 @@ from scoremachine.data.corpus import Corpus
 from scoremachine.engines import strips
 from scoremachine.engines.chunks import side_by_side
 from scoremachine.engines.compiled import NOTHING
-from scoremachine.engines.search.ahead import Ahead
-from scoremachine.engines.search.draw import Gaussians
-from scoremachine.engines.search.drawn import Asked, Near, Nodes, drawn
+from scoremachine.engines.search import sampling
+from scoremachine.engines.search.certified import Budget, Search, blank
 from scoremachine.engines.search.index import (
     Index,
     Source,
@@ -33,24 +33,20 @@ from scoremachine.engines.search.index import (
     estimate,
     indexed,
 )
-from scoremachine.engines.search.rounds import Purse, blank, guessed, nearby, queries, sought
+from scoremachine.engines.search.queries import queries
+from scoremachine.engines.search.readahead import Readahead
 from scoremachine.engines.simd import LANES
 from scoremachine.runtime.lru import LRUCache
 from scoremachine.runtime.progress import Bar, say
 
 ERROR = 1e-3  # the largest error of a pixel, unless another is asked for
-LEVEL = 0.01  # how often, at most, an error is larger than a statistical bound tells
+LEVEL = 0.99  # of an estimate: the share of pixels, at least, whose error is within it
 KINDS = ("auto", "deterministic", "statistical")
 DETERMINISTIC = 100  # numbers of a patch up to which a deterministic bound costs little more
-DEAR = {"deterministic": 0.25, "statistical": 0.5}  # of the exact scan of a pixel: for its search
-FIRST = 0.5  # of what is left, that the first of two kinds of bound may cost
-CHEAP = 3e-4  # seconds of one core that a search for a pixel may take in any case
-LOTS = 4.5e-8  # likewise where lots may do, times the square of the error
-HEAVY = 5e-5  # of a pixel's mass: for patches that weigh more there are no lots, where some fail
-HEAVIER = 0.01  # of the error: likewise, where that is less
-SAMPLED, ENOUGH = 8, 64  # one of so many queries, if there are as many, is drawn for first
-WORTH = 0.1  # of them: for which lots must do
-TOLD = 10.0  # seconds of one core: that a scan which takes longer is done in place of a search
+SHARE = {"deterministic": 0.25, "statistical": 0.5}  # of the budget, for a search with a limit
+LEAST = 3e-4  # seconds of one core that the search for a pixel may take in any case
+SAMPLE = 1e-7  # likewise where a sample may do instead, times the square of the error
+REPORTED = 10.0  # seconds of one core: that a scan which takes longer replaces a search is told
 LOGIT = 1.3  # ns of one core that the exact scan needs for a source under a pixel of an overlap
 
 
@@ -75,27 +71,46 @@ def searchable(collection: Collection) -> bool:
     )
 
 
+class Record:
+    """For how many pixels a call relied on estimates; threads may add to it."""
+
+    def __init__(self) -> None:
+        self.estimated = 0
+        self._lock = Lock()
+
+    def add(self, pixels: int) -> None:
+        """So many more pixels."""
+        with self._lock:
+            self.estimated += pixels
+
+    @property
+    def kind(self) -> str:
+        """The kind of bound that holds for all pixels."""
+        return "statistical" if self.estimated else "deterministic"
+
+
 class Bounded:
-    """A kernel (`posterior.Engine`) that looks most patches up in indexes instead of at them all.
+    """An engine that searches indexes of the patches.
 
-    What is left out of a pixel's posterior has a mass of at most error / 2, so that no channel of D
-    is further than `error` from the exact one. The bound of that mass is one of two kinds:
+    No channel of D is further than `error` from the exact one. What is said of that is of one of
+    two kinds:
 
-    - deterministic: true of every picture, whatever its noise.
-    - statistical: for pictures with noise that is independent of the images, not true of at most
-      one pixel in 1 / `LEVEL` (measured: docs/search.md). Where very many patches matter, lots are
-      drawn (`scoremachine.search.draw`), and the bound is 3.3 standard errors of their mean.
+    - deterministic: a bound. The mass omitted from a pixel's posterior is at most error / 2,
+      whatever the picture.
+    - statistical: an estimate with its level. For pictures whose noise is independent of the
+      images, at least `LEVEL` of all pixels are within it. The omitted mass is estimated from how
+      noise adds to distances; or the sums over all patches are estimated from a sample
+      (`scoremachine.search.sampling`), and the error from its standard error.
 
     Where both would cost more than the exact scan, the picture is compared with everything.
 
     Arguments:
         corpus: The images.
-        exact: The kernel for everything else: corners, derivatives, flat posteriors.
+        exact: The engine for everything else: corners, derivatives, and where a search costs more.
         error: The largest error of a pixel, > 0, in units of x.
-        bound: The kind: "deterministic", "statistical", or "auto": statistical where lots are
-            drawn, for patches of more than `DETERMINISTIC` numbers, and where the deterministic
-            bound is too dear.
-        patience: How many times the cost of the exact scan the search for a picture may take.
+        bound: The kind: "deterministic", "statistical", or "auto": deterministic where few patches
+            matter to a pixel and have up to `DETERMINISTIC` numbers, statistical elsewhere.
+        patience: How many times the cost of the exact scan the search for a picture may cost.
     """
 
     def __init__(
@@ -108,17 +123,22 @@ class Bounded:
     ) -> None:
         self.corpus, self.exact, self.error = corpus, exact, error
         self.bound, self.patience = bound, patience
+        self.record: Record | None = None
         self._sources: LRUCache[Source] = LRUCache(2)
         self._indexes: dict[tuple[str, str], Index] = {}
-        self._nodes: LRUCache[Nodes] = LRUCache(64)
-        self._gaussians: LRUCache[Gaussians | None] = LRUCache(64)
-        self._told: set[float] = set()
-        self._ahead = Ahead()
-        self.statistical = 0  # for how many pixels the bound was statistical so far
+        self._moments: LRUCache[sampling.Moments] = LRUCache(64)
+        self._reported: set[float] = set()
+        self._readahead = Readahead()
         self._lock = Lock()
 
+    def recorded(self, record: Record) -> Bounded:
+        """The same engine, with the same caches, that records what it estimates."""
+        other = copy(self)
+        other.record = record
+        return other
+
     def batch(self, collection: Collection, channels: int, leaders: int) -> int:
-        """The exact kernel's; see `scoremachine.core.posterior.Engine`."""
+        """The exact engine's; see `scoremachine.core.posterior.Engine`."""
         return self.exact.batch(collection, channels, leaders)
 
     def tiles(self, n: int, collection: Collection) -> Iterator[slice]:
@@ -140,9 +160,9 @@ class Bounded:
         """The patches of a collection that have no index yet; opens those that have one."""
         source = self.source(index)
         needed = dict.fromkeys(c.patches for c in indexed(collection))
-        return [p for p in needed if self._opened(source, p) is None]
+        return [p for p in needed if self._open(source, p) is None]
 
-    def check_room(self, index: np.ndarray, collection: Collection) -> tuple[list[Patches], float]:
+    def check_space(self, index: np.ndarray, collection: Collection) -> tuple[list[Patches], float]:
         """The patches that have no index yet, and the bytes that their indexes will need.
 
         Raises:
@@ -153,36 +173,38 @@ class Bounded:
         source, C = self.source(index), self.corpus.shape[0]
         for p in missing:
             check_number(p, len(index))
-        room = sum(estimate(p, len(index), C)[0] for p in missing)
-        if missing and room + 2**28 > (free := shutil.disk_usage(source.folder).free):
+        size = sum(estimate(p, len(index), C)[0] for p in missing)
+        if missing and size + 2**28 > (free := shutil.disk_usage(source.folder).free):
             P, Q = collection.window.shape
             raise OSError(
                 f"an index of the {P} x {Q} patches of {len(index):,} images needs about "
-                f"{room / 1e9:.1f} GB, and {source.folder} has {free / 1e9:.1f} GB left: make "
+                f"{size / 1e9:.1f} GB, and {source.folder} has {free / 1e9:.1f} GB left: make "
                 "room, set SCOREMACHINE_CACHE to another disk, or use search='exact'"
             )
-        return missing, room
+        return missing, size
 
     def prepare(self, index: np.ndarray, collection: Collection) -> list[Path]:
         """Builds the indexes of a collection that are missing; returns the folders of all.
 
         Raises:
-            OSError, ValueError: See `check_room`.
+            OSError, ValueError: See `check_space`.
         """
-        missing, room = self.check_room(index, collection)
+        missing, size = self.check_space(index, collection)
         source, (P, Q) = self.source(index), collection.window.shape
         seconds = sum(estimate(p, len(index), self.corpus.shape[0])[1] for p in missing)
         if seconds > 2:
             say(
                 f"building an index of the {P} x {Q} patches of {len(index):,} images, once: "
-                f"about {_duration(seconds)} and {room / 1e9:.1f} GB in {source.folder}"
+                f"about {_duration(seconds)} and {size / 1e9:.1f} GB in {source.folder}"
             )
         build_all(source, missing)
+        for p in missing:
+            self._open(source, p)
         folders = [source.folder / each.patches.name for each in indexed(collection)]
-        self._ahead.expect(folders)
+        self._readahead.expect(folders)
         return folders
 
-    def _opened(self, source: Source, patches: Patches) -> Index | None:
+    def _open(self, source: Source, patches: Patches) -> Index | None:
         known = self._indexes.get((source.key, patches.name))
         if known is not None:
             return known
@@ -198,48 +220,56 @@ class Bounded:
         return opened
 
     def fold(self, request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
-        """The fold over the source; see `scoremachine.core.posterior.Engine`."""
+        """The fold over the source; see `scoremachine.core.posterior.Engine`.
+
+        Raises:
+            RuntimeError: If `prepare` has not been called for the collection and these images.
+        """
         if request.u is not None:
-            return self._all(request, leaders)
-        self._ahead.reached(self.prepare(request.index, request.collection))
-        B = len(request.y)
-        pictures = [  # each for itself: what is left out may not depend on the others
+            return self._exact(request, leaders)
+        source = self.source(request.index)
+        searched = indexed(request.collection)
+        if any((source.key, each.patches.name) not in self._indexes for each in searched):
+            raise RuntimeError(
+                "the indexes of a collection are opened or built before a fold, and not in the "
+                "middle of one: call prepare(index, collection) first"
+            )
+        self._readahead.reached([source.folder / each.patches.name for each in searched])
+        pictures = [  # each for itself: what is omitted may not depend on the others
             replace(
                 request,
                 y=request.y[b : b + 1].detach(),
                 sigma=request.sigma[b : b + 1].detach(),
                 T=request.T[b : b + 1].detach(),
             )
-            for b in range(B)
+            for b in range(len(request.y))
         ]
         first = self._picture(pictures[0], leaders)  # alone: it may have to read what all need
         others = side_by_side(lambda picture: self._picture(picture, leaders), pictures[1:])
         return Fold.batch([first, *others])
 
     def accumulate_response(self, request: ScanRequest, known: Fold) -> Tensor:
-        """sum_is q_i a_is s, by the exact kernel; see `scoremachine.core.posterior.Engine`."""
+        """sum_is q_i a_is s, by the exact engine; see `scoremachine.core.posterior.Engine`."""
         return accumulate_response(self.exact, request, known, Bar("Comparing", None))
 
     def response_covariance(self, request: ScanRequest, known: Fold) -> Tensor:
-        """Cov_i(v_sp, b_is), by the exact kernel; see `scoremachine.core.posterior.Engine`."""
+        """Cov_i(v_sp, b_is), by the exact engine; see `scoremachine.core.posterior.Engine`."""
         return self.exact.response_covariance(request, known)
 
-    def _all(self, request: ScanRequest, leaders: int, known: Fold | None = None) -> Fold:
+    def _exact(self, request: ScanRequest, leaders: int, known: Fold | None = None) -> Fold:
         return folded(self.exact, request, leaders, Bar("Comparing", None), known)
 
     def _picture(self, request: ScanRequest, leaders: int) -> Fold:
         """The fold of one picture."""
         c, source = request.collection, self.source(request.index)
-        purse = Purse(self.patience * exact_cost(c, len(request.index)))
+        budget = Budget(self.patience * exact_cost(c, len(request.index)))
         searched = indexed(c)
         found: list[tuple[Class, Fold]] = []
-        for each in sorted(searched, key=lambda c: -c.patches.per_image):  # the dearest first
-            opened = self._opened(source, each.patches)
-            assert opened is not None
-            result = self._search(request, source, opened, each, leaders, purse)
+        for each in sorted(searched, key=lambda c: -c.patches.per_image):  # the costliest first
+            result = self._class(request, source, each, leaders, budget)
             if result is None:
-                self._tell(request)
-                return self._all(request, leaders)
+                self._report(request)
+                return self._exact(request, leaders)
             found.append((each, result))
         fold = self._corners(request, leaders, searched)
         half = float(1 / (2 * request.sigma[0] ** 2))
@@ -254,22 +284,18 @@ class Bounded:
         fold = blank(1, request.y.shape[1], leaders, c.grid)
         if len(searched) == len(classes(c)):
             return fold
-        for each in searched:  # nothing is as near as what they know
+        for each in searched:  # no source is within reach of what they know
             fold.m[..., each.rows, each.columns] = -NOTHING
-        return self._all(replace(request, collection=replace(c, source="same")), leaders, fold)
+        return self._exact(replace(request, collection=replace(c, source="same")), leaders, fold)
 
-    def _count(self, pixels: int) -> None:
-        """The bound of so many more is statistical."""
-        with self._lock:
-            self.statistical += pixels
-
-    def _tell(self, request: ScanRequest) -> None:
-        if exact_cost(request.collection, len(request.index)) < TOLD:
+    def _report(self, request: ScanRequest) -> None:
+        """Says that a picture is compared with everything, once for each noise level."""
+        if exact_cost(request.collection, len(request.index)) < REPORTED:
             return
         sigma = round(float(request.sigma[0]), 6)
         with self._lock:
-            new = sigma not in self._told
-            self._told.add(sigma)
+            new = sigma not in self._reported
+            self._reported.add(sigma)
         if new:
             pixels = math.prod(request.collection.grid)
             say(
@@ -277,110 +303,83 @@ class Bounded:
                 "everything, since a search would take longer"
             )
 
-    def _search(
-        self,
-        request: ScanRequest,
-        source: Source,
-        opened: Index,
-        of: Class,
-        leaders: int,
-        purse: Purse,
+    def _class(
+        self, request: ScanRequest, source: Source, of: Class, leaders: int, budget: Budget
     ) -> Fold | None:
-        """Searches for the sites of a class; None if that costs more than there is."""
+        """The fold of the sites of a class; None if it costs more than the budget.
+
+        Flat posteriors are sampled; the others searched for, up to a cost; if that is not enough,
+        their heaviest patches are enumerated and the others sampled; and if that is not enough
+        either, they are searched for at any cost.
+        """
         kinds = self._kinds(request.collection)
-        q, centred = queries(request, opened, of, kinds[0])
-        Q, w = len(q.half), source.windows(of.patches, of.middle)
-        best, least = guessed(q, opened, w, of)
-        found = blank(Q, request.y.shape[1], leaders, ())
-        at = np.arange(Q)
-        asked = None
-        if self.bound != "deterministic" and not leaders:
-            asked = self._asked(source, opened, of, centred, float(q.half[0]), best)
-        if asked is not None and purse.lots:
-            at = self._first_lots(asked, at, found, least, purse)
-
-        def missing(at: np.ndarray, apiece: float, part: float = 1.0) -> np.ndarray:
-            """Those of the queries `at` that a search for a part of the purse does not settle."""
-            done = sought(q, opened, w, at, found, best, least, self.error, purse, apiece, part)
-            if kind == "statistical":
-                self._count(int(done.sum()))
-            return at[~done[at]]
-
+        index = self._indexes[source.key, of.patches.name]
+        w = source.windows(of.patches, of.middle)
+        q, centred = queries(request, index, of, kinds[0])
+        search, at = Search.begin(index, w, q, of, leaders), np.arange(len(q.half))
+        targets = None
+        if "statistical" in kinds and not leaders:
+            key = source.key, of.patches.name
+            moments = self._moments.get(key, lambda: sampling.Moments.of(index))
+            surrogate = moments.surrogate(float(request.sigma[0]) ** 2)
+            targets = sampling.Targets(index, w, surrogate, q, centred, search.best)
+            at = self._sample(search, targets, at, budget)
         for kind in kinds:
-            if len(at) and purse.left <= 0:
-                return None
             if kind != kinds[0]:
-                q, _ = queries(request, opened, of, kind)
-            # lots may be cheaper than the exact scan, or a search: then some are left to them
-            apiece = min(DEAR[kind] * purse.left / Q, LOTS / self.error**2)
-            apiece = math.inf if asked is None else max(apiece, CHEAP)
-            at = missing(at, apiece, 1.0 if kind == kinds[-1] else FIRST)
-            if not len(at):
-                return found
-        if asked is not None and purse.left > 0:
-            if not purse.lots:
-                at = self._draw(asked, at, found, least, purse)
-                if not len(at):
-                    return found
-            nats = -math.log(min(HEAVY, HEAVIER * self.error)) - least
-            near = nearby(q, opened, w, at, best, nats, purse)
-            if near is not None:
-                at = self._draw(asked, at, found, least, purse, Near.of(near, asked, nats))
-            at = missing(at, math.inf)
-        return None if len(at) else found
+                search.queries, _ = queries(request, index, of, kind)
+            limit = math.inf
+            if targets is not None or kind != kinds[-1]:
+                limit = SHARE[kind] * budget.seconds / len(q.half)
+                if targets is not None:
+                    limit = max(LEAST, min(limit, SAMPLE / self.error**2))
+            at = self._certify(search, at, kind, budget, limit)
+        if len(at) and targets is not None:
+            nats = -math.log(sampling.LIGHT * self.error) - search.log_mass
+            enumerated = search.enumerate(at, nats, budget)
+            if enumerated is not None:
+                stratum = sampling.Stratum.of(enumerated, search.best, q.half, nats)
+                at = self._sample(search, targets, at, budget, stratum)
+            at = self._certify(search, at, kinds[-1], budget, math.inf)
+        return None if len(at) else search.found
 
-    def _asked(
-        self,
-        source: Source,
-        opened: Index,
-        of: Class,
-        windows: np.ndarray,
-        half: float,
-        best: np.ndarray,
-    ) -> Asked | None:
-        """What is asked of those who draw; None where nothing can stand in for patches."""
-        key = source.key, of.patches.name, of.middle
-        nodes = self._nodes.get(key, lambda: Nodes.of(source, opened, of))
-        g = self._gaussians.get((key, half), lambda: nodes.gaussians(1 / (2 * half)))
-        return g and Asked(windows, half, best, source, opened, of, nodes.known, g)
-
-    def _first_lots(
-        self, asked: Asked, at: np.ndarray, found: Fold, least: np.ndarray, purse: Purse
+    def _certify(
+        self, search: Search, at: np.ndarray, kind: str, budget: Budget, limit: float
     ) -> np.ndarray:
-        """Draws for the queries `at`, unless lots do for few of a sample; returns those left."""
-        if len(at) < ENOUGH:
-            return self._draw(asked, at, found, least, purse)
-        some, others = at[::SAMPLED], np.delete(at, np.s_[::SAMPLED])
-        left = self._draw(asked, some, found, least, purse)
-        purse.lots = len(some) - len(left) >= WORTH * len(some)
-        if purse.lots:
-            others = self._draw(asked, others, found, least, purse)
-        return np.sort(np.concatenate([left, others]))
+        """Searches for the queries `at`, and returns those whose omitted mass is not certified."""
+        done = search.certify(at, self.error, budget, limit)
+        if kind == "statistical":
+            self._estimated(len(done))
+        return np.setdiff1d(at, done)
 
-    def _draw(
+    def _sample(
         self,
-        asked: Asked,
+        search: Search,
+        targets: sampling.Targets,
         at: np.ndarray,
-        found: Fold,
-        least: np.ndarray,
-        purse: Purse,
-        near: Near | None = None,
+        budget: Budget,
+        stratum: sampling.Stratum | None = None,
     ) -> np.ndarray:
-        """Draws lots for the queries `at`, and returns those for which they say too little."""
-        some = asked._replace(windows=asked.windows[at], best=asked.best[at])
-        known = None if near is None else Near(*(a[at] for a in near))
-        lots = drawn(some, self.error, purse, known)
-        enough = lots.error <= self.error
-        done = at[enough]
-        found.m[done] = torch.from_numpy(-some.best[enough] * asked.half)
-        for have, new in zip((found.Z, found.Z2, found.S), lots, strict=False):
+        """Samples for the queries `at`, and returns those whose estimated error is too large."""
+        if not len(at) or budget.seconds <= 0:
+            return at
+        result, cost = sampling.sampled(targets, at, self.error, budget.seconds, stratum)
+        budget.seconds -= cost
+        enough = result.error <= self.error
+        done, found = at[enough], search.found
+        found.m[done] = torch.from_numpy(-search.best[done] * search.queries.half[done])
+        for have, new in zip((found.Z, found.Z2, found.S), result, strict=False):
             have[done] = torch.from_numpy(new[enough])
-        # as much mass as would make that much of an error, were it left out
-        error = torch.from_numpy(lots.error[enough])
+        # as much mass as would make that much of an error, were it omitted
+        error = torch.from_numpy(result.error[enough])
         found.omitted[done] = found.Z[done] * error / (2 - error)
-        self._count(len(done))
-        least[at] = np.maximum(least[at], lots.least)
+        self._estimated(len(done))
+        met = np.isfinite(result.Z) & (result.Z > 1)
+        search.log_mass[at[met]] = np.log(result.Z[met])
         return at[~enough]
+
+    def _estimated(self, pixels: int) -> None:
+        if self.record is not None:
+            self.record.add(pixels)
 
 
 def _duration(seconds: float) -> str:

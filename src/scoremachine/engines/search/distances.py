@@ -1,7 +1,7 @@
 """What compiled code knows of an index and of queries, and how far one is from the other.
 
 A distance is exact, from the bytes of the images; or bounded from below by that of embeddings, from
-boxes or codes. Products with codes are of bytes: see `floats`.
+boxes or codes.
 """
 
 from __future__ import annotations
@@ -9,33 +9,25 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import float32, njit
-from numba.extending import register_jitable
+from numba import float32
 
 from scoremachine.engines import simd
+from scoremachine.engines.caching import njit
 from scoremachine.engines.compiled import FLAGS
 from scoremachine.engines.search.floats import (
     LANES,
-    WHOLE,
-    add_products,
     broadcast,
-    hmax,
-    hsum,
-    joined,
     larger,
     load,
     load_every,
-    nearest,
-    none,
     smaller,
     splat,
     store,
-    store_halves,
 )
 from scoremachine.engines.search.tree import LEAF
 
 FAR = np.float32(1e15)  # where boxes of nothing lie
-LEAST = 1e-30  # numbers up to this are not multiplied
+LOG2E = 1.4426950408889634
 
 
 class Tree(NamedTuple):
@@ -75,22 +67,15 @@ class Queries(NamedTuple):
     """What is searched for.
 
     Attributes:
-        E: Embeddings, float32 (Q, `filled_up`) flat: the first numbers, and from `others_at` on
-            the others, both filled up to whole vectors.
+        E: Embeddings, float32 (Q, m) flat.
         y: The windows, float64 (Q, h, row) flat, rows filled up to whole vectors.
         mask: Ones, and zeros where filled up, float64 (row).
         half: 1 / (2 sigma^2), float64 (Q).
         fuzz: What rounding may do to a distance between embeddings, float32 (Q).
         tails: What the components that are not looked at add to a squared distance beyond the
-            differences of their norms, in the first look and in the second, float32 (Q, 2).
-        bytes: The windows + 1 - 64 / 127.5 in whole multiples of `unit`, high and low bytes, rows
-            filled up to 64, int8 (Q, h, 2, wide) flat; empty where patches are too small for that
-            to pay.
-        inside: 255, and zeros where filled up, uint8 (wide).
-        unit: float64 (Q).
-        known: What |q - s|^2 is at least, but for products with the bytes of s, float64 (Q).
-        fixed: Whether reach is from the nearest patch known at first, and only what is within it
-            enters the fold; otherwise it is from the nearest patch met.
+            differences of their norms, in the first bound and in the second, float32 (Q, 2).
+        fixed: Whether radii are from the nearest patch known at first, and only what is within
+            them enters the fold; otherwise they are from the nearest patch met.
     """
 
     E: np.ndarray
@@ -99,31 +84,7 @@ class Queries(NamedTuple):
     half: np.ndarray
     fuzz: np.ndarray
     tails: np.ndarray
-    bytes: np.ndarray
-    inside: np.ndarray
-    unit: np.ndarray
-    known: np.ndarray
     fixed: bool
-
-
-@register_jitable
-def others_at(first):
-    """Where the numbers begin that follow the first ones, in whole vectors."""
-    return (first + LANES - 1) // LANES * LANES
-
-
-@register_jitable
-def filled_up(first, m):
-    """How many numbers whole vectors of an embedding have."""
-    return others_at(first) + (m - first + LANES - 1) // LANES * LANES
-
-
-def in_vectors(E: np.ndarray, first: int) -> np.ndarray:
-    """Embeddings (n, m), the first numbers and the others filled up to whole vectors."""
-    at = others_at(first)
-    filled = np.zeros((len(E), filled_up(first, E.shape[1])), np.float32)
-    filled[:, :first], filled[:, at : at + E.shape[1] - first] = E[:, :first], E[:, first:]
-    return filled
 
 
 @njit(fastmath=FLAGS, inline="always")
@@ -155,96 +116,13 @@ def to_boxes(rows, r, boxes, o, first):
 
 
 @njit(fastmath=FLAGS, inline="always")
-def to_codes(t, row, step, node, leaf, lo, hi, at):
-    """sum_j (row[at + j - lo] - codes[j])^2 over lo <= j < hi, of a leaf's patches."""
-    a, b = splat(float32(0)), splat(float32(0))
-    o = (node * LEAF + leaf) * t.m * LANES
-    for j in range(lo, hi, 4):
-        p, k = o + j * LANES, at + j - lo
-        u = broadcast(row, k) - broadcast(step, k) * load_every(t.codes, p, 0)
-        v = broadcast(row, k + 1) - broadcast(step, k + 1) * load_every(t.codes, p, 1)
-        x = broadcast(row, k + 2) - broadcast(step, k + 2) * load_every(t.codes, p, 2)
-        y = broadcast(row, k + 3) - broadcast(step, k + 3) * load_every(t.codes, p, 3)
-        a, b = a + u * u + v * v, b + x * x + y * y
-    return a + b
-
-
-@njit(fastmath=FLAGS, inline="always")
-def norms_of(t, step, node, leaf, lo, hi, at):
-    """sum_j (step[at + j - lo] codes[j])^2 over lo <= j < hi, of a leaf's patches."""
-    a, b = splat(float32(0)), splat(float32(0))
-    o = (node * LEAF + leaf) * t.m * LANES
-    for j in range(lo, hi, 4):
-        p, k = o + j * LANES, at + j - lo
-        u = broadcast(step, k) * load_every(t.codes, p, 0)
-        v = broadcast(step, k + 1) * load_every(t.codes, p, 1)
-        x = broadcast(step, k + 2) * load_every(t.codes, p, 2)
-        y = broadcast(step, k + 3) * load_every(t.codes, p, 3)
-        a, b = a + u * u + v * v, b + x * x + y * y
-    return a + b
-
-
-@njit(fastmath=FLAGS, inline="always")
-def products_from(codes, o, n, bytes_, at):
-    """sum_j bytes_[at + j] codes[j] over j < n, of sixteen whose codes begin at o."""
-    high, low = none(), none()
-    half = len(bytes_) // 2
-    for j in range(0, n, 4):
-        high = add_products(high, codes, o + j * LANES, bytes_, at + j)
-        low = add_products(low, codes, o + j * LANES, bytes_, half + at + j)
-    return joined(high, low)
-
-
-@njit(fastmath=FLAGS, inline="always")
-def products(t, node, leaf, lo, hi, bytes_, at):
-    """sum_j bytes_[at + j - lo] codes[j] over lo <= j < hi, of a leaf's patches."""
-    o = ((node * LEAF + leaf) * t.m + lo) * LANES
-    return products_from(t.codes, o, hi - lo, bytes_, at)
-
-
-@njit(fastmath=FLAGS, inline="always")
-def in_bytes(row, step, lo, hi, scale, bytes_):
-    """Writes row * step * scale, rounded, as bytes; returns (unit, more).
-
-    With the bytes n, sum_j row_j step_j scale c_j is at most `more` above unit sum_j n_j c_j, for
-    codes c_j of 0 to 255.
-    """
-    most = splat(float32(0))
-    low = len(bytes_) // 2 - lo
-    for j in range(lo, hi, LANES):
-        x = load(row, j) * load(step, j)
-        most = larger(most, larger(x, splat(float32(0)) - x))
-    largest = hmax(most) * scale
-    if not largest > float32(LEAST):
-        for j in range(lo, hi, LANES):
-            store_halves(bytes_, j - lo, low + j, splat(float32(0)))
-        return float32(0), largest * float32(255 * (hi - lo))
-    grow = float32(WHOLE) / largest * scale
-    off = splat(float32(0))
-    for j in range(lo, hi, LANES):
-        x = load(row, j) * load(step, j) * grow
-        n = nearest(x)
-        off = off + larger(x - n, splat(float32(0)))
-        store_halves(bytes_, j - lo, low + j, n)
-    unit = largest / float32(WHOLE)
-    return unit, hsum(off) * unit * float32(255)
-
-
-@njit(fastmath=FLAGS, inline="always")
-def from_node(E, e, low, row, lo, hi):
-    """A query from where a node begins: fills row[lo:hi], and returns its |.|^2."""
-    total = splat(float32(0))
-    for j in range(lo, hi, LANES):
-        x = load(E, e + j) - load(low, j)
-        store(row, j, x)
+def decode(t, node, leaf, lo, hi, codes):
+    """Writes the numbers lo to hi of the patches of a leaf, from the origin of their node, to codes
+    (m, 16) flat; returns the sums of their squares."""
+    total, o = splat(float32(0)), (node * LEAF + leaf) * t.m * LANES
+    for j in range(lo, hi):
+        x = load_every(t.codes, o + j // 4 * 4 * LANES, j % 4)
+        x = x * t.frames[(node * 2 + 1) * t.m + j]
+        store(codes, j * LANES, x)
         total = total + x * x
-    return hsum(total)
-
-
-@njit(fastmath=FLAGS, inline="always")
-def frame_of(t, node, low, step):
-    """Where the numbers of a node begin and what a step of its codes is, in whole vectors."""
-    at = others_at(t.first)
-    for j in range(t.m):
-        k = j if j < t.first else at + j - t.first
-        low[k], step[k] = t.frames[node * 2 * t.m + j], t.frames[(node * 2 + 1) * t.m + j]
+    return total

@@ -1,7 +1,7 @@
 """An index of patches on disk: built once, resumed where it was interrupted, mapped ever after.
 
-An index is a folder: the arrays of `seek.Tree`, one file each, its embedding, and a record of what
-it was built from. While it is being built it has another name, and a journal: a line for every
+An index is a folder: the arrays of `distances.Tree`, one file each, its embedding, and a record of
+what it was built from. While it is being built it has another name, and a journal: a line for every
 piece whose bytes are on disk. Whoever goes on after an interruption cuts the files to what the
 last line says.
 """
@@ -25,22 +25,21 @@ from filelock import FileLock
 from scoremachine.core.collection import Class, Collection, Patches, classes
 from scoremachine.data import store
 from scoremachine.data.corpus import Corpus
-from scoremachine.engines.chunks import fill
+from scoremachine.engines.chunks import fill, side_by_side
 from scoremachine.engines.search import tree
-from scoremachine.engines.search.components import Columns
 from scoremachine.engines.search.distances import FAR, Tree
 from scoremachine.engines.search.embedding import ROUNDING, Embedding, sampled
 from scoremachine.engines.search.floats import LANES
-from scoremachine.engines.search.patches import Windows, count_equal, cut_out, hashes
+from scoremachine.engines.search.patches import Windows, count_equal, extract, hashes
 from scoremachine.engines.search.tree import LEAF, NODE
 from scoremachine.runtime.files import write_text, written
 from scoremachine.runtime.progress import Bar, bar, say
 
 VERSION = 4  # of the format; another number is another index
 BUCKET = 12_000  # patches that are arranged together
-ROOM = 2**28  # bytes of patches in memory at once
+MEMORY = 2**28  # bytes of patches in memory at once
 SHORT = 300  # numbers of a patch up to which the components that are kept say most
-LONG = 1_200  # numbers from which on more are worth their room, for such patches are fewer
+LONG = 1_200  # numbers from which on more are worth their space, for such patches are fewer
 SPARE = 64  # bytes behind the images, since rows are read up to 64 bytes at a time
 LARGEST = 2**32 - 1  # patches that an index can number
 ARRAYS: dict[str, Any] = {
@@ -106,7 +105,7 @@ class Source:
         size = N * H * W * C
         if not path.exists() or path.stat().st_size != size + SPARE:
             with written(path) as temporary, open(temporary, "wb") as file:
-                for rows in np.array_split(index, max(1, size // ROOM)):
+                for rows in np.array_split(index, max(1, size // MEMORY)):
                     file.write(corpus.images[rows].transpose(0, 2, 3, 1).tobytes())
                 file.write(bytes(SPARE))
         flat = store.mapped(path, np.uint8)
@@ -295,15 +294,20 @@ def _plan(source: Source, patches: Patches, part: Path) -> None:
     sample = np.unique(rng.integers(0, n, count)) if count < n else np.arange(n)
     some = np.empty((min(len(sample), sampled(n)), D))
     chosen = np.sort(rng.permutation(sample)[: len(some)])
-    fill(cut_out, (w, chosen, some))
+    fill(extract, (w, chosen, some))
     embedding = Embedding.of(some, components(patches, C))
-    columns = embedding.columns(patches.size)
-    E, _ = embedding.of_patches(w, sample, columns)
+    E, _ = embedding.of_patches(w, sample)
     axes = np.zeros(max(1, 2**depth - 1), np.int64)
     values = np.zeros(len(axes), np.float32)
     tree.top_of(E, embedding.leading, depth, axes, values)
     bucket = np.empty(n, np.uint32 if depth > 16 else np.uint16)
-    fill(tree.descend, (w, columns, embedding.leading, depth, axes, values, bucket))
+    V = embedding.V[:, : embedding.leading]
+
+    def assign(piece: slice) -> None:
+        z = embedding.centred(w, np.arange(piece.start, piece.stop, dtype=np.uint32)) @ V
+        tree.descend(z.astype(np.float32), depth, axes, values, bucket[piece])
+
+    side_by_side(assign, embedding.pieces(n))
     starts = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=2**depth))])
     order = np.memmap(part / "order", np.uint32, "w+", shape=(n,))
     tree.grouped(bucket, starts[:-1].copy(), order)
@@ -340,14 +344,13 @@ def _write(
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(part / name, "ab")) for name in ARRAYS}
         journal = stack.enter_context(open(part / "journal", "a", encoding="utf-8"))
-        columns = embedding.columns(patches.size)
-        room = max(NODE, ROOM // (16 * embedding.m))  # patches
+        most = max(NODE, MEMORY // (16 * embedding.m))  # patches
         while buckets < len(starts) - 1:
             end = buckets + 1
-            while end < len(starts) - 1 and starts[end + 1] - starts[buckets] <= room:
+            while end < len(starts) - 1 and starts[end + 1] - starts[buckets] <= most:
                 end += 1
             piece = order, starts[buckets : end + 1]
-            arrays, reach = _encoded(source.windows(patches), embedding, columns, *piece)
+            arrays, reach = _encoded(source.windows(patches), embedding, *piece)
             for name, file in files.items():
                 arrays[name].tofile(file)
                 file.flush()
@@ -386,7 +389,6 @@ def _length(path: Path) -> int:
 def _encoded(
     w: Windows,
     embedding: Embedding,
-    columns: Columns,
     order: np.ndarray,
     starts: np.ndarray,
 ) -> tuple[dict[str, np.ndarray], float]:
@@ -409,7 +411,7 @@ def _encoded(
     if not places:
         return arrays, 0.0
     place, count = np.concatenate(places), np.concatenate(times)
-    E, squares = embedding.of_patches(w, place, columns)
+    E, squares = embedding.of_patches(w, place)
     furthest = math.sqrt(squares.max())
     rank = np.arange(len(E))
     piece = np.array(pieces, np.int64)

@@ -40,30 +40,30 @@ def origin(w, place):
 
 
 @njit(inline="always")
-def middle_of(w, start):
+def centre_of(w, start):
     """The place (n H + row) W + column of the middle of a patch that begins at `start`."""
     return start // w.shape[2] + w.middle[0] * w.shape[1] + w.middle[1]
 
 
 @njit(inline="always")
-def rows_of(w):
+def strides_of(w):
     """How far it is from row to row of an image, and how many bytes a row of a patch has."""
     return w.shape[1] * w.shape[2], w.size[1] * w.shape[2]
 
 
 @njit(fastmath=FLAGS, inline="always")
-def bring(w, start):
-    """Has the rows of a patch that begins there brought near."""
-    line, row = rows_of(w)
+def prefetch_patch(w, start):
+    """Has the rows of a patch that begins there brought into the cache."""
+    line, row = strides_of(w)
     for a in range(w.size[0]):
         prefetch(w.flat, start + a * line)
         prefetch(w.flat, start + a * line + row - 1)
 
 
 @njit(cache=True, **BORROWED)
-def cut_out(part, parts, w, places, out):
+def extract(part, parts, w, places, out):
     """Writes the patches at `places` to out (n, D), in [-1, 1]."""
-    n, (line, row) = len(places), rows_of(w)
+    n, (line, row) = len(places), strides_of(w)
     for k in range(part * n // parts, (part + 1) * n // parts):
         start = origin(w, np.int64(places[k]))
         for a in range(w.size[0]):
@@ -84,7 +84,7 @@ def _word(flat, o):
 @njit(cache=True, **BORROWED)
 def hashes(part, parts, w, places, out):
     """A number for every patch at `places`, the same for equal patches."""
-    n, (line, row) = len(places), rows_of(w)
+    n, (line, row) = len(places), strides_of(w)
     last = (np.uint64(1) << np.uint64(8 * (row % 8))) - np.uint64(1)  # the bytes after whole words
     for k in range(part * n // parts, (part + 1) * n // parts):
         start = origin(w, np.int64(places[k]))
@@ -103,7 +103,7 @@ def hashes(part, parts, w, places, out):
 @njit(**BORROWED)
 def _equal(w, p, q):
     """Whether the patches that begin at p and q are the same."""
-    line, row = rows_of(w)
+    line, row = strides_of(w)
     for a in range(w.size[0]):
         for b in range(a * line, a * line + row):
             if w.flat[p + b] != w.flat[q + b]:

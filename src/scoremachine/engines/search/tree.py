@@ -6,8 +6,7 @@ import numpy as np
 
 from scoremachine.engines.caching import njit
 from scoremachine.engines.compiled import FLAGS
-from scoremachine.engines.search.components import components, origins
-from scoremachine.engines.search.floats import BORROWED, ROWS
+from scoremachine.engines.search.floats import BORROWED
 
 LEAF = 16  # patches that are looked at together
 NODE = 256  # patches that share a frame for their codes
@@ -108,27 +107,14 @@ def top_of(E, axes, depth, split_axes, split_values):
         bounds[2 * node + 2] = middle, hi
 
 
-@njit(fastmath=FLAGS, **BORROWED)
-def _descend(places, w, columns, leading, depth, axes, values, z, bucket):
-    """What `descend` does once there is room."""
-    n, count = len(places), len(columns.units)
-    for k in range(0, n, ROWS):
-        components(w, origins(w, places, k, n), columns, leading, z)
-        for r in range(min(ROWS, n - k)):
-            node = 0
-            for _ in range(depth):
-                more = np.float32(z[r * count + axes[node]]) >= values[node]
-                node = 2 * node + 1 + more
-            bucket[places[k + r]] = node - (2**depth - 1)
-
-
-@njit(nogil=True, cache=True)
-def descend(part, parts, w, columns, leading, depth, axes, values, bucket):
-    """The bucket at the end of the top of the tree for every patch of all images."""
-    n = len(bucket)
-    places = np.arange(part * n // parts, (part + 1) * n // parts)
-    z = np.empty(ROWS * len(columns.units))
-    _descend(places, w, columns, leading, depth, axes, values, z, bucket)
+@njit(cache=True, **BORROWED)
+def descend(z, depth, axes, values, bucket):
+    """The bucket at the end of the top of the tree for patches with the leading numbers z."""
+    for k in range(len(z)):
+        node = 0
+        for _ in range(depth):
+            node = 2 * node + 1 + (z[k, axes[node]] >= values[node])
+        bucket[k] = node - (2**depth - 1)
 
 
 @njit(cache=True, **BORROWED)
@@ -145,7 +131,7 @@ def encode(
     part, parts, E, order, places, counts, starts, nodes, first, rounding,
     codes, boxes, ids, times, frames, radii,
 ):  # fmt: skip
-    """The arrays of the nodes of every piece: see `seek.Tree`; piece k begins with nodes[k]."""
+    """The arrays of the nodes of all pieces, see `distances.Tree`; piece k begins at nodes[k]."""
     m = E.shape[1]
     pieces = len(starts) - 1
     low, high = np.empty(m, np.float32), np.empty(m, np.float32)

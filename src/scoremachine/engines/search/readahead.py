@@ -1,4 +1,4 @@
-"""Reading ahead: indexes are on their way from the disk before a search looks at them."""
+"""Reading ahead: indexes are read from disk before a search looks at them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from threading import Thread
 STEP = 2**21  # bytes that are asked for at once
 
 
-class Ahead:
+class Readahead:
     """Groups of files that are needed one after the other.
 
     A search jumps about in mapped files, and each jump waits for the disk where the system does not
-    have the page yet. Asked for from the first byte to the last, they are there several times
-    sooner. It is a hint: nothing depends on it, and where the system takes no hints nothing
-    happens.
+    have the page yet. It is a hint: nothing depends on it.
     """
 
     def __init__(self) -> None:
@@ -35,15 +33,14 @@ class Ahead:
         self._now = now
         at = self._groups.index(now) if now in self._groups else len(self._groups)
         soon = [*now, *(folder for group in self._groups[at + 1 : at + 2] for folder in group)]
-        Thread(target=_fetch, args=(soon,), daemon=True).start()
+        Thread(target=_prefetch, args=(soon,), daemon=True).start()
 
 
-def _fetch(folders: list[Path]) -> None:
+def _prefetch(folders: list[Path]) -> None:
     """Asks for all files in some folders, the largest of each first."""
     for folder in folders:
         try:
-            files = sorted(folder.iterdir(), key=lambda file: -file.stat().st_size)
-            for path in files:
+            for path in sorted(folder.iterdir(), key=lambda file: -file.stat().st_size):
                 with open(path, "rb") as file:
                     for start in range(0, path.stat().st_size, STEP):
                         os.posix_fadvise(file.fileno(), start, STEP, os.POSIX_FADV_WILLNEED)

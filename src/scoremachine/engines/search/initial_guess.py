@@ -11,26 +11,28 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numba import float32
 
 from scoremachine.engines.caching import njit
 from scoremachine.engines.compiled import FLAGS
-from scoremachine.engines.search.distances import (
-    distance,
-    filled_up,
-    frame_of,
-    from_node,
-    others_at,
-    to_boxes,
-    to_codes,
+from scoremachine.engines.search.distances import decode, distance, to_boxes
+from scoremachine.engines.search.floats import (
+    BORROWED,
+    LANES,
+    broadcast,
+    load,
+    lowest,
+    reaching,
+    splat,
+    store,
 )
-from scoremachine.engines.search.floats import BORROWED, LANES, lowest, reaching, splat, store
 from scoremachine.engines.search.patches import origin
 from scoremachine.engines.search.tree import LEAF, NODE
 
-GUESSED = 64  # nodes that are looked into
+NODES = 64  # that are searched
 COMPARED, NEAR = 2_000, 2.0  # patches compared for it at most, and within how many nats
 ENOUGH = 200.0  # patches as heavy as the nearest known, from which on it need not be known better
-BESIDE = 2  # pixels from one window to another that is beside it, at most
+FURTHEST = 2  # pixels from one window to another that is beside it, at most
 
 
 @njit(fastmath=FLAGS, **BORROWED)
@@ -50,34 +52,46 @@ def _nearest(values, count, chosen, most):
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def guess(part, parts, t, w, q, best, known, places):
-    """The nearest nodes are looked into for near patches.
+def initial_guess(part, parts, t, w, q, best, known, places):
+    """The nearest nodes are searched for near patches.
 
     Fills `best` with the smallest |q - s|^2 met, `places` with where that is, and `known` with the
     weight of the patches that were compared, the nearest's being 1.
     """
-    Q = len(q.half)
-    low, step, row = np.zeros((3, filled_up(t.first, t.m)), np.float32)
-    values = np.empty(max(len(t.widest), GUESSED * LANES) + LANES, np.float32)
-    near, found = np.empty(GUESSED, np.int64), np.empty(GUESSED, np.int64)
+    Q, values = len(q.half), np.empty(max(len(t.widest), NODES * LANES) + LANES, np.float32)
+    codes = np.empty(t.m * LANES, np.float32)
+    near, found = np.empty(NODES, np.int64), np.empty(NODES, np.int64)
     for query in range(part * Q // parts, (part + 1) * Q // parts):
         best[query], known[query], places[query] = _guess(
-            t, w, q, query, low, step, row, values, near, found
+            t, w, q, query, values, codes, near, found
         )
 
 
+@njit(fastmath=FLAGS, inline="always")
+def _to_codes(t, q, query, node, leaf, codes):
+    """The squared distances of a query to the codes of a leaf, in all kept components."""
+    decode(t, node, leaf, 0, t.m, codes)
+    total = splat(float32(0))
+    for j in range(t.m):
+        if t.m > t.first and j == t.first - 1:  # the norm of those that follow
+            continue
+        x = broadcast(q.E, query * t.m + j) - t.frames[node * 2 * t.m + j]
+        d = x - load(codes, j * LANES)
+        total = total + d * d
+    return total
+
+
 @njit(fastmath=FLAGS, **BORROWED)
-def _guess(t, w, q, query, low, step, row, values, near, found):
+def _guess(t, w, q, query, values, codes, near, found):
     supers, nodes = len(t.widest), len(t.radii)
-    others = others_at(t.first)
-    e = query * filled_up(t.first, t.m)
+    e = query * t.m
     box = 2 * t.first * LANES
     for g in range((supers + LANES - 1) // LANES):
         store(values, g * LANES, to_boxes(q.E, e, t.super_boxes, g * box, t.first))
-    some = _nearest(values, supers, near, GUESSED)
+    some = _nearest(values, supers, near, NODES)
     for k in range(some):
         store(values, k * LANES, to_boxes(q.E, e, t.node_boxes, near[k] * box, t.first))
-    n = _nearest(values, some * LANES, found, GUESSED)
+    n = _nearest(values, some * LANES, found, NODES)
     for k in range(n):
         found[k] = near[found[k] // LANES] * LANES + found[k] % LANES
     # compared are the patches whose codes are about as near as the nearest yet
@@ -88,14 +102,8 @@ def _guess(t, w, q, query, low, step, row, values, near, found):
         node = found[k]
         if node >= nodes or compared > COMPARED or known > ENOUGH:
             continue
-        frame_of(t, node, low, step)
-        from_node(q.E, e, low, row, 0, filled_up(t.first, t.m))
-        if t.m > t.first:  # the others stand in the place of their norm
-            row[t.first - 1], step[t.first - 1] = 0, 0
         for leaf in range(LEAF):
-            d = to_codes(t, row, step, node, leaf, 0, t.first, 0)
-            if t.m > t.first:
-                d = d + to_codes(t, row, step, node, leaf, t.first, t.m, others)
+            d = _to_codes(t, q, query, node, leaf, codes)
             bits = reaching(d, splat(bound))
             store(values, 0, d)
             while bits:
@@ -114,24 +122,24 @@ def _guess(t, w, q, query, low, step, row, values, near, found):
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def beside(part, parts, w, q, columns, best, places, nearer, there):
+def propagate(part, parts, w, q, columns, best, places, nearer, there):
     """What is near a window is compared with those beside it, moved as far as they are.
 
-    Fills `nearer` and `there` as `guess` fills `best` and `places`. Queries come in rows of
+    Fills `nearer` and `there` as `initial_guess` fills `best` and `places`. Queries come in rows of
     `columns`.
     """
     Q = len(best)
     for query in range(part * Q // parts, (part + 1) * Q // parts):
-        nearer[query], there[query] = _beside(w, q, query, columns, best, places)
+        nearer[query], there[query] = _propagate(w, q, query, columns, best, places)
 
 
 @njit(fastmath=FLAGS, **BORROWED)
-def _beside(w, q, query, columns, best, places):
-    """What `beside` does for a query."""
+def _propagate(w, q, query, columns, best, places):
+    """What `propagate` does for a query."""
     nearest, place = best[query], places[query]
     rows, i, j = len(best) // columns, query // columns, query % columns
-    for k in range(max(i - BESIDE, 0), min(i + BESIDE + 1, rows)):
-        for l in range(max(j - BESIDE, 0), min(j + BESIDE + 1, columns)):
+    for k in range(max(i - FURTHEST, 0), min(i + FURTHEST + 1, rows)):
+        for l in range(max(j - FURTHEST, 0), min(j + FURTHEST + 1, columns)):
             p = places[k * columns + l]
             row, column = p // w.lefts[1] % w.tops[1] + i - k, p % w.lefts[1] + j - l
             if 0 <= row < w.tops[1] and 0 <= column < w.lefts[1]:
