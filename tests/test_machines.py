@@ -405,7 +405,7 @@ def test_a_wider_source_costs_no_copy(kernel):
 
             @staticmethod
             def fold(request, *rest):
-                handed.append(request.images)
+                handed.append(request.keys)
                 return choose(kernel).fold(request, *rest)
 
     m = m.with_source(Recording(m.corpus, kernel))

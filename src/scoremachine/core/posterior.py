@@ -26,9 +26,9 @@ from scoremachine.core.fold import Fold
 from scoremachine.runtime.progress import Bar, bar
 
 SKIPPED = 1e-5  # twice the weight that the skipped sources of a site may have together
-BATCH = 64  # pictures in one call of a kernel
+BATCH = 64  # pictures, at most, in one call of an engine
 LEAST = 1e-4  # below, a response over windows is that of the nearest sources
-TILE = 2**29  # logits per picture in one call of a kernel: about half a second
+TILE = 2**29  # logits per picture in one call of an engine: about half a second
 CHUNK = 2**24  # numbers of a source in memory at once, for a derivative by sigma
 
 SECOND = (
@@ -41,44 +41,45 @@ BY_SIGMA = (
 )
 ONCE_BY_SIGMA = "there is no second derivative by sigma, nor of a derivative by sigma by y"
 SEEN = (
-    "there is no forward-mode derivative where sources answer with other than what is seen of them "
-    "and sites answer for windows: use reverse mode, as torch.func.vjp"
+    "there is no forward-mode derivative where a source's values are not its keys and sites "
+    "contribute to windows: use reverse mode, as torch.func.vjp"
 )
 
 
 @dataclass(frozen=True)
 class ScanRequest:
-    """What is asked of a kernel.
+    """What an engine is asked: a fold request over arrays.
 
     Attributes:
-        images: The corpus as windows see it, shape (N, C, H, W): uint8, or float32 in units of x.
-        index: Which of them are the source, int64, shape (n,).
+        keys: The images that pictures are compared with, as windows see them, shape (N, C, H, W):
+            uint8, or float32 in units of x.
+        index: Positions of the images that are the source, int64, shape (n,).
         y: The pictures, float64 on the CPU, shape (B, C, H, W); continued periodically on all
             sides (`wrap`) where the boundary is circular.
         sigma: Their noise levels, float64, shape (B,).
         collection: Windows and source.
-        T: Sources more than T nats below their site's leader may be left out, shape (B,).
-        u: None, or the direction of a derivative, float64: (B, C, *sites) where sites answer for
-            a pixel, (B, C, H, W) where they answer for their windows. A source's value is then
-            the number b_is, its inner product with u over the site's response window. For
+        log_cutoff: Sources more than so many nats below their site's leader may be left out, (B,).
+        u: None, or the direction of a derivative, float64: (B, C, *sites) where sites contribute to
+            their own pixel, (B, C, H, W) where they contribute to their windows. A source's value
+            is then the number b_is, its inner product with u over the site's response window. For
             `Engine.response_covariance`, of y's shape: b_is is that over the query window.
-        values: What a source answers with, uint8 (N, C, H, W), where that is not what is seen
-            of it: v_s in place of s in every mean and in b_is.
+        values: The images that are averaged, uint8 (N, C, H, W), where they are not the keys: v_s
+            in place of s in every mean and in b_is.
     """
 
-    images: np.ndarray
+    keys: np.ndarray
     index: np.ndarray
     y: Tensor
     sigma: Tensor
     collection: Collection
-    T: Tensor
+    log_cutoff: Tensor
     u: Tensor | None = None
     values: np.ndarray | None = None
 
     @property
-    def answers(self) -> np.ndarray:
-        """What sources answer with."""
-        return self.images if self.values is None else self.values
+    def averaged(self) -> np.ndarray:
+        """The images that are averaged: the values, or else the keys."""
+        return self.keys if self.values is None else self.values
 
 
 class Engine(Protocol):
@@ -104,7 +105,7 @@ class Engine(Protocol):
         """
 
     def response_covariance(self, request: ScanRequest, known: Fold) -> Tensor:
-        """Cov_i(v_sp, b_is) of every site i that answers for its pixel p, (B, C, *sites).
+        """Cov_i(v_sp, b_is) of every site i that contributes to its own pixel p, (B, C, *sites).
 
         b_is is the inner product of s with u over the site's query window: what D_p gains by
         y + u is this covariance over sigma^2. `known` is the whole fold.
@@ -112,8 +113,8 @@ class Engine(Protocol):
 
 
 def posterior(
-    kernel: Engine,
-    images: np.ndarray,
+    engine: Engine,
+    keys: np.ndarray,
     index: np.ndarray,
     y: Tensor,
     sigma: Tensor,
@@ -124,14 +125,14 @@ def posterior(
     """Folds the images at `index` for every picture, and composes the sites' means.
 
     Arguments:
-        kernel: The way to compute it, from `scoremachine.kernels`.
-        images: The corpus, uint8 or (in units of x) float32, shape (N, C, H, W).
-        index: Which images are the source, int64, shape (n,), n >= 1.
+        engine: What computes it, from `scoremachine.engines`.
+        keys: What pictures are compared with, uint8 or (in units of x) float32, (N, C, H, W).
+        index: Positions of the images that are the source, int64, shape (n,), n >= 1.
         y: The pictures, float64, shape (B, C, H, W).
         sigma: Their noise levels, float64, shape (B,).
         collection: Windows and source.
         leaders: How many leading sources to keep.
-        values: What they answer with, where that is not what is compared, uint8 (N, C, H, W).
+        values: What is averaged, uint8 (N, C, H, W), where it is not the keys.
 
     Returns:
         The fold, with logits -1/2 sum_d q[d] (y - s)[d]^2 / sigma^2 over each window, and
@@ -139,7 +140,7 @@ def posterior(
     """
     if collection.passes == 2:  # which have to agree on logits of up to D / sigma^2
         sigma = sigma.clamp(min=LEAST)
-    scan = Scan(kernel, images, index, collection, leaders, values, tracked(y) or tracked(sigma))
+    scan = Scan(engine, keys, index, collection, leaders, values, tracked(y) or tracked(sigma))
     D, constant, *fields = _Mean.apply(y, sigma, scan)
     fold = Fold(*fields)
     return replace(fold, m=fold.m + constant, logits=fold.logits + constant[:, None]), D
@@ -150,12 +151,12 @@ class Scan:
     """What `posterior` is asked for apart from pictures, and what its derivatives need to know.
 
     Attributes:
-        kernel, images, index, collection, leaders, values: See `posterior`.
+        engine, keys, index, collection, leaders, values: See `posterior`.
         differentiated: Whether a derivative may be asked for.
     """
 
-    kernel: Engine
-    images: np.ndarray
+    engine: Engine
+    keys: np.ndarray
     index: np.ndarray
     collection: Collection
     leaders: int = 0
@@ -169,21 +170,21 @@ class Scan:
         if self.differentiated:  # what is left out is divided by sigma^2 in a derivative
             T += 2 * torch.log(2 / sigma).clamp(min=0)
         query = wrap(y, c) if c.wraps else y
-        return ScanRequest(self.images, self.index, query, sigma, c, T, u, self.values)
+        return ScanRequest(self.keys, self.index, query, sigma, c, T, u, self.values)
 
     def bar(self, text: str) -> Any:
         """A progress bar over the source."""
         return bar(text, total=len(self.index) * self.collection.passes)
 
     def mean(self, y: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-        """D, the |y|^2 that kernels leave out of logits (B, *sites), and the fields of the fold."""
+        """D, the |y|^2 that engines leave out of logits (B, *sites), and the fields of the fold."""
         request, c = self.request(y, sigma), self.collection
         with self.bar("Comparing") as progress:
-            fold = folded(self.kernel, request, self.leaders, progress)
+            fold = folded(self.engine, request, self.leaders, progress)
             if c.passes == 1:
                 D = fold.mean
             else:
-                D = accumulate_response(self.kernel, request, fold, progress)
+                D = accumulate_response(self.engine, request, fold, progress)
                 D /= torch.from_numpy(c.coverage)
         # the same for all sources of a site
         constant = -c.window_sum((request.y**2).sum(1)) / (2 * sigma[:, None, None] ** 2)
@@ -199,22 +200,22 @@ class Scan:
                 if self.values is not None and not transposed:
                     raise NotImplementedError(SEEN)
                 known = replace(fold, S=(x * fold.S).sum((1, 2, 3))[:, None, None, None])
-                g = accumulate_response(self.kernel, self.request(y, sigma, x), known, progress)
+                g = accumulate_response(self.engine, self.request(y, sigma, x), known, progress)
             elif c.response == "pixel" and transposed:
                 known = replace(fold, S=(x * fold.S).sum(1, keepdim=True))
-                g = accumulate_response(self.kernel, self.request(y, sigma, x), known, progress)
+                g = accumulate_response(self.engine, self.request(y, sigma, x), known, progress)
                 g = unwrap(g, c) if c.wraps else g
             elif c.response == "pixel":
                 u = wrap(x, c) if c.wraps else x
-                g = self.kernel.response_covariance(self.request(y, sigma, u), fold)
+                g = self.engine.response_covariance(self.request(y, sigma, u), fold)
                 progress.advance(len(self.index))
             else:  # a symmetric matrix, and means over the windows that a pixel is in
                 if self.values is not None and not transposed:
                     raise NotImplementedError(SEEN)
                 coverage = torch.from_numpy(c.coverage)
                 request = self.request(y, sigma, x / coverage if transposed else x)
-                known = folded(self.kernel, request, 0, progress)
-                g = accumulate_response(self.kernel, request, known, progress)
+                known = folded(self.engine, request, 0, progress)
+                g = accumulate_response(self.engine, request, known, progress)
                 g = g if transposed else g / coverage
         return g / sigma[:, None, None, None] ** 2
 
@@ -231,7 +232,7 @@ class Scan:
         chunks = [self.index[k : k + step] for k in range(0, len(self.index), step)]
 
         def read(ids: np.ndarray) -> Tensor:
-            return units_of_x(self.images[ids]).flatten(1)
+            return units_of_x(self.keys[ids]).flatten(1)
 
         exactly = "donot_use_mm_for_euclid_dist"
         squares = torch.cat([torch.cdist(flat, read(n), compute_mode=exactly) for n in chunks], 1)
@@ -250,7 +251,7 @@ def _batches(
     scan: Scan, f: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
 ) -> tuple[Tensor, ...]:
     """f of (B, ...) tensors, as many pictures at a time as the engine's workspace holds."""
-    step = scan.kernel.batch(scan.collection, scan.images.shape[1], scan.leaders)
+    step = scan.engine.batch(scan.collection, scan.keys.shape[1], scan.leaders)
     parts = [f(*part) for part in zip(*(x.split(step) for x in tensors), strict=True)]
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
@@ -271,8 +272,8 @@ class _Mean(torch.autograd.Function):
 
     D is a softmax mean, so its derivative is a posterior covariance:
 
-    dD_p / dy_d = q_p[d] Cov_p(s_p, s_d) / sigma^2 for a site p that answers for its pixel; in
-    general u^T dD/dy = sum_is q_i w_is (b_is - mean of b_i) s / sigma^2, one more pass over the
+    dD_p / dy_d = q_p[d] Cov_p(s_p, s_d) / sigma^2 for a site p that contributes to its own pixel;
+    in general u^T dD/dy = sum_is q_i w_is (b_is - mean of b_i) s / sigma^2, one more pass over the
     source (two, where the means of b are not known from the first).
     """
 
@@ -442,23 +443,23 @@ def units_of_x(images: np.ndarray | Tensor) -> Tensor:
 
 
 def folded(
-    kernel: Engine, request: ScanRequest, leaders: int, progress: Bar, known: Fold | None = None
+    engine: Engine, request: ScanRequest, leaders: int, progress: Bar, known: Fold | None = None
 ) -> Fold:
     """The fold over the whole source, tile by tile, merged into what is `known` before."""
     fold = known
-    for rows in kernel.tiles(len(request.index), request.collection):
-        part = kernel.fold(replace(request, index=request.index[rows]), leaders, fold)
+    for rows in engine.tiles(len(request.index), request.collection):
+        part = engine.fold(replace(request, index=request.index[rows]), leaders, fold)
         fold = part if fold is None else fold.merge(part)
         progress.advance(rows.stop - rows.start)
     assert fold is not None
     return fold
 
 
-def accumulate_response(kernel: Engine, request: ScanRequest, known: Fold, progress: Bar) -> Tensor:
+def accumulate_response(engine: Engine, request: ScanRequest, known: Fold, progress: Bar) -> Tensor:
     """`Engine.accumulate_response` over the whole source, tile by tile."""
     total = torch.zeros_like(request.y)
-    for rows in kernel.tiles(len(request.index), request.collection):
-        total += kernel.accumulate_response(replace(request, index=request.index[rows]), known)
+    for rows in engine.tiles(len(request.index), request.collection):
+        total += engine.accumulate_response(replace(request, index=request.index[rows]), known)
         progress.advance(rows.stop - rows.start)
     return total
 

@@ -99,7 +99,7 @@ def _read(request: ScanRequest) -> tuple[np.ndarray, np.ndarray]:
 
     Variant after variant.
     """
-    seen, told = (units_of_x(x[request.index]) for x in (request.images, request.answers))
+    seen, told = (units_of_x(x[request.index]) for x in (request.keys, request.averaged))
     s, v = (
         torch.cat([variant.of(x) for variant in request.collection.variants]).flatten(2).numpy()
         for x in (seen, told)
@@ -108,7 +108,7 @@ def _read(request: ScanRequest) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ids(request: ScanRequest) -> np.ndarray:
-    N = len(request.images)
+    N = len(request.keys)
     V = len(request.collection.variants)
     return np.concatenate([v * N + request.index for v in range(V)])
 

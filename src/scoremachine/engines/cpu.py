@@ -677,7 +677,7 @@ def _spread(
 
 def fold(request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
     """The fold over the source; see `scoremachine.core.posterior.Engine`."""
-    images, index, c = request.images, request.index, request.collection
+    images, index, c = request.keys, request.index, request.collection
     if c.source == "rolled":
         return rolled.fold(request, leaders, torch.device("cpu"), ROLLED)
     if c.whole and request.values is not None:
@@ -691,7 +691,7 @@ def fold(request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
     B, C, _, _ = y.shape
     values = 1 if request.u is not None else C if c.response == "pixel" else 0
     plan, variants, source = plan_of(c), _variants(c, images), _source(request)
-    lit = _variants(c, request.answers)
+    lit = _variants(c, request.averaged)
     best, found = known, []
     for shifts in _pieces(len(index), c):
         parts = _parts(index, variants, shifts, _numbers(c, leaders))
@@ -712,14 +712,14 @@ def fold(request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
 
 def accumulate_response(request: ScanRequest, known: Fold) -> torch.Tensor:
     """sum_is q_i a_is s; see `scoremachine.core.posterior.Engine`."""
-    images, index, c = request.images, request.index, request.collection
+    images, index, c = request.keys, request.index, request.collection
     if c.source == "rolled":
         return rolled.accumulate_response(request, known, torch.device("cpu"), ROLLED)
     if c.whole and request.values is not None:
         return device.accumulate_response(request, known)
     y, u, scale, T = _arrays(request)
     plan, variants, source = plan_of(c), _variants(c, images), _source(request)
-    lit = _variants(c, request.answers)
+    lit = _variants(c, request.averaged)
     m, Z = known.m.numpy(), known.Z.numpy()
     b_mean = m if request.u is None else known.mean[:, 0].contiguous().numpy()
     if c.whole and request.u is not None:
@@ -744,7 +744,7 @@ def _arrays(request: ScanRequest) -> tuple[np.ndarray, ...]:
     B = len(request.y)
     u = np.empty((B, 0)) if request.u is None else request.u.reshape(B, -1).contiguous().numpy()
     scale = (1 / request.sigma**2).numpy()
-    return np.ascontiguousarray(request.y.numpy()), u, scale, request.T.numpy()
+    return np.ascontiguousarray(request.y.numpy()), u, scale, request.log_cutoff.numpy()
 
 
 def _variants(c: Collection, images: np.ndarray) -> np.ndarray:
@@ -758,7 +758,7 @@ def _variants(c: Collection, images: np.ndarray) -> np.ndarray:
 
 def _source(request: ScanRequest) -> tuple[np.ndarray, np.ndarray, bool]:
     """What is seen, what it answers with, and whether these differ."""
-    return request.images, request.answers, request.values is not None
+    return request.keys, request.averaged, request.values is not None
 
 
 def _numbers(c: Collection, leaders: int) -> int:

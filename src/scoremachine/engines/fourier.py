@@ -54,7 +54,7 @@ def accumulate_response(
         for p in range(len(D)):
             l = _logits(request, p, piece)
             m = known.m[p].item()
-            piece_p, l = _reaching(piece, l, m - request.T[p].item())
+            piece_p, l = _reaching(piece, l, m - request.log_cutoff[p].item())
             a = torch.exp(l - m) / known.Z[p].to(device)
             if request.u is not None:
                 u = request.u[p].to(device)
@@ -65,11 +65,11 @@ def accumulate_response(
 
 def _read(request: ScanRequest, device: torch.device, room: int) -> Iterator[Piece]:
     """The source in pieces."""
-    _, C, H, W = request.images.shape
+    _, C, H, W = request.keys.shape
     step = max(1, room // (4 * C * H * W))
     for start in range(0, len(request.index), step):
         ids = request.index[start : start + step]
-        s = torch.from_numpy(request.images[ids]).to(device).double() / 127.5 - 1
+        s = torch.from_numpy(request.keys[ids]).to(device).double() / 127.5 - 1
         half = torch.linalg.vector_norm(s.flatten(1), dim=1) ** 2 / 2
         yield Piece(rfft2(s), half, torch.from_numpy(ids).to(device), s.shape[-2:])
 
@@ -118,7 +118,7 @@ def _summary(request: ScanRequest, p: int, piece: Piece, leaders: int, m_known: 
     row, column = (H // 2 + shift // W) % H, (W // 2 + shift % W) % W
     logits[:k], places[:k] = best.values, piece.ids[n] * H * W + row * W + column
 
-    floor = max(m.item(), m_known) - request.T[p].item()
+    floor = max(m.item(), m_known) - request.log_cutoff[p].item()
     piece, l = _reaching(piece, l, floor)
     w = torch.exp(l - m).masked_fill_(l < floor, 0.0)
     if request.u is not None:

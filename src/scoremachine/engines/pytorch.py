@@ -107,7 +107,7 @@ def _read(
     What is seen, s, and what it answers with, v, are float64 in the query's frame, 0 outside the
     image.
     """
-    c, images = request.collection, request.images
+    c, images = request.collection, request.keys
     N, C, H, W = images.shape
     step = max(1, _room(device) // ((C + 8) * H * W))
     for start in range(0, len(request.index), step):

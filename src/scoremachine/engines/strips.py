@@ -79,12 +79,12 @@ def fold(request: ScanRequest, leaders: int, into: list[Group], by: Folds) -> Fo
         top, left = np.array(group.corners * len(index)).T
         strips = np.stack(
             [
-                request.images[i, :, a : a + high, b : b + wide]
+                request.keys[i, :, a : a + high, b : b + wide]
                 for i, a, b in zip(of, top, left, strict=True)
             ]
         )
         narrow = replace(c, image=(high, wide), canvas=c.frame)
-        asked = replace(request, images=strips, index=np.arange(len(strips)), collection=narrow)
+        asked = replace(request, keys=strips, index=np.arange(len(strips)), collection=narrow)
         part = _by_columns(asked, leaders, by)
         known = part.places >= 0
         strip, place = np.divmod(part.places[known].numpy(), high * wide)

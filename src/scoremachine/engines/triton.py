@@ -82,7 +82,7 @@ def folds(collection: Collection) -> bool:
 
 def answers(request: ScanRequest) -> bool:
     """Whether `fold` can answer."""
-    images, c = request.images, request.collection
+    images, c = request.keys, request.collection
     levels = images.dtype == np.uint8 and request.values is None and request.u is None
     small = images.shape[1] <= CHANNELS and images.shape[1] * math.prod(c.window.shape) <= WINDOW
     return folds(c) and levels and small
@@ -142,7 +142,7 @@ def fold(request: ScanRequest, leaders: int, device: torch.device, launch: Launc
                 source = images.flip(axes) if axes else images
                 rows = _launched(plan, digits, scales, blocks, source, ids, leaders, kept, launch)
                 part = _in_order(rows, c, B, picture, site)
-                before = (first + k * len(request.images)) * math.prod(c.image)
+                before = (first + k * len(request.keys)) * math.prod(c.image)
                 part.places[part.places >= 0] += before
                 yield part
 
@@ -264,7 +264,7 @@ def _read(request: ScanRequest, device: torch.device) -> Iterator[tuple[Tensor, 
     With them comes the place of their first in the corpus.
     """
     global _kept
-    images, index = request.images, request.index
+    images, index = request.keys, request.index
     device = torch.empty(0, device=device).device  # "cuda" is one of them
     room = ROOM
     if device.type == "cuda":

@@ -240,7 +240,7 @@ class Bounded:
                 request,
                 y=request.y[b : b + 1].detach(),
                 sigma=request.sigma[b : b + 1].detach(),
-                T=request.T[b : b + 1].detach(),
+                log_cutoff=request.log_cutoff[b : b + 1].detach(),
             )
             for b in range(len(request.y))
         ]
