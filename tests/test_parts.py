@@ -119,7 +119,8 @@ def test_a_machine_may_be_asked_from_several_threads():
 
 def test_the_last_few_are_kept():
     kept, made = LRUCache(2), []
-    for key in "abacba":
+    for key in "abacba":  # the least recently used one is forgotten
         assert kept.get(key, lambda key=key: made.append(key) or key) == key
-    assert made == ["a", "b", "c", "a"]
-    assert len(kept.known) == 2
+    assert made == ["a", "b", "c", "b", "a"]
+    kept.get("b", lambda: made.append("again"))
+    assert made[-1] == "a"

@@ -161,8 +161,8 @@ def test_an_error_of_the_system_is_a_sentence(tmp_path, full):
     with pytest.raises(OSError) as met:  # noqa: PT011
         files.write_text(tmp_path / "name.txt", "text")
     said = files.sentence_of(met.value)
-    assert said.startswith(f"{tmp_path / 'name.txt'} cannot be read or written (no space left")
-    assert "free some space, or write elsewhere (--out" in said
+    assert said.startswith(f"the disk of {tmp_path} is full or your quota is used up")
+    assert "make room there, as with `scoremachine cache prune" in said
     assert "Errno" not in said
 
 
@@ -177,8 +177,8 @@ def test_a_calibration_that_cannot_be_kept_is_made_all_the_same(full, capsys):
     found = sm.calibrate(sm.Corpus(u), "ls", sigmas=[1.0, 0.5], held_out=4)
     assert len(found.chosen) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert "going on without a record" in said
-    assert "no space left" in said
+    assert "is not kept, so the next run will not find it" in said
+    assert "is full or your quota is used up" in said
 
 
 def test_pieces_that_cannot_be_kept_are_made_all_the_same(tmp_path, full):

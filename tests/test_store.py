@@ -699,9 +699,9 @@ def test_the_commands_list_and_prune(tmp_path, command, monkeypatch):
     monkeypatch.setattr("typer.confirm", lambda question: False)
     assert "nothing is removed" in command("prune", "--to", "1MB")[1]
     assert len(store.listed()) == 2
-    assert "removed 1 entries, 2.5 MB" in command("prune", "--to", "1MB", "--yes")[1]
+    assert "removed 1 entry, 2.5 MB" in command("prune", "--to", "1MB", "--yes")[1]
     assert "nothing to remove" in command("prune")[1]
-    assert "removed 1 entries" in command("prune", "--all", "--yes")[1]
+    assert "removed 1 entry" in command("prune", "--all", "--yes")[1]
     assert store.listed() == []
 
 

@@ -29,7 +29,6 @@ from scoremachine.data.corpus import Corpus
 from scoremachine.data.store import Record
 from scoremachine.runtime.progress import Bar, bar, say
 from scoremachine.runtime.validation import check_integer
-from scoremachine.sources.mixture import Mixture
 
 BANDWIDTHS = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2)
 AUTO_SIGMAS = tuple(float(s) for s in np.geomspace(0.02, 20.0, 10))
@@ -167,6 +166,7 @@ def calibrate(
             raise ValueError(f"{machine.name} has no locality to choose: leave values out")
         check = LOCALITIES[machine.locality].check if machine.locality else float
         candidates = sorted({check(value) for value in values})
+    check_images(machine.corpus, f"give {machine.locality or 'bandwidth'} a number or a schedule")
     what = machine.settings()
     if candidates is None or candidates:  # whatever it is, it is replaced
         what.pop(str(machine.locality), None)
@@ -417,7 +417,7 @@ def split(
 
 def check_images(corpus: Corpus, instead: str) -> None:
     """ValueError for a mixture: whatever would be held out of it is in its clusters already."""
-    if isinstance(corpus, Mixture):
+    if not corpus.has_images:
         raise ValueError(
             f"{corpus.name!r} is a mixture, whose clusters hold what would have to be held out: "
             f"{instead}, as that of the machine of the images"

@@ -41,6 +41,8 @@ class Corpus:
         ValueError: For another dtype or shape, or labels that do not fit.
     """
 
+    has_images = True  # some of which can be held out; a mixture in its place has none
+
     def __init__(
         self,
         images: Any,

@@ -41,7 +41,7 @@ def list_() -> None:
         Console().print(table)
     total = sum(each.size for each in every)
     print(
-        f"{len(every)} entries, {size_of(total)} of at most {size_of(store.limit())} "
+        f"{_entries(len(every))}, {size_of(total)} of at most {size_of(store.limit())} "
         f"(SCOREMACHINE_CACHE_LIMIT), in {store.cache_root()}"
     )
 
@@ -71,11 +71,11 @@ def prune(
     for each in going:
         print(f"{store.KINDS[each.entry.kind]} of {each.of}: {size_of(each.size)}")
     total = size_of(sum(each.size for each in going))
-    if not yes and not typer.confirm(f"remove these {len(going)} entries, {total}?"):
+    if not yes and not typer.confirm(f"remove {_entries(len(going))}, {total}?"):
         print("nothing is removed")
         return
     gone = [each for each in going if each.entry.remove()]
-    print(f"removed {len(gone)} entries, {size_of(sum(each.size for each in gone))}")
+    print(f"removed {_entries(len(gone))}, {size_of(sum(each.size for each in gone))}")
     if len(gone) < len(going):
         print(f"{len(going) - len(gone)} are in use by now, or cannot be removed")
 
@@ -94,3 +94,7 @@ def _ago(seconds: float) -> str:
             count = int(seconds / size)
             return f"{count} {unit}{'s' if count > 1 else ''}"
     return "moments"
+
+
+def _entries(n: int) -> str:
+    return f"{n:,} {'entry' if n == 1 else 'entries'}"

@@ -39,6 +39,7 @@ ROUNDS, START = 3, (0.3, 0.7, 0.1)  # samples of a query, and where they begin
 CAUTION = 1.2  # how much smaller an error the second sample aims at
 EFFECTIVE = 200.0  # the least effective sample size that is trusted
 LIGHT = 0.05  # of the largest error: the mass of the heaviest patch outside the stratum
+FLAT = 8.0  # effective number of sources, from which on a sample alone is trusted
 ROUNDED = 1e-6  # of a weight, by which the nearest patch may seem not to be the nearest known
 COSTS = np.array([7e-7, 4e-7])  # seconds of one core for a leaf and a patch of a group
 PER_NUMBER = 2e-9  # seconds of one core for a number of a sampled patch and a group
@@ -261,6 +262,8 @@ def sampled(
         trusted = new.effective >= EFFECTIVE
         if stratum is None:  # the nearest patch known has been met, or many are as heavy
             trusted &= new.Z2 >= 1 - ROUNDED
+            # of a posterior that a few patches decide, a sample may have missed the others
+            trusted &= (new.Z > FLAT) & (new.Z**2 > FLAT * new.Z2)
         else:
             nats = (stratum.reach - x.best)[members] * x.queries.half[0]
             trusted &= np.exp(-nats) <= 2 * LIGHT * error * new.Z
