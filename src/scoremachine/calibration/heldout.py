@@ -166,7 +166,7 @@ def calibrate(
             raise ValueError(f"{machine.name} has no locality to choose: leave values out")
         check = LOCALITIES[machine.locality].check if machine.locality else float
         candidates = sorted({check(value) for value in values})
-    check_images(machine.corpus, f"give {machine.locality or 'bandwidth'} a number or a schedule")
+    check_images(machine.corpus, instead_of(machine))
     what = machine.settings()
     if candidates is None or candidates:  # whatever it is, it is replaced
         what.pop(str(machine.locality), None)
