@@ -629,7 +629,7 @@ BUILD = """
 import sys, time
 import numpy as np
 import scoremachine as sm
-from scoremachine.search import index
+from scoremachine.engines.search import index
 index.BUCKET, index.MEMORY = 300, 2**17
 encoded = index._encoded
 def slowly(*arguments):
