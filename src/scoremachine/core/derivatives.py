@@ -142,6 +142,20 @@ def stacked(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]) ->
     ]
 
 
+def untransformed(f: Callable[P, R]) -> Callable[P, R]:
+    """A function called as outside all transforms of `torch.func`: what is computed once and kept.
+
+    Under them every new tensor is a wrapper, of no use when they have ended.
+    """
+
+    @functools.wraps(f)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        with outside_transforms():
+            return f(*args, **kwargs)
+
+    return called
+
+
 def uncompiled(f: Callable[P, R]) -> Callable[P, R]:
     """A function that `torch.compile` calls as it is, since what it calls is compiled already.
 

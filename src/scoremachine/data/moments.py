@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoremachine.core.derivatives import untransformed
 from scoremachine.data import store
 from scoremachine.data.corpus import Corpus
 from scoremachine.runtime.lru import LRUCache
@@ -111,6 +112,7 @@ def within_reach(N: int, D: int) -> bool:
     return side <= LARGEST and side * D <= ROOM
 
 
+@untransformed
 def moments(corpus: Corpus, index: np.ndarray, low_rank: bool = False) -> Moments:
     """The moments of the images at `index`, from memory, from disk, or computed.
 
