@@ -181,7 +181,7 @@ def long_run(out, *words):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, how):
-    corpus = random_corpus(N=800, H=8, W=8)
+    corpus = random_corpus(N=300, H=8, W=8)
     np.save(tmp_path / "images.npy", corpus.images)
     out = tmp_path / "run"
     process = started(long_run(out))

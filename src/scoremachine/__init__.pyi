@@ -33,6 +33,8 @@ from .machines import PCALocality as PCALocality
 from .machines import SmoothedScore as SmoothedScore
 from .machines import build as build
 from .machines import calibrate as calibrate
+from .provenance.explain import Trace as Trace
+from .provenance.explain import explain as explain
 from .sampling.generate import generate as generate
 from .sampling.schedules import EDMSchedule as EDMSchedule
 from .sources.compression import compress as compress

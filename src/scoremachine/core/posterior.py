@@ -138,12 +138,16 @@ def posterior(
         The fold, with logits -1/2 sum_d q[d] (y - s)[d]^2 / sigma^2 over each window, and
         D = sum_i r_i mu_i / sum_i r_i, float64, shape (B, C, H, W), differentiable by y.
     """
-    if collection.passes == 2:  # which have to agree on logits of up to D / sigma^2
-        sigma = sigma.clamp(min=LEAST)
+    sigma = collected(sigma, collection)
     scan = Scan(engine, keys, index, collection, leaders, values, tracked(y) or tracked(sigma))
     D, constant, *fields = _Mean.apply(y, sigma, scan)
     fold = Fold(*fields)
     return replace(fold, m=fold.m + constant, logits=fold.logits + constant[:, None]), D
+
+
+def collected(sigma: Tensor, collection: Collection) -> Tensor:
+    """The noise levels at which two passes agree on logits of up to D / sigma^2."""
+    return sigma.clamp(min=LEAST) if collection.passes == 2 else sigma
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,6 +92,29 @@ def response_covariance(request: ScanRequest, known: Fold) -> Tensor:
     return ((Wbv - Wv * (Wb / W)[:, None]) / W[:, None]).cpu()
 
 
+def source_weights(
+    request: ScanRequest, known: Fold, p: int, n: Tensor, shift: tuple[int, int]
+) -> Tensor:
+    """The posterior weights of some sources at every site of picture p, float64 (n, *sites).
+
+    Arguments:
+        request: What was asked.
+        known: The whole fold, whose logits are -1/2 sum_d q[d] (y - s)[d]^2 / sigma^2.
+        p: The picture.
+        n: The sources' numbers, variant N + image, int64 (n,).
+        shift: Their displacement.
+    """
+    c, N, y = request.collection, len(request.keys), request.y[p]
+    x = units_of_x(request.keys[n % N])
+    s = torch.empty_like(x)
+    for v in torch.unique(n // N).tolist():
+        s[n // N == v] = c.variants[v].of(x[n // N == v])
+    square = ((y - _shifted(s, *shift, c, y.shape[1:])) ** 2).sum(1)
+    l = c.window_sum(square) / (-2 * request.sigma[p].item() ** 2)
+    w = torch.exp(l - known.m[p]) / known.Z[p]
+    return w.masked_fill(~_valid(c, *shift), 0.0) if len(c.shifts) > 1 else w
+
+
 def _room(device: torch.device) -> int:
     """How many float64 numbers a piece of work may take."""
     if device.type == "cuda":

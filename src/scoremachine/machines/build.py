@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from scoremachine.calibration import heldout
 from scoremachine.calibration.heldout import BANDWIDTHS, Calibration, Teacher
+from scoremachine.core.schedules import LOCALITIES, BandwidthSchedule, WeightSchedule
+from scoremachine.core.windows import Augment
 from scoremachine.data.corpus import Corpus
 from scoremachine.machines.machine import MACHINES, Machine, setting_names
 from scoremachine.machines.windowed import WINDOWS
@@ -126,3 +128,35 @@ def calibrate(
     values, bandwidths = settings.pop("values", None), settings.pop("bandwidths", BANDWIDTHS)
     prototype = build(machine, corpus, **settings)
     return heldout.calibrate(prototype, sigmas, held_out, values, bandwidths, seed, network=network)
+
+
+def recorded(settings: Mapping[str, Any], corpus: Corpus, **changes: Any) -> Machine:
+    """The machine that a record describes (`Machine.settings`), of a corpus.
+
+    Arguments:
+        settings: The record; entries that are no settings of the machine are not looked at.
+        corpus: The images.
+        changes: Other settings, such as `schedule`.
+
+    Raises:
+        ValueError: For a record of no machine, or of one whose settings are in files elsewhere.
+    """
+    if not isinstance(settings.get("machine"), str):
+        raise ValueError("the record names no machine; expected the run.json of scoremachine")
+    kind = kind_of(settings["machine"])
+    found = {name: settings[name] for name in setting_names(kind) if name in settings}
+    if found.get("heat_maps", "wiener") != "wiener":
+        raise ValueError(
+            f"the record names heat maps ({found['heat_maps']}) that it does not hold: build the "
+            "machine and call sm.explain"
+        )
+    schedules = dict(LOCALITIES, bandwidth=BandwidthSchedule, weights=WeightSchedule)
+    for name, value in found.items():
+        if name in schedules and isinstance(value, dict):
+            found[name] = schedules[name](value["sigmas"], value["values"], name=value["name"])
+    if isinstance(found.get("augment"), dict):
+        found["augment"] = Augment(**found["augment"])
+    if isinstance(found.get("of"), dict):
+        found["of"] = {label: recorded(each, corpus) for label, each in found["of"].items()}
+    found.pop("kernel", None)
+    return build(kind.name, corpus, **{**found, **changes})

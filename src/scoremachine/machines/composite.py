@@ -13,6 +13,8 @@ from torch import Tensor
 from scoremachine.calibration.stacking import automatic_weights
 from scoremachine.core.processes import Process
 from scoremachine.core.schedules import WeightSchedule
+from scoremachine.core.shares import Shares, mixed
+from scoremachine.core.windows import Variant
 from scoremachine.data.corpus import Corpus
 from scoremachine.machines.build import build, spelled
 from scoremachine.machines.machine import Batch, Label, Machine, apply_bandwidth
@@ -109,6 +111,31 @@ class Composite(Machine):
             wider = replace(batch, sigma=torch.sqrt(batch.sigma**2 + h**2))
             found.append(apply_bandwidth(member.mean(wider), batch.y, batch.sigma, h))
         return found
+
+    @property
+    def has_sources(self) -> bool:  # type: ignore[override]
+        return any(m.has_sources for m in self.members.values())
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        several = {m.variants for m in self.members.values() if len(m.variants) > 1}
+        if len(several) > 1:
+            raise ValueError(
+                "the machines of this composite read the images in different variants, which "
+                "cannot be named together: give all of them the same augment"
+            )
+        return several.pop() if several else (Variant(),)
+
+    def shares(self, batch: Batch, k: int) -> Shares:
+        w = torch.tensor(np.stack([self.weights_at(float(s)) for s in batch.level]))
+        parts = []
+        for member in self.members.values():
+            h = member.bandwidths(batch.level)
+            wider = replace(batch, sigma=torch.sqrt(batch.sigma**2 + h**2))
+            # what leads in one machine may be further down in another
+            part = member.shares(wider, 2 * k)
+            parts.append(part.with_own(batch.y, batch.sigma**2 / (batch.sigma**2 + h**2)))
+        return mixed(batch.y / self.source.scale, w, parts, k)
 
     def answers(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> list[Tensor]:
         """D_m of every machine for valid float64 pictures, the images at `index` the source."""

@@ -139,6 +139,10 @@ class EquivariantLocalScore(BoxMachine):
                 f"patch_size goes up to {P}: choose smaller patches, or a larger picture"
             )
 
+    @property
+    def removal_is_exact(self) -> bool:
+        return not self.depends_on_noise
+
     def collection(self, P: int, sigma: float, index: np.ndarray) -> Collection:
         image, window = self.corpus.shape[1:], self.tapered((P, P), sigma, index)
         everywhere = {**self.wider(), "reach": 0, "boundary": self.boundary}

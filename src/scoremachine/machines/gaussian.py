@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scoremachine.core.derivatives import regrouped, uncompiled
+from scoremachine.core.shares import Shares
 from scoremachine.data.moments import moments
 from scoremachine.machines.machine import Batch, Label, Machine
 
@@ -28,11 +29,15 @@ class GaussianScore(Machine):
 
     name = "gaussian"
     smooth_in_sigma = True
+    has_sources = False
 
     def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> Self:
         for _, index in self.by_label(label, 1):
             moments(self.corpus, index)
         return super().prepare(label, levels)
+
+    def shares(self, batch: Batch, k: int) -> Shares:
+        return Shares.of_no_source(self.mean(batch))
 
     def mean(self, batch: Batch) -> Tensor:
         # with what a process shows of x, A x + sigma eps: mean + C A (A C A + sigma^2 I)^-1 (...)

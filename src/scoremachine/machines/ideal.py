@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scoremachine.core.collection import Collection
 from scoremachine.core.derivatives import regrouped, uncompiled
+from scoremachine.core.shares import Shares
 from scoremachine.machines.machine import Batch, Label, Machine, gaussian_constant
 from scoremachine.sources.source import FoldRequest
 
@@ -37,6 +38,14 @@ class IdealScore(Machine):
     def mean(self, batch: Batch) -> Tensor:
         request = FoldRequest(batch.y, batch.sigma, self.collection(), batch.index)
         return self.source.fold(request).mean
+
+    @property
+    def removal_is_exact(self) -> bool:
+        return True
+
+    def shares(self, batch: Batch, k: int) -> Shares:
+        asked = batch.y, batch.sigma, self.collection(), batch.index
+        return self.source.shares(FoldRequest(*asked, leaders=k))
 
     def nearest(self, y: Tensor, label: Label = None) -> tuple[Tensor, Tensor]:
         """The training image nearest to each picture, and how far it is.

@@ -17,6 +17,10 @@ class LocalScore(BoxMachine):
     name = "ls"
     accepts_mixtures = True
 
+    @property
+    def removal_is_exact(self) -> bool:
+        return not self.depends_on_noise
+
     def collection(self, P: int, sigma: float, index: np.ndarray) -> Collection:
         window = self.tapered((P, P), sigma, index)
         return Collection(self.corpus.shape[1:], window, "pixels", "pixel", **self.wider())

@@ -33,6 +33,8 @@ from scoremachine.core.schedules import (
     LevelSchedule,
     check_bandwidth,
 )
+from scoremachine.core.shares import Shares
+from scoremachine.core.windows import Variant
 from scoremachine.data.corpus import Corpus
 from scoremachine.runtime.lru import LRUCache
 from scoremachine.sources import source_of
@@ -115,6 +117,7 @@ class Machine(Denoiser, metaclass=Frozen):
     locality: str | None = None  # the setting that says how far it sees, where it has one
     relative_cost: float = 1.0  # about what a source costs, in units of one of a plain box
     accepts_mixtures = False  # whether its source may be a mixture of Gaussians
+    has_sources = True  # whether D is a weighted mean of training images
     smooth_in_sigma = False  # whether D has a derivative by sigma: nothing is looked up at it
 
     def __init__(
@@ -162,6 +165,30 @@ class Machine(Denoiser, metaclass=Frozen):
     @abstractmethod
     def mean(self, batch: Batch) -> Tensor:
         """D with h = 0 of valid pictures, float64 (B, C, H, W)."""
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The variants in which every image is a source."""
+        return (Variant(),)
+
+    @property
+    def removal_is_exact(self) -> bool:
+        """Whether D without an image follows from D and the shares of the image.
+
+        So it is where each pixel is the mean of one posterior, and windows do not depend on the
+        images.
+        """
+        return False
+
+    def shares(self, batch: Batch, k: int) -> Shares:
+        """D with h = 0 of valid pictures, and the k leading sources of every pixel.
+
+        Raises:
+            ValueError: Where the machine does not know.
+        """
+        raise ValueError(
+            f"{self.name} does not say where its pixels come from: use another machine"
+        )
 
     @uncompiled
     def denoise(

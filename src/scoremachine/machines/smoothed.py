@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from scoremachine.core.collection import Collection
 from scoremachine.core.derivatives import mapped, outside_transforms, values, with_slope
 from scoremachine.core.posterior import units_of_x
 from scoremachine.core.schedules import SmoothingSchedule
+from scoremachine.core.shares import Shares, mixed, of_images
 from scoremachine.data.corpus import Corpus
 from scoremachine.machines.machine import Batch, LocalMachine
 from scoremachine.runtime.lru import LRUCache
@@ -97,13 +99,29 @@ class SmoothedScore(LocalMachine):
         return round(float(nearest.median()) / 8, 3) if len(nearest) else 0.0
 
     def mean(self, batch: Batch) -> Tensor:
+        repeated = self._queries(batch)
+        D = self._all(repeated) if self.neighbours is None else self._near(repeated)
+        return D.reshape(len(batch.y), self.M, *batch.y.shape[1:]).mean(1)
+
+    def shares(self, batch: Batch, k: int) -> Shares:
+        repeated = self._queries(batch)
+        leaders = self.M * k  # what leads for one query may be further down for another
+        if self.neighbours is None:
+            found = self._folded(repeated, repeated.index, leaders)
+            each = of_images(found.mean, found.fold, self.corpus.shape[1:])
+        else:
+            each = self._near_shares(repeated, leaders)
+        parts = [each.at(torch.arange(m, len(repeated.y), self.M)) for m in range(self.M)]
+        w = torch.full((len(batch.y), self.M), 1 / self.M, dtype=torch.float64)
+        return mixed(batch.y, w, parts, k)
+
+    def _queries(self, batch: Batch) -> Batch:
+        """M perturbed queries of every picture, those of one after the other's."""
         delta = torch.tensor([self.local_at(float(s)) for s in batch.level], dtype=torch.float64)
         # under a process, x_t is in units of the source's scale
         reach = (delta * (1 + batch.level) * self.source.scale)[:, None, None, None, None]
         queries = (batch.y[:, None] + reach * self._perturbations(batch)).flatten(0, 1)
-        repeated = replace(batch, y=queries, sigma=batch.sigma.repeat_interleave(self.M))
-        D = self._all(repeated) if self.neighbours is None else self._near(repeated)
-        return D.reshape(len(batch.y), self.M, *batch.y.shape[1:]).mean(1)
+        return replace(batch, y=queries, sigma=batch.sigma.repeat_interleave(self.M))
 
     def _stream(self, level: Tensor, kind: int) -> list[int]:
         """What tells the noise of this machine from other noise of a picture."""
@@ -136,14 +154,31 @@ class SmoothedScore(LocalMachine):
     def _all(self, batch: Batch) -> Tensor:
         return self._folded(batch, batch.index).mean
 
-    def _folded(self, batch: Batch, index: np.ndarray) -> Evidence:
-        return self.source.fold(FoldRequest(batch.y, batch.sigma, self._collection, index))
+    def _folded(self, batch: Batch, index: np.ndarray, k: int = 0) -> Evidence:
+        return self.source.fold(FoldRequest(batch.y, batch.sigma, self._collection, index, k))
 
     @property
     def _collection(self) -> Collection:
         return Collection.of_images(self.corpus.shape[1:])
 
     def _near(self, batch: Batch) -> Tensor:
+        return torch.cat([self._weighted(*one) for one in self._subsets(batch)])
+
+    def _near_shares(self, batch: Batch, k: int) -> Shares:
+        found, image = [], self.corpus.shape[1:]
+        for query, near, drawn, rest in self._subsets(batch):
+            first, a = self._folded(query, near, k), torch.ones(1, dtype=torch.float64)
+            parts = [of_images(first.mean, first.fold, image)]
+            if len(drawn):
+                other = self._folded(query, drawn, k)
+                parts.append(of_images(other.mean, other.fold, image))
+                a = self._share_of_near(query, first, other, math.log(rest / len(drawn)))[0, 0, 0]
+            w = torch.stack([a, 1 - a], 1)[:, : len(parts)]
+            found.append(mixed(query.y, w, parts, k))
+        return Shares.batch(torch.arange(len(found)).split(1), found)
+
+    def _subsets(self, batch: Batch) -> Iterator[tuple[Batch, np.ndarray, np.ndarray, int]]:
+        """Of every query: its K nearest images, others drawn uniformly, and how many others."""
         index = batch.index
         K = min(self.neighbours or 1, len(index))
         L = min(self.uniform, len(index) - K)
@@ -156,30 +191,33 @@ class SmoothedScore(LocalMachine):
             queries = values(batch.y).flatten(1).float().numpy()
             keys = self._keys(batch).numpy() if L else None
         found = self._index(index).kneighbors(queries, n_neighbors=K, return_distance=False)
-        D = []
         for p, near in enumerate(found):
             query = replace(batch, y=batch.y[p : p + 1], sigma=batch.sigma[p : p + 1])
             rest = np.delete(np.arange(len(index)), near)
             drawn = rest[:0] if keys is None else rest[np.argsort(keys[p][rest])[:L]]
-            D.append(self._weighted(query, index[near], index[drawn], len(rest)))
-        return torch.cat(D)
+            yield query, np.sort(index[near]), np.sort(index[drawn]), len(rest)
 
     def _weighted(self, batch: Batch, near: np.ndarray, drawn: np.ndarray, rest: int) -> Tensor:
         """The mean over `near`, and over `drawn` with each standing for rest / L images."""
-        first = self._folded(batch, np.sort(near))
+        first = self._folded(batch, near)
         if len(drawn) == 0:
             return first.mean
-        other = self._folded(batch, np.sort(drawn))
+        other = self._folded(batch, drawn)
+        a = self._share_of_near(batch, first, other, math.log(rest / len(drawn)))
+        return a * first.mean + (1 - a) * other.mean
+
+    def _share_of_near(
+        self, batch: Batch, first: Evidence, other: Evidence, log_count: float
+    ) -> Tensor:
+        """The posterior share of the nearest images, (1, 1, 1, 1)."""
         assert first.fold is not None
         assert other.fold is not None
         # log of the two sums' ratio, whose gradient is (D - y) / sigma^2 - (D_other - y) / sigma^2,
         # with means of what is compared for D
-        log_near, log_other = first.fold.log_partition, other.fold.log_partition
-        ratio = log_near - log_other - math.log(rest / len(drawn))
+        ratio = first.fold.log_partition - other.fold.log_partition - log_count
         difference = self.source.seen(first.mean - other.mean)
         a = torch.sigmoid(with_slope(ratio[:, 0, 0], difference / batch.sigma**2, batch.y))
-        a = a[:, None, None, None]
-        return a * first.mean + (1 - a) * other.mean
+        return a[:, None, None, None]
 
     def _index(self, index: np.ndarray) -> Any:
         """scikit-learn's index of the images at `index`, made once."""

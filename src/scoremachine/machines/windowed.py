@@ -15,7 +15,8 @@ from torch import Tensor
 from scoremachine.core.collection import Collection
 from scoremachine.core.derivatives import outside_transforms, regrouped
 from scoremachine.core.schedules import PatchSchedule
-from scoremachine.core.windows import Augment, Box, Soft, Window, check_window
+from scoremachine.core.shares import Shares
+from scoremachine.core.windows import Augment, Box, Soft, Variant, Window, check_window
 from scoremachine.data.corpus import Corpus
 from scoremachine.machines.machine import Batch, LocalMachine
 from scoremachine.runtime.lru import LRUCache
@@ -69,6 +70,16 @@ class WindowMachine(LocalMachine):
         groups = list(self.by_row(batch))
         parts = [self.evidence(batch.at(members), row).mean for members, row in groups]
         return regrouped([members for members, _ in groups], parts)
+
+    def shares(self, batch: Batch, k: int) -> Shares:
+        groups, parts = [], []
+        for members, row in self.by_row(batch):
+            some = batch.at(members)
+            self.source.prepare(row, batch.index)
+            request = FoldRequest(some.y, some.sigma, row, batch.index, k)
+            groups.append(members.nonzero()[:, 0])
+            parts.append(self.source.shares(request))
+        return Shares.batch(groups, parts)
 
     def by_row(self, batch: Batch) -> Iterator[tuple[Tensor, Collection]]:
         """The machine's rows for pictures, and which of them they are for, bool (B,)."""
@@ -124,6 +135,10 @@ class BoxMachine(WindowMachine):
         self.relative_cost = WINDOWS[window] * (
             len(self.augment.variants) * (2 * self.augment.shifts + 1) ** 2
         )
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        return self.augment.variants
 
     def check_local(self, value: Any) -> None:
         check_window(PatchSchedule.check(value), self.corpus.shape[1:], self.odd)

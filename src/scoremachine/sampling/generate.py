@@ -10,9 +10,11 @@ import torch
 from azula.denoise import Denoiser
 from torch import Tensor
 
-from scoremachine.core.processes import process_of
+from scoremachine.core.noise import PictureNoise
+from scoremachine.core.processes import Pyramid, process_of
 from scoremachine.core.schedules import BandwidthSchedule
 from scoremachine.machines.machine import Label, Machine
+from scoremachine.provenance.explain import Step, Trace, explain
 from scoremachine.runtime.progress import bar
 from scoremachine.runtime.validation import check_integer
 from scoremachine.sampling.process_denoiser import ProcessDenoiser
@@ -31,7 +33,7 @@ def generate(
     label: Label = None,
     bandwidth: float | BandwidthSchedule | str = 0.0,
     **options: Any,
-) -> Tensor:
+) -> Any:
     """New pictures: `steps` noise levels of the denoiser's schedule, from noise to D.
 
     One seed is one result, bit for bit on a given machine, whatever the batch size, the number of
@@ -41,22 +43,28 @@ def generate(
         denoiser: A machine, or any azula denoiser.
         count: How many pictures.
         steps, seed, sampler, label, bandwidth: See `Sampling`.
-        options: What else `Sampling` has: batch, shape, start, process.
+        options: What else `Sampling` has: batch, shape, start, process; and explain: True, or how
+            many sources to name in each pixel.
 
     Returns:
-        Pictures in about [-1, 1], float32, shape (count, C, H, W).
+        Pictures in about [-1, 1], float32, shape (count, C, H, W); with explain, these and the
+        `Trace` of where they come from.
 
     Raises:
         ValueError: For an argument out of its range or an unknown name.
     """
     check_integer("count", count)
+    named = options.pop("explain", False)
     known = {"batch", "shape", "start", "process"}
     if unknown := options.keys() - known:
         raise TypeError(
             f"generate has no argument {', '.join(sorted(unknown))}; besides those of its "
-            f"signature it takes {', '.join(sorted(known))}"
+            f"signature it takes explain, {', '.join(sorted(known))}"
         )
     sampling = Sampling(steps, seed, sampler, label, bandwidth, **options)
+    if named is not False:
+        k = 8 if named is True else check_integer("explain", named)
+        return generate_explained(denoiser, range(count), sampling, k)
     batches = generate_batches(denoiser, range(count), sampling)
     return torch.cat([path[-1][1] for _, path in batches])
 
@@ -82,6 +90,61 @@ def generate_batches(
                 path.append((x, D, t))
                 progress.advance(len(some))
             yield some, path
+
+
+def generate_explained(
+    denoiser: Denoiser, pictures: range, sampling: Sampling, k: int = 8
+) -> tuple[Tensor, Trace]:
+    """Pictures as `generate` makes them, and the trace of the last step.
+
+    The trace's `steps` say for every noise level which image leads each pixel.
+
+    Arguments:
+        denoiser: A machine that has sources.
+        pictures: The numbers of the pictures.
+        sampling: What is asked for.
+        k: How many sources to name in each pixel.
+
+    Raises:
+        ValueError: For a denoiser that is no machine or has no sources.
+    """
+    if not isinstance(denoiser, Machine):
+        raise ValueError(
+            f"explain is of machines, and this is {type(denoiser).__name__}: attribute its "
+            "pictures instead"
+        )
+    if not denoiser.has_sources:
+        raise ValueError(
+            f"{denoiser.name} has no sources to explain its pictures with: use another machine"
+        )
+    drawn, traces = [], []
+    for some, path in generate_batches(denoiser, pictures, sampling):
+        steps = []
+        with bar("Explaining", total=len(path)) as progress:
+            for x_t, _, t in path:
+                trace = _explained(denoiser, x_t, t, sampling, some, k)
+                progress.advance()
+                if trace is not None:
+                    steps.append(Step.of(trace, t))
+        assert trace is not None
+        traces.append(replace(trace, steps=tuple(steps)))
+        drawn.append(path[-1][1])
+    return torch.cat(drawn), Trace.batch(traces)
+
+
+def _explained(
+    machine: Machine, x_t: Tensor, t: float, sampling: Sampling, pictures: range, k: int
+) -> Trace | None:
+    """The trace of a step; None where a pyramid has small pictures still."""
+    noise = PictureNoise(sampling.seed, pictures)
+    asked = k, sampling.label, sampling.bandwidth, noise
+    if sampling.process is not None:
+        process = process_of(sampling.process, machine.corpus.shape[1:], machine.schedule)
+        if isinstance(process, Pyramid) and process.coarse(t):
+            return None
+        return explain(machine, x_t, t, *asked, process)
+    alpha, sigma = (v.double() for v in machine.schedule(torch.tensor(t, dtype=torch.float64)))
+    return explain(machine, x_t / alpha.to(x_t), sigma / alpha, *asked)
 
 
 def _prepared(denoiser: Denoiser, sampling: Sampling) -> tuple[Denoiser, Sampling]:

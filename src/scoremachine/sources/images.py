@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from scoremachine.core.collection import Collection
 from scoremachine.core.derivatives import tracked, with_slope
-from scoremachine.core.posterior import Engine, Scan, posterior, with_sigma_slope
+from scoremachine.core.posterior import Engine, Scan, collected, posterior, with_sigma_slope
 from scoremachine.core.processes import Process
+from scoremachine.core.shares import Shares, of_candidates, of_images, of_pixels
 from scoremachine.data.corpus import Corpus
 from scoremachine.data.moments import Moments, moments
 from scoremachine.engines import choose
+from scoremachine.engines.pytorch import source_weights
 from scoremachine.runtime.lru import LRUCache
 from scoremachine.runtime.progress import bar
 from scoremachine.sources.source import Evidence, FoldRequest, Source
@@ -66,14 +70,37 @@ class ImageSource:
 
     def folded(self, request: FoldRequest, engine: Engine) -> Evidence:
         """`fold`, by an engine."""
-        c, keys, values = request.collection, self.keys, self.values
-        keys = keys.reshape(len(keys), -1, *c.image)  # a row may have the channels side by side
-        if values is not None:
-            values = values.reshape(keys.shape)
-        y = request.y.reshape(-1, keys.shape[1], *c.frame)
-        asked = request.index, y, request.sigma, c, request.leaders, values
+        keys, values, y = self._arrays(request)
+        asked = request.index, y, request.sigma, request.collection, request.leaders, values
         fold, D = posterior(engine, keys, *asked)
         return Evidence(D.reshape(request.y.shape), fold)
+
+    def _arrays(self, request: FoldRequest) -> tuple[np.ndarray, np.ndarray | None, Tensor]:
+        """Keys, values and pictures; a row may have the channels below each other."""
+        c, keys, values = request.collection, self.keys, self.values
+        keys = keys.reshape(len(keys), -1, *c.image)
+        if values is not None:
+            values = values.reshape(keys.shape)
+        return keys, values, request.y.reshape(-1, keys.shape[1], *c.frame)
+
+    def shares(self, request: FoldRequest) -> Shares:
+        """The posterior mean, and where every pixel of it comes from."""
+        c, k = request.collection, request.leaders
+        # what leads in a pixel may be further down at each of the sites that it is the mean of
+        evidence = self.fold(replace(request, leaders=k if c.passes == 1 else 2 * k))
+        D, fold = evidence.mean, evidence.fold
+        assert fold is not None
+        if c.whole:
+            return of_images(D, fold, c.image)
+        if c.response == "pixel" and c.frame == request.y.shape[2:]:
+            return of_pixels(D, fold)
+        keys, values, y = self._arrays(request)
+        scan = Scan(self.engine, keys, request.index, c, values=values)
+
+        def weights_of(p: int, n: Tensor, shift: tuple[int, int]) -> Tensor:
+            return source_weights(scan.request(y, collected(request.sigma, c)), fold, p, n, shift)
+
+        return of_candidates(D, fold, c, k, weights_of)
 
     def log_partition(self, request: FoldRequest) -> Tensor:
         """log sum_s e^(l_s) of whole images, float64 (B,), differentiable by y and by sigma."""
@@ -147,17 +174,21 @@ class ProcessedImages(ImageSource):
         if tracked(request.y):
             raise ValueError("es has no derivative under a forward process: use another machine")
         images, rows = self.corpus.images[request.index], np.arange(len(request.index))
-        whole, logs, means = Collection.of_images(self.shape[1:]), [], []
+        whole, known = Collection.of_images(self.shape[1:]), None
         _, H, W = self.shape
         with bar("Translating", total=H * W) as progress:
             for dy in range(H):
                 for dx in range(W):
                     moved = np.roll(images, (dy, dx), (2, 3))
                     keys = self.process.seen(moved, self.t)
-                    asked = keys, rows, request.y, request.sigma, whole
-                    fold, D = posterior(self.engine, *asked, values=moved)
-                    logs.append(fold.log_partition[:, 0, 0])
-                    means.append(D)
+                    asked = keys, rows, request.y, request.sigma, whole, request.leaders
+                    fold, _ = posterior(self.engine, *asked, values=moved)
+                    n = torch.from_numpy(request.index)[fold.places // (H * W)]
+                    # the pixel that comes to lie in the middle
+                    row, column = (H // 2 - dy) % H, (W // 2 - dx) % W
+                    places = torch.where(fold.places < 0, -1, n * (H * W) + row * W + column)
+                    fold = replace(fold, places=places)
+                    known = fold if known is None else known.merge(fold)
                     progress.advance()
-        w = torch.softmax(torch.stack(logs), 0)
-        return Evidence((w[..., None, None, None] * torch.stack(means)).sum(0), None)
+        assert known is not None
+        return Evidence(known.mean, known)

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from scoremachine.core.collection import Collection, classes
 from scoremachine.core.derivatives import regrouped
 from scoremachine.core.posterior import wrap
 from scoremachine.core.processes import Process
+from scoremachine.core.shares import Shares, leading
 from scoremachine.core.windows import Box
 from scoremachine.data.moments import Moments
 from scoremachine.runtime.files import written
@@ -117,9 +118,13 @@ class Clusters:
 
     def mean(self, q: Tensor, sigma: float) -> Tensor:
         """E[x | q] of vectors q = x + sigma eps, float64 (Q, D), differentiable."""
+        return self.posterior(q, sigma)[0]
+
+    def posterior(self, q: Tensor, sigma: float, leaders: int = 0) -> tuple[Tensor, Leaders]:
+        """`mean`, and the k = `leaders` leading clusters of every vector, (Q, k)."""
         D, r = q.shape[1], self.rank
         pieces = q.split(max(1, ROOM // D))
-        folds = [_Merged() for _ in pieces]
+        folds = [_Merged(leaders) for _ in pieces]
         for c in self.tiles(D * (r + 3) + len(pieces[0]) * (r + 2)):
             v = c.variances(sigma)
             mu, V = c.means.double(), c.V.double()
@@ -145,35 +150,84 @@ class Clusters:
                 if r:
                     pulled = pulled - (w[..., None] * u).flatten(1) @ flat.T
                 fold.add(m, w, pulled)
-        return q - sigma**2 * torch.cat([fold.mean() for fold in folds])
+        found = q - sigma**2 * torch.cat([fold.mean() for fold in folds])
+        return found, Leaders.batch([fold.leaders() for fold in folds])
+
+
+class Leaders(NamedTuple):
+    """The leading clusters of some queries.
+
+    Attributes:
+        weights: Their shares, largest first, float64 (..., k).
+        clusters: Their numbers, int64 (..., k); -1: none.
+        effective: The effective number of clusters, float64 (...,).
+    """
+
+    weights: Tensor
+    clusters: Tensor
+    effective: Tensor
+
+    @classmethod
+    def batch(cls, parts: Sequence[Leaders]) -> Leaders:
+        """Those of several batches of queries, one after the other."""
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Leaders:
+        """Every tensor, the last one as (..., 1), through a function."""
+        weights, clusters, effective = f(self.weights), f(self.clusters), self.effective[..., None]
+        return Leaders(weights, clusters, f(effective)[..., 0])
 
 
 class _Merged:
     """Softmax means over clusters that come in pieces: the fold of `posterior`, for tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, leaders: int = 0) -> None:
         self.m: Tensor | None = None
         self.Z: Tensor
+        self.Z2: Tensor
         self.S: Tensor
+        self.k, self.seen = leaders, 0
+        self.best: tuple[Tensor, Tensor] | None = None
 
     def weigh(self, l: Tensor) -> tuple[Tensor, Tensor]:
         """The largest of logits (..., K), and e^(l - that)."""
         m = l.detach().max(-1, keepdim=True).values
+        if self.k:
+            numbers = torch.arange(self.seen, self.seen + l.shape[-1]).expand(l.shape)
+            logits, clusters = l.detach(), numbers
+            if self.best is not None:
+                logits = torch.cat([self.best[0], logits], -1)
+                clusters = torch.cat([self.best[1], clusters], -1)
+            order = torch.argsort(logits, dim=-1, descending=True, stable=True)[..., : self.k]
+            self.best = logits.gather(-1, order), clusters.gather(-1, order)
+            self.seen += l.shape[-1]
         return m, torch.exp(l - m)
 
     def add(self, m: Tensor, w: Tensor, S: Tensor) -> None:
         """A piece: its m and w, and S = sum w times whatever is averaged (..., n)."""
-        Z = w.sum(-1, keepdim=True)
+        Z, Z2 = w.sum(-1, keepdim=True), (w.detach() ** 2).sum(-1, keepdim=True)
         if self.m is None:
-            self.m, self.Z, self.S = m, Z, S
+            self.m, self.Z, self.Z2, self.S = m, Z, Z2, S
             return
         top = torch.maximum(self.m, m)
         a, b = torch.exp(self.m - top), torch.exp(m - top)
         self.m, self.Z, self.S = top, a * self.Z + b * Z, a * self.S + b * S
+        self.Z2 = a**2 * self.Z2 + b**2 * Z2
 
     def mean(self) -> Tensor:
         """The mean over all pieces."""
         return self.S / self.Z
+
+    def leaders(self) -> Leaders:
+        """What leads in all pieces."""
+        assert self.m is not None
+        Z = self.Z.detach()
+        effective = (Z**2 / self.Z2)[..., 0]
+        if self.best is None:
+            none = Z[..., :0]
+            return Leaders(none, none.long(), effective)
+        l, clusters = self.best
+        return Leaders(torch.exp(l - self.m) / Z, clusters, effective)
 
 
 class Mixture:
@@ -232,6 +286,24 @@ class Mixture:
         """The posterior mean; see `Source`."""
         return Evidence(self.posterior(request.y, request.sigma, request.collection), None)
 
+    def shares(self, request: FoldRequest) -> Shares:
+        """The posterior mean, and the clusters that every pixel of it comes from."""
+        y, sigma, c, k = request.y, request.sigma, request.collection, request.leaders
+        groups = [(sigma == level).nonzero()[:, 0] for level in sigma.unique()]
+        parts = [self._shares(y[some], float(sigma[some[0]]), c, k) for some in groups]
+        return Shares.batch(groups, parts)
+
+    def _shares(self, y: Tensor, sigma: float, c: Collection, k: int) -> Shares:
+        D, found = self._way(c)(y, sigma, c, k)
+        B, _, H, W = y.shape
+        if c.whole:
+            found = found.map(lambda x: x[:, None, None].expand(B, H, W, -1))
+        pixel = torch.arange(H * W).reshape(H, W, 1)
+        places = (found.clusters * (H * W) + pixel).permute(0, 3, 1, 2)
+        weights = found.weights.permute(0, 3, 1, 2)[:, :, None]
+        zero = torch.zeros(B, H, W, dtype=torch.float64)
+        return Shares(D, *leading(weights, places, k), found.effective, zero, zero)
+
     def moments(self, index: np.ndarray, low_rank: bool = False) -> Moments:
         """A ValueError: machines that need the images' covariance are made of images."""
         raise ValueError("a mixture has no covariance of images here: use the images")
@@ -288,37 +360,43 @@ class Mixture:
             ValueError: For rows that are none of `ideal`, `ls` and `els` with plain boxes, and
                 patches of a size that there are no clusters of.
         """
-        c = collection
-        plain = isinstance(c.window, Box) and len(c.variants) == 1 and c.reach == 0
-        if c.whole and c.source == "same":
-            way = self._images
-        elif plain and c.response == "pixel" and c.source == "same":
-            way = self._windows
-        elif plain and c.response == "pixel" and c.source == "every":
-            way = self._everywhere
-        else:
-            raise ValueError(
-                "a mixture is the source of ideal, and of ls and els with plain boxes: use one of "
-                "them, or the images"
-            )
+        way = self._way(collection)
         # what is the same for all pictures of a noise level is made once
         groups = [(sigma == level).nonzero()[:, 0] for level in sigma.unique()]
-        return regrouped(groups, [way(y[some], float(sigma[some[0]]), c) for some in groups])
+        parts = [way(y[some], float(sigma[some[0]]), collection)[0] for some in groups]
+        return regrouped(groups, parts)
 
-    def _images(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
-        """Pictures against whole clusters."""
-        return self.whole.mean(y.flatten(1), sigma).reshape(y.shape)
+    def _way(self, c: Collection) -> Callable[..., tuple[Tensor, Leaders]]:
+        """How the posterior mean of a machine's row is computed."""
+        plain = isinstance(c.window, Box) and len(c.variants) == 1 and c.reach == 0
+        if c.whole and c.source == "same":
+            return self._images
+        if plain and c.response == "pixel" and c.source == "same":
+            return self._windows
+        if plain and c.response == "pixel" and c.source == "every":
+            return self._everywhere
+        raise ValueError(
+            "a mixture is the source of ideal, and of ls and els with plain boxes: use one of "
+            "them, or the images"
+        )
 
-    def _windows(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
-        """Every pixel's box against the same box of every cluster."""
+    def _images(self, y: Tensor, sigma: float, c: Collection, k: int = 0) -> tuple[Tensor, Leaders]:
+        """Pictures against whole clusters; leaders (B, k)."""
+        D, found = self.whole.posterior(y.flatten(1), sigma, k)
+        return D.reshape(y.shape), found
+
+    def _windows(
+        self, y: Tensor, sigma: float, c: Collection, k: int = 0
+    ) -> tuple[Tensor, Leaders]:
+        """Every pixel's box against the same box of every cluster; leaders (B, H, W, k)."""
         C, H, W = y.shape[1:]
         r = self.whole.rank
         # more than a box's own covariance has rows, or than fits for every pixel at once
         if r > C * math.prod(c.window.shape) or H * W * r * r > ROOM:
-            return self._dense(y, sigma, c)
+            return self._dense(y, sigma, c, k)
         shared = C * (r + 3) + r * r  # numbers of a cluster and pixel; a picture's are C + r
         pieces = y.split(max(1, shared // (3 * (C + r))))
-        folds = [_Merged() for _ in pieces]
+        folds = [_Merged(k) for _ in pieces]
         for some in self.whole.tiles(H * W * shared):
             K = len(some)
             v = some.variances(sigma).expand(K, C * H * W).reshape(K, C, H, W)
@@ -349,24 +427,29 @@ class Mixture:
                 l = torch.log(some.weights)[:, None, None] - 0.5 * (square + logdet)
                 m, w = fold.weigh(l.permute(0, 2, 3, 1))
                 fold.add(m, w, torch.einsum("bhwk,bkchw->bhwc", w, pulled))
-        return y - sigma**2 * torch.cat([fold.mean() for fold in folds]).permute(0, 3, 1, 2)
+        D = y - sigma**2 * torch.cat([fold.mean() for fold in folds]).permute(0, 3, 1, 2)
+        return D, Leaders.batch([fold.leaders() for fold in folds])
 
-    def _dense(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
+    def _dense(self, y: Tensor, sigma: float, c: Collection, k: int) -> tuple[Tensor, Leaders]:
         """The same, box by box."""
         H, W = y.shape[2:]
         P, Q = c.window.shape
-        pixels = []
+        pixels, leaders = [], []
         for i in range(H):
             down = slice(max(0, i - P // 2), i + P // 2 + 1)
             for j in range(W):
                 across = slice(max(0, j - Q // 2), j + Q // 2 + 1)
                 part = self.whole.part(down, across)
                 q = y[:, :, down, across]
-                D = part.reduced().mean(q.flatten(1), sigma).reshape(q.shape)
-                pixels.append(D[:, :, i - down.start, j - across.start])
-        return torch.stack(pixels, 2).reshape(y.shape)
+                D, found = part.reduced().posterior(q.flatten(1), sigma, k)
+                pixels.append(D.reshape(q.shape)[:, :, i - down.start, j - across.start])
+                leaders.append(found)
+        at = Leaders(*(torch.stack(x, 1).unflatten(1, (H, W)) for x in zip(*leaders, strict=True)))
+        return torch.stack(pixels, 2).reshape(y.shape), at
 
-    def _everywhere(self, y: Tensor, sigma: float, c: Collection) -> Tensor:
+    def _everywhere(
+        self, y: Tensor, sigma: float, c: Collection, k: int = 0
+    ) -> tuple[Tensor, Leaders]:
         """Every pixel's box against clusters of patches; a cut box against what is left of them."""
         P = c.window.shape[0]
         if P not in self.patches:
@@ -377,6 +460,9 @@ class Mixture:
         clusters, (B, C) = self.patches[P], y.shape[:2]
         y = wrap(y, c) if c.wraps else y
         D = y.new_empty(B, C, *c.grid)
+        K = min(k, len(clusters))
+        numbers = torch.empty(B, *c.grid, K, dtype=torch.int64)
+        at = Leaders(y.new_empty(B, *c.grid, K), numbers, y.new_empty(B, *c.grid))
         together = max(1, ROOM // (C * P * P * math.prod(c.grid)))  # pictures
         for of in classes(c):
             h, w = of.patches.size
@@ -389,10 +475,12 @@ class Mixture:
                 some = slice(first, first + together)
                 windows = y[some, :, of.seen[0], of.seen[1]]
                 windows = windows.unfold(2, h, 1).unfold(3, w, 1).permute(0, 2, 3, 1, 4, 5)
-                found = part.mean(windows.reshape(-1, C * h * w), sigma)
+                found, led = part.posterior(windows.reshape(-1, C * h * w), sigma, k)
                 found = found.reshape(-1, n, m, C, h, w)[..., a, b]
                 D[some, :, of.rows, of.columns] = found.permute(0, 3, 1, 2)
-        return D
+                for whole, piece in zip(at, led, strict=True):
+                    whole[some, of.rows, of.columns] = piece.unflatten(0, (-1, n, m))
+        return D, at
 
 
 def _stored(file: Any, side: str, shape: str) -> Clusters:

@@ -11,6 +11,7 @@ from torch import Tensor
 from scoremachine.core.collection import Collection
 from scoremachine.core.fold import Fold
 from scoremachine.core.processes import Process
+from scoremachine.core.shares import Shares
 from scoremachine.data.moments import Moments
 
 
@@ -68,6 +69,9 @@ class Source(Protocol):
 
     def fold(self, request: FoldRequest) -> Evidence:
         """The posterior mean of the pictures, and the folds of their sites."""
+
+    def shares(self, request: FoldRequest) -> Shares:
+        """The posterior mean of the pictures, and where every pixel of it comes from."""
 
     def moments(self, index: np.ndarray, low_rank: bool = False) -> Moments:
         """Mean and covariance of what pictures are compared with, divided by `scale`."""

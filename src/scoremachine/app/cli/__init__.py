@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from scoremachine import __version__
-from scoremachine.app.cli import cache, machines, networks
+from scoremachine.app.cli import cache, machines, networks, provenance
 from scoremachine.app.cli.words import EARLIER
 from scoremachine.runtime.files import sentence_of
 
@@ -64,6 +64,7 @@ COMMANDS: dict[str, list[Callable[..., None]]] = {
         machines.compress,
         machines.ablation,
     ],
+    "Where pictures come from": [provenance.explain],
     "Trained networks": [
         networks.train,
         networks.compare,

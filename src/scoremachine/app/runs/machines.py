@@ -48,18 +48,11 @@ def denoise_file(
     Writes denoised.png (what was denoised next to the result) and denoised.npz (`y`, `D`) to
     `out`; returns D, shape (B, C, H, W).
     """
-    C, H, W = machine.corpus.shape
     check_folder(out)
     if Path(file).suffix == ".npy":
         y = _float_pictures(Path(file))
     else:
-        picture = Corpus.open(file, size=(H, W), grayscale=C == 1)
-        images = picture.images
-        if images.shape[1] == 1:
-            images = np.repeat(images, C, axis=1)
-        if images.shape[1] == 3 and C == 4:
-            images = np.concatenate([images, np.full_like(images[:, :1], 255)], axis=1)
-        y = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)
+        y = read_pictures(file, machine.corpus.shape)
         if not noisy:
             machine.check(y, sigma)
             generators = PictureNoise(seed, range(len(y))).generators()
@@ -71,6 +64,17 @@ def denoise_file(
         np.savez_compressed(temporary, y=y.numpy(), D=D.numpy())
     drawing.save_png(drawing.grid(to_uint8(strip), columns=2), out / "denoised.png")
     return D
+
+
+def read_pictures(file: str | Path, shape: tuple[int, int, int]) -> Tensor:
+    """Pictures of a file, folder or built-in name as x in the shape (C, H, W) of some images."""
+    C, H, W = shape
+    images = np.asarray(Corpus.open(file, size=(H, W), grayscale=C == 1).images)
+    if images.shape[1] == 1:
+        images = np.repeat(images, C, axis=1)
+    if images.shape[1] == 3 and C == 4:
+        images = np.concatenate([images, np.full_like(images[:, :1], 255)], axis=1)
+    return torch.from_numpy(images.astype(np.float32) / 127.5 - 1)
 
 
 def _float_pictures(file: Path) -> Tensor:

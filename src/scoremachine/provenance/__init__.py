@@ -1,0 +1,1 @@
+"""Where every pixel comes from: shares of training images, copies among pictures."""
