@@ -1,4 +1,4 @@
-"""A comparison on disk: JSON, CSV, curves, pictures, and one page that opens anywhere."""
+"""Writes results to disk: JSON, CSV, curves, pictures, and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLUMNS = 8  # pictures in a row
 TITLES = {
     "forward": "Forward: held-out images with noise",
     "reverse": "Reverse: every x_t of the network's sampling trajectory",
-    "samples": "Samples: everybody's own trajectory from the same noise",
+    "samples": "Samples: each denoiser's own trajectory from the same noise",
 }
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
