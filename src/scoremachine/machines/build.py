@@ -83,10 +83,10 @@ def build(name: str, corpus: Corpus, **settings: Any) -> Machine:
         del settings["patch_size"]
     for setting in settings:
         if setting not in known:
-            met = f"machine {name!r} has no setting {setting!r}"
+            problem = f"machine {name!r} has no setting {setting!r}"
             if setting == "label":
-                met += " (give it to denoise, score, log_density or generate)"
-            raise ValueError(unknown(met, setting, known))
+                problem += " (give it to denoise, score, log_density or generate)"
+            raise ValueError(unknown(problem, setting, known))
     return kind(corpus, **settings)
 
 

@@ -568,12 +568,12 @@ def checked(
             f"sigma has shape {tuple(levels.shape)}; expected one noise level, or one for "
             f"each of the {len(y)} pictures"
         )
-    met = values(levels)
-    if not (torch.isfinite(met).all() and (met > 0).all()):
-        raise ValueError(f"sigma is {met.tolist()}; expected a finite number above 0")
-    if not ((met >= LEAST).all() and (met <= MOST).all()):
+    given = values(levels)
+    if not (torch.isfinite(given).all() and (given > 0).all()):
+        raise ValueError(f"sigma is {given.tolist()}; expected a finite number above 0")
+    if not ((given >= LEAST).all() and (given <= MOST).all()):
         raise ValueError(
-            f"sigma is {met.tolist()}; expected a noise level from {LEAST:g} to {MOST:g}, whose "
+            f"sigma is {given.tolist()}; expected a noise level from {LEAST:g} to {MOST:g}, whose "
             "square float64 can hold"
         )
     if not smooth_in_sigma:  # settings are looked up at its value

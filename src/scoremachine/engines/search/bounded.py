@@ -373,8 +373,8 @@ class Bounded:
         error = torch.from_numpy(result.error[enough])
         found.omitted[done] = found.Z[done] * error / (2 - error)
         self._estimated(len(done))
-        met = np.isfinite(result.Z) & (result.Z > 1)
-        search.log_mass[at[met]] = np.log(result.Z[met])
+        usable = np.isfinite(result.Z) & (result.Z > 1)
+        search.log_mass[at[usable]] = np.log(result.Z[usable])
         return at[~enough]
 
     def _estimated(self, pixels: int) -> None:

@@ -115,18 +115,18 @@ class Search:
         while len(again):
             done = self._pass(again, radius, radius, budget, per_query)
             at = np.setdiff1d(at, np.setdiff1d(again, done))
-            again = at[(~self._met(radius) & (radius <= across))[at]]
+            again = at[(~self._complete(radius) & (radius <= across))[at]]
             radius[again] *= 4
-        met = self._met(radius) | (radius > across)
-        return at[(met & (omitted <= allowed * Z))[at]]
+        complete = self._complete(radius) | (radius > across)
+        return at[(complete & (omitted <= allowed * Z))[at]]
 
-    def _met(self, radius: np.ndarray) -> np.ndarray:
+    def _complete(self, radius: np.ndarray) -> np.ndarray:
         """Whether the nearest patch known was found, and all leaders are within the radius."""
         m = self.found.m.numpy()
-        met = m >= -self.best * self.queries.half * (1 + 1e-12)
+        complete = m >= -self.best * self.queries.half * (1 + 1e-12)
         if self.found.logits.shape[1]:
-            met &= self.found.logits.numpy()[:, -1] >= m - radius
-        return met
+            complete &= self.found.logits.numpy()[:, -1] >= m - radius
+        return complete
 
     def _pass(
         self,

@@ -309,13 +309,13 @@ def _whole() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    met: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *frame: met.append(frame))
+    interrupts: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *frame: interrupts.append(frame))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if met:
+    if interrupts:
         raise KeyboardInterrupt
 
 
