@@ -95,6 +95,6 @@ def small(name: str, corpus: Corpus | np.ndarray, **settings) -> sm.Machine:
 
 
 def compared(y: torch.Tensor, kernel: str, collection: Collection) -> torch.Tensor:
-    """The pictures whose answer a kernel gives where y is asked for; see `kernels.fused`."""
+    """The pictures that a kernel compares instead of y: rounded ones by `engines.triton`."""
     takes = kernel == "torch" and fused.available() and fused.folds(collection)
     return fused.rounded(y) if takes else y

@@ -220,7 +220,9 @@ def test_a_size_chosen_towards_a_network_for_a_comparison(tmp_path, monkeypatch)
 
 
 def test_a_machine_chosen_towards_no_network():
-    with pytest.raises(ValueError, match="chosen towards a network, which compare and study do"):
+    with pytest.raises(
+        ValueError, match="chosen by agreement with a network, which only compare and study"
+    ):
         built_machines(["ls:network"], random_corpus(), 10)
 
 

@@ -418,7 +418,7 @@ def test_settings_of_the_machines_are_taken_and_refused(inside, tmp_path, words,
     [
         ("zoo", ["--machines", "ls,lss"], "did you mean 'ls'"),
         ("zoo", ["--machine", "ls,lss"], "did you mean 'ls'"),
-        ("quality", ["--machine", ""], "nobody to judge"),
+        ("quality", ["--machine", ""], "nothing to evaluate"),
         ("quality", ["--machine", "ls", "--out", "x" * 300], "cannot be made: file name too long"),
         ("compress", ["--sizes", "1B"], "no size is left to measure: one cluster takes"),
         ("zoo", ["--schedule", "edmm"], "no schedule is called"),
@@ -747,7 +747,7 @@ def test_a_full_disk_says_where_and_how_to_go_on(inside, tmp_path, monkeypatch):
     assert done.returncode == 2
     assert f"the disk of {tmp_path / 'run'} is full or your quota is used up" in done.stderr
     assert "make room there" in done.stderr
-    assert "the same command with --resume goes on" in done.stderr
+    assert "the same command with --resume continues" in done.stderr
     assert "Errno" not in done.stderr
     monkeypatch.undo()
 

@@ -68,7 +68,7 @@ def test_how_many_copies_were_left_out_is_said_in_one_line(capsys):
     corpus = doubled(40)
     _, *parts = split(corpus, 8, seed=0)
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{80 - sum(map(len, parts))} of 80 images left out of the source too" in line
+    assert f"{80 - sum(map(len, parts))} of 80 images are left out of the source too" in line
 
 
 def test_doubled_images_choose_the_patch_sizes_that_they_choose_once():
@@ -118,7 +118,7 @@ def test_unseen_images_with_a_copy_are_passed_over(capsys):
     held, source = held_out_and_source([network], corpus, 4, seed=0)
     assert held.tolist() == [1, 5, 7, 9]
     assert len(source) == 24
-    assert "1 images that the network has not seen passed over" in capsys.readouterr().err
+    assert "1 images that the network has not seen are skipped" in capsys.readouterr().err
     _, _, choosing, reporting = parts_for(sm.build("ls", corpus), 2, 0, network)
     assert [*choosing, *reporting] == [1, 5, 7, 9]
     assert single(corpus, np.array([3, 1]), 2).tolist() == [1]
@@ -146,9 +146,9 @@ def test_measurements_use_sources_without_copies():
 
 def test_nothing_is_held_out_of_a_mixture():
     mixture = sm.compress(sm.Corpus.open("digits", limit=60), 4)
-    with pytest.raises(ValueError, match=r"clusters hold what .* give bandwidth a number"):
+    with pytest.raises(ValueError, match=r"clusters contain what .* give bandwidth a number"):
         sm.build("ideal", mixture, bandwidth="auto").prepare()
-    with pytest.raises(ValueError, match="clusters hold what"):
+    with pytest.raises(ValueError, match="clusters contain what"):
         sm.calibrate(mixture, "ideal")
     with pytest.raises(ValueError, match="give the images"):
         held_out_and_source([], mixture, 2, 0)

@@ -324,7 +324,7 @@ def test_folders_of_diffusers_that_cannot_be_read_are_refused(tmp_path):
     config = {"_class_name": "UNet2DModel", "in_channels": 3, "out_channels": 3, "sample_size": 8}
     for changed, words in [
         ({"_class_name": "UNet2DConditionModel"}, "only an unconditional UNet2DModel"),
-        ({"num_class_embeds": 10}, "told a class"),
+        ({"num_class_embeds": 10}, "class-conditional"),
         ({"out_channels": 6}, "a variance"),
         ({"sample_size": None}, "no sample_size"),
         ({}, "safe_serialization"),

@@ -61,7 +61,7 @@ def test_a_vae_learns_draws_and_denoises_nothing(tmp_path):
     mean = torch.from_numpy(corpus.images / 127.5 - 1).float().mean(0)
     assert float((x.mean(0) - mean).abs().mean()) < 0.15
     assert float(x.std(0).mean()) > 0.05
-    with pytest.raises(ValueError, match="denoises none"):
+    with pytest.raises(ValueError, match="does not denoise"):
         vae.denoise(x, 1.0)
 
 

@@ -153,7 +153,7 @@ def test_els_generates_any_size():
 @pytest.mark.parametrize("name", sorted(set(SMALL) - {"els"}))
 def test_others_say_that_they_cannot(name):
     m = small(name, random_corpus())
-    with pytest.raises(ValueError, match=r"knows where in an image it is.*use els"):
+    with pytest.raises(ValueError, match=r"depends on the position in an image.*use els"):
         sm.generate(m, count=1, steps=2, shape=(1, 9, 14))
 
 

@@ -89,7 +89,7 @@ def test_labels_hold_for_its_machines():
     [
         ({"of": ""}, "no machine is called ''"),
         ({"of": []}, "no machine to mix; give at least one"),
-        ({"of": "ls:3,ls:3"}, "ls:3 is there twice"),
+        ({"of": "ls:3,ls:3"}, "ls:3 appears twice"),
         ({"of": "lss"}, "no machine is called 'lss'"),
         ({"of": "gaussian:3"}, "gaussian has no locality"),
         ({"of": [3]}, "of holds 3; expected machines or their names"),

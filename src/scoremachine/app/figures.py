@@ -1,4 +1,4 @@
-"""Pictures for people: grids, films of the reverse process, calibration curves."""
+"""Figures: grids of pictures, animations of the reverse process, curves."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Writes a PNG under its final name only when it is whole."""
+    """Writes a PNG, which gets its final name only when it is complete."""
     with written(path) as temporary:
         image.save(temporary, optimize=True)
 
 
 def save_film(frames: np.ndarray, path: Path, columns: int | None = None) -> None:
-    """Writes a GIF of frames uint8 (T, n, C, H, W), each drawn as a grid; the last one lingers."""
+    """Writes a GIF of frames uint8 (T, n, C, H, W), each drawn as a grid; the last is held."""
     drawn = [grid(frame, columns) for frame in frames]
     with written(path) as temporary:
         drawn[0].save(
@@ -124,7 +124,7 @@ def save_calibration(
 
 
 def save_stacking(s: Stacking, path: Path, target: str = "the clean picture") -> None:
-    """Draws a composite's weights by noise level, and every machine's error over the mixture's."""
+    """Draws a composite's weights by noise level, and each machine's error over the composite's."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -181,7 +181,7 @@ def save_ablation(trials: Sequence[Trial], path: Path) -> None:
 
 
 def save_sizes(s: Sizes, path: Path) -> None:
-    """Draws error, over that of the exact machine, against bytes: a curve per noise level."""
+    """Draws error relative to the exact machine against bytes: a curve per noise level."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -261,7 +261,7 @@ def save_errors(all_errors: list[Errors], path: Path) -> None:
 
 
 def save_losses(steps: list[int], losses: list[float], path: Path) -> None:
-    """Draws the curve of a training."""
+    """Draws the loss curve of a training."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -340,7 +340,7 @@ def save_rows(rows: list[tuple[str, np.ndarray]], heads: list[str], path: Path) 
 
 
 def save_sensitivities(found: list[Sensitivity], path: Path) -> None:
-    """Draws what denoisers look at: a row each, a column per noise level, brightest in each at 1.
+    """Draws sensitivity maps: a row per denoiser, a column per noise level, each scaled to 1.
 
     A square marks the width.
     """
@@ -366,7 +366,7 @@ def save_sensitivities(found: list[Sensitivity], path: Path) -> None:
 
 
 def save_bias(found: Bias, path: Path) -> None:
-    """Draws how large differences to the ideal denoiser are, and how alike, by noise level."""
+    """Draws the size and similarity of differences to the ideal denoiser, by noise level."""
     from matplotlib.figure import Figure
 
     K, n = len(found.sigmas), len(found.labels)

@@ -1,4 +1,4 @@
-"""A comparison on disk: JSON, CSV, curves, pictures, and one page that opens anywhere."""
+"""Writes results to disk: JSON, CSV, curves, pictures, and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLUMNS = 8  # pictures in a row
 TITLES = {
     "forward": "Forward: held-out images with noise",
     "reverse": "Reverse: every x_t of the network's sampling trajectory",
-    "samples": "Samples: everybody's own trajectory from the same noise",
+    "samples": "Samples: each denoiser's own trajectory from the same noise",
 }
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -62,7 +62,7 @@ def write(found: Comparison, out: Path, page: bool = False) -> list[Path]:
 
 
 def quality_table(found: Sequence[Quality]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows."""
+    """Header and rows of the table of `write_quality`."""
     header = ["", "kernel distance", "to nearest training image", "variety", "seconds a picture"]
     rows = []
     for q in found:
@@ -148,7 +148,7 @@ def print_bias(found: Bias) -> None:
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
-    """Settings, and every number: of every picture, and summarised; null where there is none."""
+    """Settings, and the measures: of every picture, and summarised; null if undefined."""
     parts = [
         {
             "part": p.part,
@@ -164,7 +164,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON can hold it: numbers that are none become null."""
+    """A value in a form that JSON can represent: NaN and infinities become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -187,7 +187,7 @@ def csv(found: Comparison) -> str:
 
 
 def rows(found: Comparison) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """The samples of all, the network's first, with the nearest training images."""
+    """The samples of all denoisers, the network first, with the nearest training images."""
     of = {p.label: p.summaries[0] for p in found.of("samples")}
     made = []
     for label, x in found.samples.items():
@@ -221,7 +221,7 @@ def table(found: Comparison, part: str) -> tuple[list[str], list[list[str]], np.
 
 
 def markdown(found: Comparison) -> str:
-    """The three tables for a page of the docs; bold: as the captions say."""
+    """The three tables in Markdown; bold as the captions say."""
     lines: list[str] = []
     for part, title in TITLES.items():
         header, cells, best = table(found, part)
@@ -271,7 +271,7 @@ def print_tables(found: Comparison) -> None:
 
 
 def html_page(found: Comparison, pictures: list[Path]) -> str:
-    """One page with everything in it: it needs no other file and no network."""
+    """One self-contained HTML page, which needs no other file and no internet."""
     curves, samples, followed = (_embedded(path) for path in pictures)
     body = [_about(found)]
     for part, title in TITLES.items():
@@ -309,7 +309,7 @@ def _about(found: Comparison) -> str:
 
 
 def _brief(settings: dict[str, Any]) -> dict[str, Any]:
-    """Without long lists of positions."""
+    """The settings without long lists of positions."""
     card = dict(settings["card"])
     if "training" in card:
         held = card["training"]["held_out"]

@@ -1,4 +1,4 @@
-"""Tables for people: on the terminal, as CSV, as Markdown."""
+"""Tables: on the terminal, as CSV, as Markdown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRUTH = "the clean picture"
 def print_calibration(
     c: Calibration, reference: LevelSchedule | None = None, target: str = TRUTH
 ) -> None:
-    """Prints a row per noise level: what was chosen, and the error to `target` on other images."""
+    """Prints a row per noise level: the choice, and its error to `target` on test images."""
     from rich.console import Console
     from rich.table import Table
 
@@ -54,7 +54,7 @@ def print_calibration(
 
 
 def print_stacking(s: Stacking, target: str = TRUTH) -> None:
-    """Prints a row per noise level: the weights, the mixture's error and the best machine's."""
+    """Prints a row per noise level: the weights, and errors of composite and best machine."""
     from rich.table import Table
 
     table = Table(
@@ -78,7 +78,7 @@ def print_stacking(s: Stacking, target: str = TRUTH) -> None:
 
 
 def show(table: Table, width: int) -> None:
-    """Prints a table; where there is no terminal to fit into, as wide as it needs."""
+    """Prints a table; without a terminal, as wide as it needs to be."""
     from rich.console import Console
 
     console = Console()
@@ -86,7 +86,7 @@ def show(table: Table, width: int) -> None:
 
 
 def print_exchange(e: Exchange) -> None:
-    """Prints what it costs to calibrate for the truth instead of for a network, and vice versa."""
+    """Prints the cost of calibrating to the truth instead of to a network, and vice versa."""
     from rich.console import Console
     from rich.table import Table
 
@@ -104,7 +104,7 @@ def print_exchange(e: Exchange) -> None:
 
 
 def _mean_with_error(values: list[float]) -> str:
-    """Mean and, of more than one, its standard error."""
+    """The mean and, for more than one value, its standard error."""
     if len(values) == 1:
         return f"{values[0]:.5f}"
     return f"{np.mean(values):.5f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.5f}"
@@ -135,7 +135,7 @@ def ablation_markdown(trials: Sequence[Trial]) -> str:
 
 
 def sizes_markdown(s: Sizes) -> str:
-    """Error over that of the exact machine by size and noise level; the smallest good size."""
+    """Error relative to the exact machine by size and noise level; the smallest good size."""
     header = ["size", "bytes", "clusters", "rank", *(f"{sigma:.3g}" for sigma in s.sigmas)]
     rows = [
         [size, f"{s.nbytes[k]:,}", f"{s.clusters[k]:,}", f"{s.ranks[k]}"]

@@ -1,1 +1,1 @@
-"""Settings chosen on held-out images."""
+"""Choice of settings on held-out images."""

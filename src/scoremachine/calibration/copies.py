@@ -1,9 +1,9 @@
-"""Copies of held-out images: a source that holds one has seen what was to be unseen.
+"""Detection of copies of held-out images, which would leak them into the source.
 
 An image is a copy of another if their root mean square difference is below 5% (`NEAR`) of the
-median difference between two images: equal pixels, and what another compression, rounding or a
-little noise makes of them. (Of CIFAR-10, MNIST, digits and faces the nearest of two that are no
-copies are 12% or more apart.) Shifted, mirrored or recropped copies are further apart, and stay.
+median difference between two images: equal pixels, or differences of compression, rounding or a
+little noise. (In CIFAR-10, MNIST, digits and faces, images that are not copies differ by at least
+12%.) Shifted, mirrored or recropped copies differ more, and are not detected.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 from scoremachine.data.corpus import Corpus
 from scoremachine.runtime.progress import say
 
-NEAR = 0.05  # of the median difference, below which two images are copies
-ROOM = 2**22  # pixels in memory at once
+NEAR = 0.05  # share of the median difference, below which two images are copies
+WORKSPACE = 2**22  # pixels in memory at once
 
 
 def copies(images: np.ndarray, held: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -24,14 +24,14 @@ def copies(images: np.ndarray, held: np.ndarray, others: np.ndarray) -> np.ndarr
 
     Arguments:
         images: uint8 (N, C, H, W).
-        held, others: Positions; an image is no copy of itself.
+        held, others: Positions; an image is not a copy of itself.
     """
     if len(held) == 0 or len(others) == 0:
         return np.zeros((len(held), len(others)), dtype=bool)
     pixels = int(np.prod(images.shape[1:]))
     a = np.asarray(images[held]).reshape(len(held), pixels).astype(np.float64)
     squares = np.empty((len(held), len(others)))
-    step = max(1, ROOM // pixels)
+    step = max(1, WORKSPACE // pixels)
     for first in range(0, len(others), step):
         b = np.asarray(images[others[first : first + step]]).reshape(-1, pixels).astype(np.float64)
         squares[:, first : first + step] = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * (a @ b.T)
@@ -46,30 +46,30 @@ def without_copies(corpus: Corpus, held: np.ndarray, source: np.ndarray) -> np.n
 
 
 def tell(corpus: Corpus, count: int) -> None:
-    """Says how many copies were left out, if any."""
+    """Prints how many copies were left out, if any."""
     if count:
         say(
-            f"{corpus.name}: {count:,} of {len(corpus):,} images left out of the source too, as "
-            "copies, exactly or nearly, of held-out ones"
+            f"{corpus.name}: {count:,} of {len(corpus):,} images are left out of the source too, "
+            "since they are exact or near copies of held-out ones"
         )
 
 
 def single(corpus: Corpus, candidates: np.ndarray, count: int) -> np.ndarray:
-    """The first `count` of some images, passing over those with a copy anywhere in the corpus.
+    """The first `count` of some images, without those that have a copy anywhere in the corpus.
 
-    For images that a network has not seen, which it has where it was trained on a copy.
+    For images that a network has not seen: if it was trained on a copy, it has seen the image.
     """
-    everything, found, passed = corpus.indices(), candidates[:0], 0
+    everything, found, skipped = corpus.indices(), candidates[:0], 0
     for first in range(0, len(candidates), max(1, count)):
         some = candidates[first : first + count]
         alone = ~copies(corpus.images, some, everything).any(1)
-        passed += int((~alone).sum())
+        skipped += int((~alone).sum())
         found = np.concatenate([found, some[alone]])[:count]
         if len(found) == count:
             break
-    if passed:
+    if skipped:
         say(
-            f"{corpus.name}: {passed:,} images that the network has not seen passed over, as "
-            "copies, exactly or nearly, of others"
+            f"{corpus.name}: {skipped:,} images that the network has not seen are skipped, since "
+            "they are exact or near copies of others"
         )
     return found

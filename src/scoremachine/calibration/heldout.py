@@ -1,8 +1,8 @@
 """Held-out calibration: the locality and the bandwidth that denoise unseen images best.
 
-A network generalizes because it was trained to denoise; the locality it ends up with is the one
-that denoises best. So no network is needed to find it: leave images out of the source, add noise,
-and take at each noise level the patch size (or what else says how far a machine sees) whose D is
+A network generalizes because it was trained to denoise unseen images, so the locality that denoises
+them best is a first guess of the network's. It can be found without a network: leave images out of
+the source, add noise, and take at each noise level the patch size (or other locality) whose D is
 nearest to the clean image.
 """
 
@@ -33,38 +33,38 @@ from scoremachine.runtime.validation import check_integer
 BANDWIDTHS = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2)
 AUTO_SIGMAS = tuple(float(s) for s in np.geomspace(0.02, 20.0, 10))
 TOWARDS_SIGMAS = tuple(float(s) for s in np.geomspace(0.05, 20.0, 16))
-BUDGET = 1e10  # logits of an automatic calibration: half a minute; a quarter as dear each in ELS
-TOWARDS = 4  # times that for a choice towards a network, which is measured by it
-CROPS = 96  # at most, of one picture
-LAYOUT = 3  # of the files in the cache of the corpus
+BUDGET = 1e10  # logits of an automatic calibration: half a minute; in ELS a logit costs a quarter
+TOWARDS = 4  # factor of the budget for a choice by agreement with a network
+CROPS = 96  # the most crops of one picture
+LAYOUT = 3  # version of the cached files
 
 
 class NothingDiffersError(ValueError):
-    """All images are copies of each other, so that none can be held out."""
+    """Raised if all images are copies of each other, so that none can be held out."""
 
 
-# a corpus, and the positions in it of the source, of validation images, and of test images
+# a corpus, and the positions in it of the source, of the validation images, and of the test images
 Parts = tuple[Corpus, np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass
 class Calibration:
-    """What was found, per noise level. Errors are mean squared, in units of x in [-1, 1].
+    """The result of a calibration. Errors are mean squared, in units of x in [-1, 1].
 
     Attributes:
         machine: The machine's name.
         setting: The setting that was chosen, as "patch_size"; None for a machine without any.
-        sigmas: The K noise levels, falling.
+        sigmas: The K noise levels, in descending order.
         values: The S values of it that were tried; empty without a setting.
         bandwidths: The M bandwidths tried.
         value_errors: (K, S): error of each value with h = 0, on the validation images.
         bandwidth_errors: (K, M): error of each bandwidth at the chosen value, on the same images.
         chosen: (K,): the best value at each level.
         chosen_bandwidths: (K,): the best bandwidth at that value.
-        errors: (K, R): error with chosen value and bandwidth on R other images, one by one.
+        errors: (K, R): error with chosen value and bandwidth on each of the R test images.
         plain_errors: (K, R): the same with h = 0.
-        source: How many images the machine was made of.
-        held_out: How many images chose.
+        source: The number of images in the source.
+        held_out: The number of validation images.
     """
 
     machine: str
@@ -95,47 +95,47 @@ class Calibration:
 
 
 class Calibrated(Protocol):
-    """What calibration asks of a machine."""
+    """The interface of machines that calibration needs."""
 
     name: str
-    equivariant: bool  # whether its source is every position, so that crops make a corpus
-    locality: str | None  # the setting that says how far it sees
-    relative_cost: float  # how much dearer a logit is than one of a plain box
+    equivariant: bool  # whether its source is every position, so that crops can be a corpus
+    locality: str | None  # the name of the setting for its locality
+    relative_cost: float  # cost of a logit, relative to one of a plain box
     corpus: Corpus
 
     def clone_with(self, corpus: Corpus, **changes: Any) -> Calibrated:
         """The same kind of machine with other images, locality or bandwidth."""
 
     def denoise_from(self, y: torch.Tensor, sigma: torch.Tensor, index: np.ndarray) -> torch.Tensor:
-        """D of float64 pictures, the images at `index` being the source."""
+        """D of float64 pictures, with the images at `index` as the source."""
 
     def prepare(self) -> None:
-        """Decides what "auto" stands for."""
+        """Chooses the settings that are "auto"."""
 
     def candidates(self) -> list[Any]:
         """The values of its locality to try."""
 
     def supports(self, value: Any) -> bool:
-        """Whether there is such a machine with this value of its locality."""
+        """Whether the machine can have this value of its locality."""
 
     def settings(self) -> dict[str, object]:
-        """What distinguishes the machine, as JSON can hold it."""
+        """All settings that identify the machine, as JSON values."""
 
 
 class Teacher(Protocol):
-    """A trained network, as calibration towards it sees it."""
+    """The interface of trained networks that calibration needs."""
 
-    key: str  # what identifies it
+    key: str  # identifies it
     name: str
 
     def levels(self) -> tuple[float, float]:
-        """The least and the greatest noise level that it knows."""
+        """The lowest and the highest noise level that it was trained for."""
 
     def denoise(self, y: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Its D."""
 
     def unseen(self, corpus: Corpus) -> np.ndarray | None:
-        """Positions of images that it has not been trained on, where that is known."""
+        """Positions of images that it has not been trained on; None if unknown."""
 
 
 def calibrate(
@@ -148,12 +148,12 @@ def calibrate(
     parts: Parts | None = None,
     network: Teacher | None = None,
 ) -> Calibration:
-    """Chooses locality (or not, if `values` is empty) and bandwidth per noise level.
+    """Chooses the locality (unless `values` is empty) and the bandwidth per noise level.
 
-    `scoremachine.calibrate` is this by a machine's name, and says what the arguments are. `parts`
-    are the images to use, where not the machine's corpus as `parts_for` cuts it. With a `network`,
-    its D stands where the clean picture would: errors are to what the network says. The levels that
-    an interrupted calibration finished are not measured again.
+    `scoremachine.calibrate` takes a machine by its name, and documents the arguments. `parts` are
+    the images to use; None: the machine's corpus, divided by `parts_for`. With a `network`, errors
+    are measured to its D instead of the clean picture. Levels that an interrupted calibration has
+    finished are not measured again.
     """
     check_integer("held_out", held_out)
     levels = np.sort(np.asarray(edm_sigmas() if sigmas is None else sigmas, dtype=float))[::-1]
@@ -168,7 +168,7 @@ def calibrate(
         candidates = sorted({check(value) for value in values})
     check_images(machine.corpus, instead_of(machine))
     what = machine.settings()
-    if candidates is None or candidates:  # whatever it is, it is replaced
+    if candidates is None or candidates:  # the machine's own locality is replaced
         what.pop(str(machine.locality), None)
     asked = [LAYOUT, what, levels.tolist(), held_out, candidates, hs, seed]
     if parts is not None:
@@ -192,7 +192,7 @@ Pictures = tuple[torch.Tensor, torch.Tensor]  # clean, and standard noise, float
 
 
 def held_out_pictures(parts: Parts, seed: int) -> tuple[Pictures, Pictures]:
-    """The pictures that choose and those that report, each with its noise."""
+    """The validation and the test pictures, each with its noise."""
     corpus, _, validation, test = parts
     generator = torch.Generator().manual_seed(seed)
 
@@ -210,7 +210,7 @@ def denoising_error(
     sigma: float,
     target: torch.Tensor | None = None,
 ) -> np.ndarray:
-    """Mean squared error of D(x + sigma eps, sigma) of every picture, (R,): to x, or a `target`."""
+    """Mean squared error of D(x + sigma eps, sigma) of every picture, (R,), to x or a `target`."""
     x, eps = pictures
     levels = torch.full((len(x),), sigma, dtype=torch.float64)
     D = machine.denoise_from(x + sigma * eps, levels, source)
@@ -227,7 +227,7 @@ def _measure(
     unfinished: Record,
     network: Teacher | None,
 ) -> Calibration:
-    """Measures level by level; what is found of each is kept in the record `unfinished`."""
+    """Measures level by level; finished levels are kept in the record `unfinished`."""
     corpus, source, validation, _ = parts
     machine = machine.clone_with(corpus)
     values = machine.candidates() if values is None else values
@@ -240,14 +240,14 @@ def _measure(
 
     @functools.lru_cache(2)
     def target(pictures: Pictures, sigma: float) -> torch.Tensor | None:
-        """What D should be, where that is not the clean picture."""
+        """The network's D, or None if the target is the clean picture."""
         x, eps = pictures
         if network is None:
             return None
         with torch.no_grad():
             return network.denoise(x + sigma * eps, sigma)
 
-    rounds = len(values) + len(bandwidths) + (1 if values else 2)  # h = 0 is known by then
+    rounds = len(values) + len(bandwidths) + (1 if values else 2)  # h = 0 is measured once
     with bar(f"Calibrating {machine.name}", total=len(sigmas) * rounds) as progress:
 
         def mean_error(value: Any, h: float, sigma: float) -> float:
@@ -291,13 +291,15 @@ def _measure(
 
 @dataclass
 class Exchange:
-    """What it costs to take the locality that one calibration chose for the other's purpose.
+    """The cost of using the locality of one calibration for the purpose of the other.
 
     Attributes:
         sigmas: The K noise levels.
-        by_truth, by_network: What denoises best, and what agrees with the network best, (K,).
-        to_network: The error to the network at `by_truth`, over that at `by_network`, (K,).
-        to_truth: The error to the clean picture at `by_network`, over that at `by_truth`, (K,).
+        by_truth, by_network: The locality that denoises best, and the one that agrees best with
+            the network, (K,).
+        to_network: The error to the network at `by_truth`, divided by that at `by_network`, (K,).
+        to_truth: The error to the clean picture at `by_network`, divided by that at `by_truth`,
+            (K,).
     """
 
     sigmas: list[float]
@@ -329,10 +331,10 @@ def kept_by_level(
     progress: Bar,
     rounds: int,
 ) -> list[dict[str, Any]]:
-    """What is measured at each noise level; the record `unfinished` holds it after an interruption.
+    """Measures at each noise level, and resumes from the record `unfinished` after an interruption.
 
-    `last` is a name that every level's findings have; finished levels count as `rounds` of the
-    progress each.
+    `last` is a key that the result of every finished level has; each of these counts as `rounds`
+    steps of the progress.
     """
     levels: list[dict[str, Any]]
     levels = unfinished.read(list) or []
@@ -347,9 +349,10 @@ def kept_by_level(
 def parts_for(
     machine: Calibrated, held_out: int, seed: int, network: Teacher | None = None
 ) -> Parts:
-    """What calibration uses of a machine's corpus: images that the network has not seen, if known.
+    """Divides a machine's corpus for calibration.
 
-    Then the machine is made of none of them either.
+    If it is known which images the network has not seen, these are held out, and all of them are
+    left out of the source.
     """
     corpus = machine.corpus
     unseen = None if network is None else network.unseen(corpus)
@@ -363,7 +366,7 @@ def parts_for(
 
 
 def instead_of(machine: Calibrated) -> str:
-    """What to do where nothing can be held out for a machine."""
+    """The advice of error messages if no image can be held out for a machine."""
     setting = machine.locality
     if setting is None:
         return f"build {machine.name!r} with a number as bandwidth"
@@ -378,17 +381,17 @@ def split(
     test: int | None = None,
     instead: str = "use more images",
 ) -> Parts:
-    """Disjoint images: the corpus, and positions of the source, of validation and of test images.
+    """Divides a corpus into source, validation and test images.
 
-    As many test as validate, unless `test` says how many. None of them is a copy, exactly or
-    nearly (`copies`), of one in another part.
+    There are as many test as validation images, unless `test` is given. No image is an exact or
+    near copy (`copies`) of one in another part.
 
-    A few large pictures become crops when the machine is equivariant, held-out crops at least a
-    crop's width away from the source's.
+    If the machine is equivariant, one or two large pictures are cut into crops, with held-out crops
+    at least a crop's width away from those of the source.
 
     Raises:
-        ValueError: Where there are too few images, or too few that differ; it ends with what to do
-            `instead`.
+        ValueError: If there are too few images, or too few that differ; the message ends with the
+            advice `instead`.
     """
     check_images(corpus, instead)
     N = len(corpus)
@@ -396,8 +399,8 @@ def split(
         return _crops(corpus, held_out, seed, instead)
     if N < 3:
         raise ValueError(
-            f"calibration needs at least 3 images, one each to make the machine, to choose and to "
-            f"report; the corpus {corpus.name!r} has {N}: {instead}"
+            f"calibration needs at least 3 images, one each for source, validation and test; "
+            f"the corpus {corpus.name!r} has {N}: {instead}"
         )
     most = max(1, N // 4)
     order = np.random.default_rng(seed).permutation(N)
@@ -416,11 +419,11 @@ def split(
 
 
 def check_images(corpus: Corpus, instead: str) -> None:
-    """ValueError for a mixture: whatever would be held out of it is in its clusters already."""
+    """ValueError for a mixture: its clusters contain the images that would have to be held out."""
     if not corpus.has_images:
         raise ValueError(
-            f"{corpus.name!r} is a mixture, whose clusters hold what would have to be held out: "
-            f"{instead}, as that of the machine of the images"
+            f"{corpus.name!r} is a mixture, whose clusters contain what would have to be held out: "
+            f"{instead}, such as that of a machine of the images"
         )
 
 
@@ -461,22 +464,22 @@ def _crops(corpus: Corpus, held_out: int, seed: int, instead: str) -> Parts:
 
 
 def automatic_locality(machine: Calibrated) -> LevelSchedule:
-    """The patch sizes (shares, thresholds) that "auto" stands for."""
+    """The patch sizes (shares, thresholds) that "auto" resolves to."""
     N, (_, H, W) = len(machine.corpus), machine.corpus.shape
     setting = str(machine.locality)
     if N < 3 and not (machine.equivariant and _crop_side(H, W) >= 3):
-        # nothing can be held out, and the machine of one image gives it back at any size
+        # nothing can be held out, and with one image D is that image for any patch size
         smallest = [value for value in (machine.candidates() or [1]) if machine.supports(value)]
         return LOCALITIES[setting].constant(smallest[0])
     values = spread_candidates(machine, _crop_side(H, W) if N < 3 else None)
     try:
         return _automatic(machine, setting.replace("_", " ") + "s", values, (0.0,)).locality
-    except NothingDiffersError:  # as of one image
+    except NothingDiffersError:  # as for one image
         return LOCALITIES[setting].constant(values[0])
 
 
 def spread_candidates(machine: Calibrated, side: int | None = None) -> list[Any]:
-    """`machine.candidates()`, patch sizes ever further apart and no larger than `side`."""
+    """`machine.candidates()`; of patch sizes only some, ever further apart, up to `side`."""
     if machine.locality != PatchSchedule.setting:
         return machine.candidates()
     sizes = _spread_sizes(side or max(machine.corpus.shape[1:]))
@@ -484,10 +487,10 @@ def spread_candidates(machine: Calibrated, side: int | None = None) -> list[Any]
 
 
 def automatic_bandwidth(machine: Calibrated) -> BandwidthSchedule:
-    """The bandwidths that bandwidth="auto" stands for, at the machine's own patch sizes.
+    """The bandwidths that bandwidth="auto" resolves to, at the machine's own patch sizes.
 
     Raises:
-        ValueError: Where no images can be held out, as of a mixture.
+        ValueError: If no images can be held out, as for a mixture.
     """
     check_images(machine.corpus, "give bandwidth a number")
     return _automatic(machine, "bandwidths", [], BANDWIDTHS).bandwidth
@@ -496,12 +499,12 @@ def automatic_bandwidth(machine: Calibrated) -> BandwidthSchedule:
 def towards(
     network: Teacher, machine: Calibrated, corpus: Corpus, bandwidth: bool = False
 ) -> tuple[LevelSchedule, BandwidthSchedule]:
-    """The locality and bandwidth (0 unless asked for) of a machine that agree best with a network.
+    """The locality and bandwidth (0 unless requested) that agree best with a network.
 
-    Chosen as Kamb & Ganguli (2412.20292) choose theirs, on the last of the images of `corpus` that
-    the network has not seen, so that the first are free to judge the choice; if it is not known
-    which those are, on images of the machine. From one noise level to the next below it, the
-    locality falls by two of its candidates at most, or rises by one.
+    They are chosen as in Kamb & Ganguli (2412.20292), on the last of the images of `corpus` that
+    the network has not seen, so that the first remain for evaluation; if it is not known which
+    those are, on images of the machine. From one noise level to the next lower one, the locality
+    falls by at most two candidates, or rises by at most one.
     """
     low, high = network.levels()
     sigmas = sorted((s for s in TOWARDS_SIGMAS if low <= s <= high), reverse=True)
@@ -533,7 +536,10 @@ def towards(
 
 
 def unseen_parts(network: Teacher, source: Corpus, corpus: Corpus, held_out: int) -> Parts | None:
-    """A source, and the last images of `corpus` that the network has not seen; None if unknown."""
+    """A source, and the last images of `corpus` that the network has not seen; None if unknown.
+
+    These are divided into validation and test images.
+    """
     unseen = network.unseen(corpus)
     if unseen is None or len(unseen) < 2:
         return None
@@ -551,7 +557,7 @@ def unseen_parts(network: Teacher, source: Corpus, corpus: Corpus, held_out: int
 def _automatic(
     machine: Calibrated, what: str, values: list[Any], bandwidths: Sequence[float]
 ) -> Calibration:
-    """A calibration at ten levels, on a subset of the corpus that keeps it under a minute."""
+    """A calibration at ten levels, on a subset of the corpus for which it takes under a minute."""
     held_out = 4 if machine.equivariant else 8
     rounds = len(AUTO_SIGMAS) * (len(values) + len(bandwidths)) * held_out
     subset = affordable(machine, rounds)
@@ -563,9 +569,9 @@ def _automatic(
 
 
 def affordable(machine: Calibrated, rounds: int, times: int = 1) -> Corpus:
-    """So many of a machine's images that denoising `rounds` pictures costs `times` `BUDGET`.
+    """A subset of a machine's images with which denoising `rounds` pictures costs `times` `BUDGET`.
 
-    It depends on nothing but shapes, so that one seed stays one result.
+    It depends only on shapes, so that a seed always gives the same result.
     """
     corpus = machine.corpus
     N, (_, H, W) = len(corpus), corpus.shape

@@ -1,10 +1,10 @@
-"""Weights of machines that are mixed: ridge least squares on images that were held out.
+"""Weights of composites: ridge least squares on held-out images.
 
-At a noise level, the machines' D_1 ... D_M to noised held-out pictures, and these pictures
-y themselves, are regressed on the clean ones, with weights that add up to 1. The penalty pulls
-towards the machine that is best by itself, as hard as costs no more than a standard error on
-pictures left out one at a time, so that a composite of machines that have nothing to add to it *is*
-the best one. Breiman 1996, Stacked regressions.
+At each noise level the clean held-out pictures are regressed on the machines' D_1 ... D_M of the
+noised pictures y, and on y itself, with weights that sum to 1. The penalty shrinks the weights
+towards the machine that is best by itself. It is the largest whose leave-one-out error is within
+one standard error of the smallest, so if the other machines do not improve on the best one, the
+composite *is* the best one. Breiman 1996, Stacked regressions.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from scoremachine.core.schedules import WeightSchedule
 from scoremachine.data.corpus import Corpus
 from scoremachine.runtime.progress import bar, say
 
-LAYOUT = 3  # of the files in the cache of the corpus
-RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # penalties, in units of each difference's own square
-HELD_OUT = 16  # pictures that "auto" weights are chosen on
-BEYOND = (60.0, 200.0, 1000.0)  # noise levels at which only y is weighed
+LAYOUT = 3  # version of the cached files
+RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # penalties, relative to each difference's square
+HELD_OUT = 16  # validation pictures for "auto" weights
+BEYOND = (60.0, 200.0, 1000.0)  # noise levels at which only the weight of y is fitted
 
 
 class Mixed(Calibrated, Protocol):
-    """What stacking asks of a composite."""
+    """The interface of composites that stacking needs."""
 
     members: Mapping[str, Calibrated]
 
@@ -55,22 +55,22 @@ class Mixed(Calibrated, Protocol):
         """D_m of every machine."""
 
     def with_resolved_members(self) -> Mixed:
-        """The same, of machines with explicit settings."""
+        """The same composite, with explicit settings of its members."""
 
 
 @dataclass
 class Stacking:
-    """What was found, per noise level. Errors are mean squared, in units of x in [-1, 1].
+    """The result of stacking. Errors are mean squared, in units of x in [-1, 1].
 
     Attributes:
         machines: The M machines' labels.
-        sigmas: The K noise levels, falling.
-        weights: (K, M); what they lack to 1 is the noisy picture's.
-        ridges: (K,): the penalty; infinite where the best machine stays alone.
-        errors: (K, R): of the mixture on R pictures that have not chosen.
+        sigmas: The K noise levels, in descending order.
+        weights: (K, M); that of the noisy picture is 1 minus their sum.
+        ridges: (K,): the penalty; infinite if the best machine has all weight.
+        errors: (K, R): of the composite on R test pictures.
         member_errors: (K, M, R): of every machine on the same.
-        source: How many images the machines were made of.
-        held_out: How many images chose.
+        source: The number of images in the source.
+        held_out: The number of validation images.
     """
 
     machines: list[str]
@@ -96,21 +96,22 @@ def stack(
     network: Teacher | None = None,
     beyond: Sequence[float] = (),
 ) -> Stacking:
-    """Finds the weights of a composite.
+    """Fits the weights of a composite.
 
     Arguments:
         machine: The composite.
         sigmas: Noise levels.
-        parts: The images: a corpus, and positions in it of the source, of the pictures that choose
-            and of those that report (which may be none).
+        parts: The images: a corpus, and positions in it of the source, of the validation pictures
+            and of the test pictures (which may be none).
         seed: Of the noise.
-        network: Its D is what is regressed on, where given, not the clean picture.
-        beyond: Noise levels above the others, where the machines hardly differ. They keep the
-            weights of the highest other one, and what is found is the noisy picture's: next to
-            nothing of it, right at a lower level, is much noise there. No errors are reported.
+        network: If given, its D is the target of the regression, not the clean picture.
+        beyond: Noise levels above the others, where the machines hardly differ. Their weights are
+            those of the highest other level plus a common offset, since only the weight of the
+            noisy picture is fitted: one that is right at a lower level would add much noise. No
+            errors are reported at these levels.
 
     Raises:
-        ValueError: Where a level `beyond` is not above all others.
+        ValueError: If a level in `beyond` is not above all others.
     """
     if len(beyond) and (len(sigmas) == 0 or min(beyond) <= max(sigmas)):
         raise ValueError(f"beyond is {list(beyond)}; expected noise levels above all others")
@@ -134,7 +135,7 @@ def stack(
     validating, testing = held_out_pictures(parts, seed)
 
     def both(pictures: Pictures, sigma: float) -> tuple[np.ndarray, np.ndarray]:
-        """D_1 ... D_M and y, (M + 1, R, n), and what they should be, (R, n)."""
+        """D_1 ... D_M and y, (M + 1, R, n), and the target, (R, n)."""
         x, eps = pictures
         y, level = x + sigma * eps, torch.full((len(x),), sigma, dtype=torch.float64)
         with torch.no_grad():
@@ -144,7 +145,7 @@ def stack(
 
     def measured(sigma: float) -> dict[str, Any]:
         Z, x = both(validating, sigma)
-        if sigma in beyond:  # every machine is their mean
+        if sigma in beyond:  # the mean of the machines instead of each
             (rest, w_0), ridge = weights_of(np.stack([Z[:-1].mean(0), Z[-1]]), x)
             w = np.append(np.full(len(of), rest / len(of)), w_0)
         else:
@@ -178,7 +179,7 @@ def stack(
 def with_calibrated(
     machine: Mixed, sigmas: Sequence[float] | np.ndarray, held_out: int, seed: int, parts: Parts
 ) -> Mixed:
-    """The composite, its machines' "auto" localities being those that `parts` choose."""
+    """The composite, with its members' "auto" localities calibrated on `parts`."""
     members = {}
     for label, member in machine.members.items():
         setting = member.locality
@@ -191,13 +192,13 @@ def with_calibrated(
 
 
 def weights_of(Z: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights (M + 1,) that add up to 1, of D_1 ... D_M and y, which are Z; the penalty.
+    """Weights (M + 1,) with sum 1 for Z, which is D_1 ... D_M and y; and the penalty.
 
-    Z is (M + 1, R, n), and what it should be x (R, n).
+    Z is (M + 1, R, n), and the target x (R, n).
 
     With the best Z_b, w minimizes |x - Z_b - sum_m w_m (Z_m - Z_b)|^2 + lambda sum_m w_m^2
-    |Z_m - Z_b|^2. lambda, which may be infinite, is the largest whose error on pictures left out
-    one at a time is within one standard error of the least (paired, over pictures).
+    |Z_m - Z_b|^2. lambda, which may be infinite, is the largest whose leave-one-out error is within
+    one standard error of the smallest (paired, over pictures).
     """
     M, R, _ = Z.shape
     best = int(((Z - x) ** 2).sum((1, 2)).argmin())
@@ -210,7 +211,7 @@ def weights_of(Z: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, float]:
         return np.linalg.lstsq(G + ridge * np.diag(np.diag(G)), c, rcond=1e-12)[0]
 
     def left_out(ridge: float) -> list[float]:
-        """The errors, less those of the best machine, on pictures left out one at a time."""
+        """The leave-one-out error of each picture, minus that of the best machine."""
         found = []
         for k in range(R):
             w = solved(G.sum(0) - G[k], c.sum(0) - c[k], ridge)
@@ -228,7 +229,7 @@ def weights_of(Z: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def automatic_weights(machine: Mixed) -> WeightSchedule:
-    """What "auto" stands for: chosen on a subset of the corpus that keeps it under a minute."""
+    """The weights that "auto" resolves to, from a subset of the corpus, in under a minute."""
     N = len(machine.corpus)
     M = len(machine.members)
     if N < 3:  # nothing can be held out
@@ -238,16 +239,16 @@ def automatic_weights(machine: Mixed) -> WeightSchedule:
         f"'auto': choosing weights of {', '.join(machine.members)} by denoising {HELD_OUT} "
         f"held-out pictures with {len(subset):,} of {N:,} images (kept for the next time)"
     )
-    nobody = np.zeros(0, dtype=np.int64)
+    none = np.zeros(0, dtype=np.int64)
     try:
         corpus, source, validation, _ = split(subset, HELD_OUT, seed=0, test=1)
     except NothingDiffersError:
         return WeightSchedule([1.0], [[1 / M] * M], name="equal")
-    return stack(machine, AUTO_SIGMAS, (corpus, source, validation, nobody), beyond=BEYOND).schedule
+    return stack(machine, AUTO_SIGMAS, (corpus, source, validation, none), beyond=BEYOND).schedule
 
 
 def weights_towards(network: Teacher, machine: Mixed, corpus: Corpus) -> WeightSchedule:
-    """The weights with which a composite agrees best with a network, as `calibration.towards`."""
+    """The weights with which a composite agrees best with a network; see `heldout.towards`."""
     low, high = network.levels()
     sigmas = [s for s in TOWARDS_SIGMAS if low <= s <= high]
     machine = machine.with_resolved_members()
@@ -258,9 +259,9 @@ def weights_towards(network: Teacher, machine: Mixed, corpus: Corpus) -> WeightS
         "(kept for the next time)"
     )
     parts = unseen_parts(network, subset, corpus, HELD_OUT) or split(subset, HELD_OUT, seed=0)
-    nobody = np.zeros(0, dtype=np.int64)
+    none = np.zeros(0, dtype=np.int64)
     beyond = sorted({min(sigma, high) for sigma in BEYOND if high > max(TOWARDS_SIGMAS)})
-    return stack(machine, sigmas, (*parts[:3], nobody), 0, network, beyond).schedule
+    return stack(machine, sigmas, (*parts[:3], none), 0, network, beyond).schedule
 
 
 def _squared(d: np.ndarray) -> np.ndarray:

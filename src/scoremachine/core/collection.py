@@ -1,4 +1,4 @@
-"""A machine's row at one noise level: its sites, their windows, and what they are compared with."""
+"""A machine at one noise level: its sites, their windows, and what they are compared with."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class Collection:
     Attributes:
         image: Height and width (H, W) of the images.
         window: The query window: a box, a tapered box, or a mask for each pixel.
-        sites: "pixels": one site per pixel, its window centred there and cut off at the border;
+        sites: "pixels": one site per pixel, its window centred there and truncated at the border;
             "boxes": one site per box that fits inside the image.
-        response: "pixel": a site answers for its own pixel; "window": for all of its window, in
-            proportion to the query weights.
-        source: "same": the images at the site's own position; "every": all the positions at which
-            a window fits; "rolled": the images under every circular translation.
+        response: "pixel": a site contributes to its own pixel only; "window": to all of its
+            window, in proportion to the query weights.
+        source: "same": the images at the site's own position; "every": all positions at which a
+            window fits; "rolled": the images under every circular translation.
         reach: With source "same": also the positions up to that many rows and columns away at
-            which a window fits, cut off in the same way.
-        boundary: What a site whose box crosses the border sees, where `source` is "every".
-            "broken": the box is cut off, and compared only with boxes cut off in the same way;
-            "circular": the box wraps around, and is compared with every box that fits.
-        variants: The ways in which every image is a source.
-        canvas: Height and width of the pictures, where they are not those of the images: of a
-            collection with sites "pixels" and source "every", neither smaller than the window.
-            A box that the border cuts off is compared with those that it cuts off likewise.
+            which a window fits, truncated in the same way.
+        boundary: How a box that crosses the border is compared, where `source` is "every".
+            "broken": it is truncated, and compared only with boxes truncated in the same way;
+            "circular": it wraps around, and is compared with every box that fits.
+        variants: The forms (mirrored, brighter, ...) in which every image is a source.
+        canvas: Height and width of the pictures, if they differ from those of the images. Only
+            with sites "pixels" and source "every", and neither may be smaller than the window.
+            A truncated box is compared with boxes truncated in the same way.
     """
 
     image: tuple[int, int]
@@ -60,7 +60,7 @@ class Collection:
     def of_images(
         cls, image: tuple[int, int], source: Literal["same", "rolled"] = "same"
     ) -> Collection:
-        """Whole images against whole images."""
+        """Whole images compared with whole images."""
         return cls(image, Box(image), "boxes", "window", source)
 
     @cached_property
@@ -78,18 +78,18 @@ class Collection:
 
     @property
     def cut(self) -> bool:
-        """Whether boxes are cut off at the border."""
+        """Whether boxes are truncated at the border."""
         return self.sites == "pixels" and not self.wraps
 
     @property
     def whole(self) -> bool:
-        """Whether the only site is the whole image, and the mean a picture."""
+        """Whether the only site is the whole image, so that its mean is a whole picture."""
         whole = isinstance(self.window, Box) and self.sites == "boxes" and self.grid == (1, 1)
         return whole and self.variants == (Variant(),)
 
     @property
     def passes(self) -> int:
-        """How often the source is read: a response over windows needs the whole fold first."""
+        """How often the source is read: twice if a response over windows needs the fold first."""
         return 1 if self.whole or self.response == "pixel" else 2
 
     @cached_property
@@ -100,7 +100,7 @@ class Collection:
             last = max(n - p, 0)
             if self.source == "rolled":
                 axes.append(np.arange(n))
-            elif self.source == "same" and seen != n:  # at both borders, where reach is 0
+            elif self.source == "same" and seen != n:  # aligned with either border; reach is 0
                 axes.append(np.unique([0, n - seen]))
             elif self.source == "same":
                 axes.append(np.arange(-min(last, self.reach), min(last, self.reach) + 1))
@@ -111,7 +111,7 @@ class Collection:
 
     @property
     def sources_per_image(self) -> int:
-        """How many sources an image is at most, for one site."""
+        """The largest number of sources that one image provides to a site."""
         return len(self.shifts) * len(self.variants)
 
     @cached_property
@@ -140,7 +140,10 @@ class Collection:
         return conv2d(v[:, None], self.window.filter(v.device))[:, 0]
 
     def window_adjoint(self, w: Tensor) -> Tensor:
-        """sum_i q_i[d] w_i at every pixel: w float64 (B, *sites) -> (B, Hq, Wq), look's adjoint."""
+        """sum_i q_i[d] w_i at every pixel, the adjoint of `window_sum`.
+
+        w float64 (B, *sites) -> (B, Hq, Wq).
+        """
         if isinstance(self.window, Masks):
             return self.window.window_adjoint(w.flatten(1))
         P, Q = self.window.shape
@@ -157,11 +160,11 @@ class Collection:
 
 
 class Patches(NamedTuple):
-    """Windows of one size at some places of every image.
+    """Windows of one size at a range of positions in every image.
 
     Attributes:
         size: (h, w).
-        tops, lefts: First and number of their rows, and of their columns.
+        tops, lefts: (first, count) of the positions of their top rows, and of their left columns.
     """
 
     size: tuple[int, int]
@@ -170,29 +173,29 @@ class Patches(NamedTuple):
 
     @property
     def per_image(self) -> int:
-        """How many there are in an image."""
+        """The number of patches in an image."""
         return self.tops[1] * self.lefts[1]
 
     @property
     def name(self) -> str:
-        """What an index of them is called."""
+        """The name of an index of these patches."""
         (h, w), (top, rows), (left, columns) = self
         return f"{h}x{w}-{top}+{rows}-{left}+{columns}"
 
     def numbers(self, channels: int) -> int:
-        """D: how many numbers a patch has."""
+        """D: the number of values in a patch."""
         return math.prod(self.size) * channels
 
 
 class Class(NamedTuple):
-    """Sites whose windows the border cuts off alike, and what they are compared with.
+    """Sites whose windows the border truncates in the same way, and what they are compared with.
 
     Attributes:
         rows, columns: The sites: slices of the grid.
-        patches: What their windows are, and are compared with.
-        middle: Which pixel of such a window is the site's.
-        seen: The part of the query that their windows are cut out of, rows and columns; of the
-            continued query, where it wraps.
+        patches: The patches that their windows are compared with, which have the same size.
+        middle: The position (row, column) of the site's own pixel in such a window.
+        seen: The rows and columns of the query that contain these windows; of the periodically
+            continued query if it wraps around.
     """
 
     rows: slice
@@ -208,7 +211,7 @@ class Class(NamedTuple):
 
 
 def classes(collection: Collection) -> list[Class]:
-    """The classes of a collection of boxes whose source is every position."""
+    """The classes of sites of a collection of boxes with source "every"."""
     axes = [
         _axis(n, seen, p, collection.wraps)
         for n, seen, p in zip(
@@ -225,9 +228,10 @@ def classes(collection: Collection) -> list[Class]:
 def _axis(
     n: int, seen: int, p: int, wraps: bool
 ) -> list[tuple[slice, int, tuple[int, int], int, slice]]:
-    """Along an axis: a class's sites, windows' side, where these fit, the middle, what is seen.
+    """The classes along one axis.
 
-    The images have n pixels along it, and the pictures are `seen` long.
+    For each: its sites, the side of its windows, (first, count) of the positions where these fit in
+    an image, the middle, and the pixels seen. Along the axis images have n pixels, pictures `seen`.
     """
     before, after = p // 2, p - 1 - p // 2
     if wraps:

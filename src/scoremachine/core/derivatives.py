@@ -1,10 +1,11 @@
-"""What automatic differentiation needs beside the mathematics: refusals, slopes, `torch.func`.
+"""Helpers for automatic differentiation: errors for missing derivatives, `torch.func` wrappers.
 
-A derivative that is not computed has to be an error. `detach` would make it a silent zero, so what
-has no derivative is checked before (`check_untracked`) or refuses when it is asked (`refused`).
+A derivative that is not implemented has to be an error. `detach` would make it a silent zero, so
+inputs without a derivative are checked before the computation (`check_untracked`), or raise when
+their derivative is requested (`refused`).
 
-Under `torch.func` a tensor may be a wrapper without numbers of its own: one for each `grad`, `jvp`
-or `vmap` around the call. `values` looks below them where Python has to decide by numbers.
+Under `torch.func` a tensor may be a wrapper without values of its own: one for each `grad`, `jvp`
+or `vmap` around the call. `values` unwraps it where Python code has to branch on its values.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from torch.autograd.forward_ad import unpack_dual
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# no public function tells wrappers from tensors; these have been there since torch.func has
+# no public function distinguishes wrappers from tensors; these exist as long as torch.func has
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_batchedtensor
 _unwrapped = torch._C._functorch.get_unwrapped
-# in whose block tensors are made as outside all transforms: what depends on a seed alone
+# a context in which tensors are created outside all transforms, for what depends on a seed alone
 outside_transforms = torch._C._DisableFuncTorch
 
 
 def _layers(x: Tensor) -> list[Tensor]:
-    """x, and what it wraps, the outermost wrapper first."""
+    """x and the tensors that it wraps, the outermost wrapper first."""
     found = [x]
     while _is_wrapped(found[-1]):
         found.append(_unwrapped(found[-1]))
@@ -37,7 +38,7 @@ def _layers(x: Tensor) -> list[Tensor]:
 
 
 def values(x: Tensor) -> Tensor:
-    """The numbers of x below all wrappers, where what `vmap` maps over are dimensions too."""
+    """The values of x without wrappers; axes that `vmap` maps over are dimensions of them."""
     with outside_transforms():
         return _layers(x)[-1].detach()
 
@@ -48,7 +49,7 @@ def mapped(x: Tensor) -> bool:
 
 
 def tracked(x: Tensor) -> bool:
-    """Whether a derivative by x may be asked for: of autograd, `torch.func.grad` or `jvp`."""
+    """Whether autograd, `torch.func.grad` or `jvp` may require a derivative by x."""
     layers = _layers(x)
     if torch.is_grad_enabled() and any(each.requires_grad for each in layers):
         return True
@@ -56,7 +57,7 @@ def tracked(x: Tensor) -> bool:
 
 
 def check_untracked(what: str, x: object, why: str) -> None:
-    """NotImplementedError if a derivative by x may be asked for; `why` says what there is."""
+    """NotImplementedError if a derivative by x may be required; `why` says which ones exist."""
     if isinstance(x, Tensor) and tracked(x):
         raise NotImplementedError(
             f"there is no derivative by {what} here: {why}; detach it where none is needed"
@@ -84,7 +85,7 @@ class _Refused(torch.autograd.Function):
 
 
 def refused(x: Tensor, sentence: str) -> Tensor:
-    """x, of which a derivative is an error with that sentence, once it is asked for."""
+    """x, whose derivative raises NotImplementedError with that sentence if it is required."""
     return _Refused.apply(x, sentence)
 
 
@@ -116,17 +117,18 @@ class _WithSlope(torch.autograd.Function):
 
 
 def with_slope(value: Tensor, slope: Tensor, x: Tensor) -> Tensor:
-    """`value` (B,), with the gradient `slope` by x, both (B, ...), beside what it has.
+    """`value` (B,) with the gradient `slope` by x, both (B, ...), in addition to its own graph.
 
-    A second derivative is the first of `slope`.
+    Second derivatives are the first derivatives of `slope`.
     """
     return _WithSlope.apply(value, slope, x)
 
 
 def regrouped(members: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
-    """Pictures that were computed in groups, each in its place: `members` are places, or masks.
+    """Pictures that were computed in groups, in their original order.
 
-    Not written into an empty tensor, which `torch.func` would not see.
+    `members` are each group's positions, or a mask of them. The result is concatenated, since
+    `torch.func` would not track writes into an empty tensor.
     """
     if len(parts) == 1:
         return parts[0]
@@ -135,7 +137,7 @@ def regrouped(members: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
 
 
 def stacked(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What `vmap` maps over, (B, ...) each, as one larger batch (size B, ...)."""
+    """Tensors that `vmap` maps over, (B, ...) each, as one larger batch (size B, ...)."""
     return [
         (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
         for x, dim in zip(tensors, dims, strict=True)
@@ -143,9 +145,9 @@ def stacked(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]) ->
 
 
 def untransformed(f: Callable[P, R]) -> Callable[P, R]:
-    """A function called as outside all transforms of `torch.func`: what is computed once and kept.
+    """A function that runs outside all transforms of `torch.func`, so that its result can be kept.
 
-    Under them every new tensor is a wrapper, of no use when they have ended.
+    Under a transform every new tensor is a wrapper, which is useless when the transform has ended.
     """
 
     @functools.wraps(f)
@@ -157,9 +159,9 @@ def untransformed(f: Callable[P, R]) -> Callable[P, R]:
 
 
 def uncompiled(f: Callable[P, R]) -> Callable[P, R]:
-    """A function that `torch.compile` calls as it is, since what it calls is compiled already.
+    """A function that `torch.compile` does not trace, since its kernels are already compiled.
 
-    `torch.compiler.disable`, but the compiler is imported only where there is one at work.
+    Like `torch.compiler.disable`, but the compiler is imported only while it is compiling.
     """
 
     @functools.wraps(f)

@@ -13,21 +13,21 @@ from torch import Tensor
 
 @dataclass
 class Fold:
-    """What the sources seen so far say at every site. All float64 but `places`.
+    """The summary, at every site, of the sources seen so far. All fields but `places` are float64.
 
     Attributes:
         m: The largest logit, shape (B, *sites).
         Z: Sum of e^(l - m), shape (B, *sites).
         Z2: Sum of e^(2 (l - m)), shape (B, *sites).
-        S: Sum of e^(l - m) v, shape (B, C, *sites); (B, C, H, W) for the one site of a machine
-            that looks at whole images; (B, 0, *sites) where a second pass makes the mean;
-            (B, 1, *sites) where the values are inner products (`ScanRequest.u`).
-        logits: The k largest logits, falling, shape (B, k, *sites).
-        places: Where they come from, int64, shape (B, k, *sites): (n H + row) W + column, with n
-            the position in the corpus and (row, column) the source pixel under the site's middle.
+        S: Sum of e^(l - m) v, shape (B, C, *sites); (B, C, H, W) if the one site is the whole
+            image; (B, 0, *sites) if a second pass computes the mean; (B, 1, *sites) if the values
+            are inner products (`ScanRequest.u`).
+        logits: The k largest logits, in descending order, shape (B, k, *sites).
+        places: Their sources, int64, shape (B, k, *sites): (n H + row) W + column, with n the
+            position in the corpus and (row, column) the source pixel under the site's middle.
             Variant v of image n is image v N + n of a corpus of N.
-        omitted: An upper bound of what is missing in Z, shape (B, *sites): 0 where every source has
-            been looked at (and at most `SKIPPED` / 2 Z left out), more after a search.
+        omitted: An upper bound of the part of Z that is missing, shape (B, *sites): 0 if every
+            source was compared (even if up to `SKIPPED` / 2 Z was skipped), more after a search.
     """
 
     m: Tensor
@@ -50,7 +50,7 @@ class Fold:
 
     @classmethod
     def of_parts(cls, *fields: np.ndarray) -> Fold:
-        """The fold of all sources, from fields whose first axis is parts of the sources."""
+        """The fold of all sources, from fields whose first axis is chunks of the sources."""
         folds = (cls(*map(torch.from_numpy, part)) for part in zip(*fields, strict=True))
         return functools.reduce(cls.merge, folds)
 
@@ -73,7 +73,7 @@ class Fold:
         )
 
     def cpu(self) -> Fold:
-        """The fold in the CPU's memory."""
+        """The fold in CPU memory."""
         return Fold(*(field.cpu() for field in vars(self).values()))
 
     @property
@@ -93,7 +93,7 @@ class Fold:
 
     @property
     def effective_sources(self) -> Tensor:
-        """Z^2 / Z2: how many equally weighted sources would be as concentrated, >= 1."""
+        """Z^2 / Z2: the effective number of sources, >= 1."""
         return self.Z**2 / self.Z2
 
     @property
@@ -103,5 +103,5 @@ class Fold:
 
 
 def _exp(x: Tensor) -> Tensor:
-    """exp whose bits do not depend on where in the tensor an element lies, as torch's may."""
+    """exp whose bits do not depend on an element's position in the tensor; those of torch may."""
     return torch.exp(x) if x.is_cuda else torch.from_numpy(np.exp(x.numpy()))

@@ -1,4 +1,4 @@
-"""Noise that belongs to a picture: explicit, and the same however pictures are batched."""
+"""Random noise per picture: explicit, and the same however pictures are batched."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 class PictureNoise:
     """Standard normal noise of some pictures.
 
-    Picture i's noise comes from generators made of (seed, i), one for every stream, so that it
-    depends neither on the batch the picture is in nor on what was drawn before.
+    The noise of picture i comes from generators seeded with (seed, i), one for every stream, so
+    that it depends neither on the batch of the picture nor on earlier draws.
 
     Arguments:
         seed: A whole number that is 0 or more.
@@ -28,7 +28,7 @@ class PictureNoise:
         return PictureNoise(self.seed, [self.pictures[k] for k in members.tolist()])
 
     def generators(self, *stream: int) -> list[torch.Generator]:
-        """A generator for each picture, at its beginning; `stream` tells independent ones apart."""
+        """A fresh generator for each picture; different `stream` numbers give independent ones."""
         return [
             torch.Generator().manual_seed(
                 int(np.random.SeedSequence([self.seed, i, *stream]).generate_state(1, np.uint64)[0])

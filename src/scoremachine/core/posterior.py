@@ -1,12 +1,12 @@
-"""The fold: every machine is a softmax mean over a source, and a softmax mean is a monoid.
+"""The posterior mean of every machine and its derivatives, as folds over a source.
 
-For one site the sources' logits l_s and values v_s enter through
+A softmax mean is a fold of a commutative monoid. For one site, logits l_s and values v_s enter by
 
     m = max l_s    Z = sum e^(l_s - m)    Z2 = sum e^(2 (l_s - m))    S = sum e^(l_s - m) v_s
 
-and two such summaries merge by rescaling both to the larger m. Tiles of the corpus, threads,
-displacements and devices are all the same merge. One pass gives the mean S / Z, the log-density
-(m + log Z), the effective number of sources (Z^2 / Z2) and the leading sources.
+and two such summaries merge by rescaling both to the larger m. Results of tiles of the corpus,
+threads, displacements and devices are all combined by this merge. One pass gives the mean S / Z,
+the log-density (m + log Z), the effective number of sources (Z^2 / Z2) and the leading sources.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from scoremachine.core.derivatives import refused, stacked, tracked
 from scoremachine.core.fold import Fold
 from scoremachine.runtime.progress import Bar, bar
 
-SKIPPED = 1e-5  # twice the weight that the skipped sources of a site may have together
-BATCH = 64  # pictures, at most, in one call of an engine
-LEAST = 1e-4  # below, a response over windows is that of the nearest sources
+SKIPPED = 1e-5  # twice the largest total weight of the skipped sources of a site
+BATCH = 64  # the most pictures in one call of an engine
+LEAST = 1e-4  # least sigma with responses over windows: there the nearest sources have all weight
 TILE = 2**29  # logits per picture in one call of an engine: about half a second
-CHUNK = 2**24  # numbers of a source in memory at once, for a derivative by sigma
+CHUNK = 2**24  # values of a source in memory at once, for a derivative by sigma
 
 SECOND = (
     "there is no second derivative of D: first ones are exact by y, forward and backward, and of a "
@@ -48,23 +48,24 @@ SEEN = (
 
 @dataclass(frozen=True)
 class ScanRequest:
-    """What an engine is asked: a fold request over arrays.
+    """The request to an engine: a fold request over arrays.
 
     Attributes:
-        keys: The images that pictures are compared with, as windows see them, shape (N, C, H, W):
-            uint8, or float32 in units of x.
+        keys: The images that pictures are compared with, shape (N, C, H, W): uint8, or float32 in
+            units of x.
         index: Positions of the images that are the source, int64, shape (n,).
         y: The pictures, float64 on the CPU, shape (B, C, H, W); continued periodically on all
             sides (`wrap`) where the boundary is circular.
         sigma: Their noise levels, float64, shape (B,).
         collection: Windows and source.
-        log_cutoff: Sources more than so many nats below their site's leader may be left out, (B,).
+        log_cutoff: Sources more than this many nats below their site's leader may be skipped, (B,).
         u: None, or the direction of a derivative, float64: (B, C, *sites) where sites contribute to
             their own pixel, (B, C, H, W) where they contribute to their windows. A source's value
             is then the number b_is, its inner product with u over the site's response window. For
-            `Engine.response_covariance`, of y's shape: b_is is that over the query window.
-        values: The images that are averaged, uint8 (N, C, H, W), where they are not the keys: v_s
-            in place of s in every mean and in b_is.
+            `Engine.response_covariance` u has y's shape, and b_is is the inner product over the
+            query window.
+        values: The images that are averaged, uint8 (N, C, H, W), if they are not the keys: v_s
+            replaces s in every mean and in b_is.
     """
 
     keys: np.ndarray
@@ -78,37 +79,37 @@ class ScanRequest:
 
     @property
     def averaged(self) -> np.ndarray:
-        """The images that are averaged: the values, or else the keys."""
+        """The images that are averaged: the values, or the keys if there are none."""
         return self.keys if self.values is None else self.values
 
 
 class Engine(Protocol):
-    """What computes folds. Logits lack the term -|y|^2 / (2 sigma^2), common to all sources."""
+    """Computes folds. Its logits omit the term -|y|^2 / (2 sigma^2), common to all sources."""
 
     def batch(self, collection: Collection, channels: int, leaders: int) -> int:
-        """How many pictures go together, so that the workspace stays within bounds."""
+        """How many pictures one call may have, so that the workspace is bounded."""
 
     def tiles(self, n: int, collection: Collection) -> Iterator[slice]:
-        """The pieces in which it wants a source of n images."""
+        """The tiles into which a source of n images is to be cut, one for each call."""
 
     def fold(self, request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
         """The fold over the source, with the k = `leaders` leading sources of every site.
 
-        `known` is the fold of the tiles before, whose leaders may be relied on.
+        `known` is the fold of the preceding tiles, whose leaders may be used for skipping.
         """
 
     def accumulate_response(self, request: ScanRequest, known: Fold) -> Tensor:
         """sum_is q_i a_is s, with the whole fold known: y's shape.
 
         a_is is the posterior weight w_is, or with u given w_is (b_is - mean of b_i), where the
-        means are those of `known`. Without u, v_s stands where s does.
+        means are those of `known`. Without u, v_s replaces s.
         """
 
     def response_covariance(self, request: ScanRequest, known: Fold) -> Tensor:
         """Cov_i(v_sp, b_is) of every site i that contributes to its own pixel p, (B, C, *sites).
 
-        b_is is the inner product of s with u over the site's query window: what D_p gains by
-        y + u is this covariance over sigma^2. `known` is the whole fold.
+        b_is is the inner product of s with u over the site's query window: the directional
+        derivative of D_p along u is this covariance over sigma^2. `known` is the whole fold.
         """
 
 
@@ -125,14 +126,14 @@ def posterior(
     """Folds the images at `index` for every picture, and composes the sites' means.
 
     Arguments:
-        engine: What computes it, from `scoremachine.engines`.
+        engine: Computes the folds; one of `scoremachine.engines`.
         keys: What pictures are compared with, uint8 or (in units of x) float32, (N, C, H, W).
         index: Positions of the images that are the source, int64, shape (n,), n >= 1.
         y: The pictures, float64, shape (B, C, H, W).
         sigma: Their noise levels, float64, shape (B,).
         collection: Windows and source.
-        leaders: How many leading sources to keep.
-        values: What is averaged, uint8 (N, C, H, W), where it is not the keys.
+        leaders: How many leading sources to record.
+        values: What is averaged, uint8 (N, C, H, W), if it is not the keys.
 
     Returns:
         The fold, with logits -1/2 sum_d q[d] (y - s)[d]^2 / sigma^2 over each window, and
@@ -152,11 +153,11 @@ def collected(sigma: Tensor, collection: Collection) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """What `posterior` is asked for apart from pictures, and what its derivatives need to know.
+    """The arguments of `posterior` apart from the pictures, as its derivatives need them too.
 
     Attributes:
         engine, keys, index, collection, leaders, values: See `posterior`.
-        differentiated: Whether a derivative may be asked for.
+        differentiated: Whether a derivative may be required.
     """
 
     engine: Engine
@@ -168,10 +169,10 @@ class Scan:
     differentiated: bool = True
 
     def request(self, y: Tensor, sigma: Tensor, u: Tensor | None = None) -> ScanRequest:
-        """For some pictures, and a direction u."""
+        """The request for some pictures, and a direction u."""
         c = self.collection
         T = torch.full_like(sigma, math.log(2 * len(self.index) * c.sources_per_image / SKIPPED))
-        if self.differentiated:  # what is left out is divided by sigma^2 in a derivative
+        if self.differentiated:  # a derivative divides what is skipped by sigma^2
             T += 2 * torch.log(2 / sigma).clamp(min=0)
         query = wrap(y, c) if c.wraps else y
         return ScanRequest(self.keys, self.index, query, sigma, c, T, u, self.values)
@@ -181,7 +182,7 @@ class Scan:
         return bar(text, total=len(self.index) * self.collection.passes)
 
     def mean(self, y: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-        """D, the |y|^2 that engines leave out of logits (B, *sites), and the fields of the fold."""
+        """D, the |y|^2 term that engines omit from logits (B, *sites), and the fold's fields."""
         request, c = self.request(y, sigma), self.collection
         with self.bar("Comparing") as progress:
             fold = folded(self.engine, request, self.leaders, progress)
@@ -197,7 +198,7 @@ class Scan:
     def derivative(
         self, x: Tensor, y: Tensor, sigma: Tensor, fold: Fold, transposed: bool
     ) -> Tensor:
-        """J x, or `transposed` J^T x, with the Jacobian J = dD/dy and the fold at y."""
+        """J x, or J^T x if `transposed`, with the Jacobian J = dD/dy and the fold at y."""
         c, x = self.collection, x.contiguous()
         with self.bar("Differentiating") as progress:
             if c.whole:  # where J is symmetric
@@ -213,7 +214,7 @@ class Scan:
                 u = wrap(x, c) if c.wraps else x
                 g = self.engine.response_covariance(self.request(y, sigma, u), fold)
                 progress.advance(len(self.index))
-            else:  # a symmetric matrix, and means over the windows that a pixel is in
+            else:  # a symmetric matrix, divided by the coverage of the windows
                 if self.values is not None and not transposed:
                     raise NotImplementedError(SEEN)
                 coverage = torch.from_numpy(c.coverage)
@@ -224,7 +225,7 @@ class Scan:
         return g / sigma[:, None, None, None] ** 2
 
     def by_sigma(self, y: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """dD/dsigma (B, C, H, W), and that of log sum_s e^(l_s), (B,), of whole images.
+        """The sigma derivatives of D (B, C, H, W) and of log sum_s e^(l_s) (B,) of whole images.
 
         l_s = -|y - s|^2 / (2 sigma^2), so that dl_s/dsigma = |y - s|^2 / sigma^3 and
         dD/dsigma = Cov(s, |y - s|^2) / sigma^3.
@@ -242,7 +243,7 @@ class Scan:
         squares = torch.cat([torch.cdist(flat, read(n), compute_mode=exactly) for n in chunks], 1)
         squares **= 2
         w = torch.softmax(-squares / (2 * sigma[:, None] ** 2), 1)
-        # from the nearest on, or a covariance would be lost in the rounding of |y - s|^2
+        # relative to the nearest, since a covariance would be lost in the rounding of |y - s|^2
         above = torch.where(w > 0, squares - squares.amin(1, keepdim=True), 0.0)
         a = w * (above - (w * above).sum(1, keepdim=True)) / sigma[:, None] ** 3
         slope = torch.zeros_like(flat)
@@ -254,7 +255,7 @@ class Scan:
 def _batches(
     scan: Scan, f: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
 ) -> tuple[Tensor, ...]:
-    """f of (B, ...) tensors, as many pictures at a time as the engine's workspace holds."""
+    """f of (B, ...) tensors, with as many pictures at a time as the engine's workspace allows."""
     step = scan.engine.batch(scan.collection, scan.keys.shape[1], scan.leaders)
     parts = [f(*part) for part in zip(*(x.split(step) for x in tensors), strict=True)]
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
@@ -263,7 +264,7 @@ def _batches(
 def _mapped(
     function: Any, info: Any, dims: tuple[int | None, ...], tensors: Any, *rest: Any
 ) -> tuple[Any, Any]:
-    """A `Function` of batches under `vmap`: that of one larger batch."""
+    """A `Function` of batches under `vmap`: its value on one larger batch."""
     N = info.batch_size
     found = function.apply(*stacked(N, dims[: len(tensors)], tensors), *rest)
     if isinstance(found, Tensor):
@@ -272,7 +273,7 @@ def _mapped(
 
 
 class _Mean(torch.autograd.Function):
-    """D as a function of y and sigma; also what `Scan.mean` returns beside it, as numbers.
+    """D as a function of y and sigma; the other results of `Scan.mean` have no derivative.
 
     D is a softmax mean, so its derivative is a posterior covariance:
 
@@ -333,7 +334,7 @@ class _Mean(torch.autograd.Function):
 
 
 class _Derivative(torch.autograd.Function):
-    """J x, or J^T x where `transposed`: linear in x, and each is the other's derivative."""
+    """J x, or J^T x if `transposed`: linear in x, and each is the other's backward pass."""
 
     generate_vmap_rule = False
 
@@ -361,7 +362,7 @@ class _Derivative(torch.autograd.Function):
         if g is None:
             return (None,) * 8
         x = _Derivative.apply(g, *ctx.saved_tensors, ctx.scan, not ctx.transposed)
-        return x, *[None] * 7  # by y it is `refused`
+        return x, *[None] * 7  # the derivative by y is `refused`
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, *_: Any) -> Tensor:
@@ -374,7 +375,7 @@ class _Derivative(torch.autograd.Function):
 
 
 class _BySigma(torch.autograd.Function):
-    """`Scan.by_sigma`, which has no derivative itself."""
+    """`Scan.by_sigma`, which itself has no derivative."""
 
     generate_vmap_rule = False
 
@@ -402,7 +403,7 @@ class _BySigma(torch.autograd.Function):
 
 
 class _LogPartition(torch.autograd.Function):
-    """A log-partition of whole images, with its derivative by sigma, where one is asked for."""
+    """A log-partition of whole images, with its derivative by sigma, computed if required."""
 
     generate_vmap_rule = True
 
@@ -435,12 +436,12 @@ class _LogPartition(torch.autograd.Function):
 
 
 def with_sigma_slope(value: Tensor, scan: Scan, y: Tensor, sigma: Tensor) -> Tensor:
-    """`value` (B,), log sum_s e^(l_s) of whole images, differentiable by sigma too."""
+    """`value` (B,), log sum_s e^(l_s) of whole images, made differentiable by sigma too."""
     return _LogPartition.apply(value, y, sigma, scan)
 
 
 def units_of_x(images: np.ndarray | Tensor) -> Tensor:
-    """Images as x, float64: uint8 from 0 to 255 become [-1, 1], floats stay what they are."""
+    """Images in units of x, float64: uint8 is mapped to [-1, 1], floats are unchanged."""
     given = torch.as_tensor(images)
     x = given.double()
     return x / 127.5 - 1 if given.dtype == torch.uint8 else x
@@ -449,7 +450,7 @@ def units_of_x(images: np.ndarray | Tensor) -> Tensor:
 def folded(
     engine: Engine, request: ScanRequest, leaders: int, progress: Bar, known: Fold | None = None
 ) -> Fold:
-    """The fold over the whole source, tile by tile, merged into what is `known` before."""
+    """The fold over the whole source, tile by tile, merged with an earlier fold `known`."""
     fold = known
     for rows in engine.tiles(len(request.index), request.collection):
         part = engine.fold(replace(request, index=request.index[rows]), leaders, fold)
@@ -469,20 +470,20 @@ def accumulate_response(engine: Engine, request: ScanRequest, known: Fold, progr
 
 
 def batch(collection: Collection, channels: int, leaders: int) -> int:
-    """`BATCH` pictures, whatever they are; see `Engine`."""
+    """`BATCH` pictures, whatever their size; see `Engine`."""
     return BATCH
 
 
 def tiles(n: int, collection: Collection) -> Iterator[slice]:
-    """`pieces` of about half a second of a CPU."""
+    """`pieces` that take a CPU about half a second each."""
     return pieces(n, collection, TILE)
 
 
 def pieces(n: int, collection: Collection, logits: int) -> Iterator[slice]:
-    """Cuts n images into pieces of about that many logits per picture, after a small first one.
+    """Cuts n images into pieces of about `logits` logits per picture, after a small first one.
 
-    The first piece finds leaders, below which the others may skip. The pieces depend on nothing
-    but n and the collection: neither batch, threads nor device.
+    The first piece finds leaders, so that the others can skip low logits. The pieces depend only on
+    n and the collection, not on the batch, the threads or the device.
     """
     per_image = math.prod(collection.grid) * collection.sources_per_image
     step = max(8, logits // per_image // 8 * 8)
@@ -499,7 +500,7 @@ def wrap(y: Tensor, collection: Collection) -> Tensor:
 
 
 def unwrap(g: Tensor, collection: Collection) -> Tensor:
-    """`wrap`'s adjoint: every pixel takes the sum over its copies."""
+    """The adjoint of `wrap`: for every pixel the sum over its copies."""
     rows, columns = _periodic(collection)
     H, W = collection.frame
     total = g.new_zeros(*g.shape[:2], H, g.shape[3]).index_add_(2, rows, g)
@@ -507,7 +508,7 @@ def unwrap(g: Tensor, collection: Collection) -> Tensor:
 
 
 def _periodic(collection: Collection) -> list[Tensor]:
-    """For both axes: the pixel at each place of the continued query."""
+    """For both axes: the original pixel at each position of the continued query."""
     return [
         torch.arange(-(p // 2), n + p - 1 - p // 2) % n
         for n, p in zip(collection.frame, collection.window.shape, strict=True)

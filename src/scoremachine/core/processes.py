@@ -20,12 +20,12 @@ from torch import Tensor
 
 from scoremachine.runtime.validation import check_integer, check_name
 
-LEAST = 1e-3  # that a gain may be
+LEAST = 1e-3  # the smallest gain
 TILE = 2048  # images that are read at a time
 
 
 class Process(Schedule):
-    """Ordinary diffusion, x_t = alpha_t x + sigma_t eps, and what others have in common with it.
+    """Ordinary diffusion, x_t = alpha_t x + sigma_t eps, and the base class of other processes.
 
     Arguments:
         shape: Height and width (H, W) of the pictures.
@@ -60,11 +60,11 @@ class Process(Schedule):
         return (alpha * self.damping(float(t))).clamp(min=LEAST), sigma
 
     def damping(self, t: float) -> Tensor:
-        """By how much a coefficient is damped more than the least damped ones, float64 (H, W)."""
+        """The factor in [0, 1] of each gain besides alpha_t, float64 (H, W)."""
         return torch.ones(self.shape, dtype=torch.float64)
 
     def check(self, shape: Sequence[int]) -> None:
-        """ValueError unless it is one of pictures of that height and width."""
+        """ValueError unless the process is for pictures of that height and width."""
         if self.shape != tuple(shape):
             raise ValueError(
                 f"the process is one of {self.shape[0]} x {self.shape[1]} pictures; expected "
@@ -86,15 +86,15 @@ class Process(Schedule):
 
 
 class HeatDissipation(Process):
-    """Pictures that blur as they become noisy: A_t = alpha_t exp(-lambda tau_t) on cosines.
+    """Blur that grows with the noise: A_t = alpha_t exp(-lambda tau_t) in the cosine basis.
 
     The heat equation of Rissanen et al. 2206.13397 in the form of Hoogeboom & Salimans 2209.05557:
     cosine (i, j) has lambda = pi^2 (i^2 / H^2 + j^2 / W^2), tau_t = sigma_B^2 / 2, and the blur's
     standard deviation sigma_B grows as blur sin^2(pi t / 2).
 
     Arguments:
-        blur: The standard deviation of the blur at t = 1, in pixels, > 0; None: 20 at a side of
-            32, as published for such pictures, and in proportion.
+        blur: The standard deviation of the blur at t = 1, in pixels, > 0; None: 20 for a side of
+            32, as published, and in proportion for other sides.
         shape, schedule: See `Process`.
     """
 
@@ -127,18 +127,18 @@ class HeatDissipation(Process):
 
 
 class Pyramid(Process):
-    """Bands of a pyramid of block means, the finer the sooner they are noise.
+    """Bands of a pyramid of block means: the finer a band, the sooner it is pure noise.
 
     Edify Image (NVIDIA 2411.07126): the differences between means of blocks of ever smaller size
     are attenuated ever faster. Of K + 1 bands, band k (0: means of the largest blocks) has gain
-    alpha(t / t_k), with t_k = (K + 1 - k) / (K + 1), and 1e-3 from t_k on: there a picture of block
-    means says as much as the whole, and a sampler may work on that (`coarse`).
+    alpha(t / t_k), with t_k = (K + 1 - k) / (K + 1), and 1e-3 from t_k on: then a picture of block
+    means has all the information, and a sampler may work on that (`coarse`).
 
     Arguments:
         levels: K, how often the side is halved, >= 1.
-        halvings: How often it has been halved already: `halved` is this process as the means of
-            blocks see it, which have fewer bands and less noise.
-        shape: Both sides multiples of 2^K.
+        halvings: How often it has been halved already: `halved` gives the process of the block
+            means, which has fewer bands and less noise.
+        shape: (H, W), multiples of 2^(levels - halvings).
         schedule: See `Process`.
     """
 
@@ -167,7 +167,7 @@ class Pyramid(Process):
 
     @property
     def depth(self) -> int:
-        """How often the pictures can be halved yet."""
+        """How often the pictures can still be halved."""
         return self.levels - self.halvings
 
     def halved(self, times: int) -> Pyramid:
@@ -191,7 +191,7 @@ class Pyramid(Process):
         return torch.maximum(i[:, None], j)
 
     def last(self, band: int) -> float:
-        """The time from which a band is noise."""
+        """The time from which a band is pure noise."""
         return (self.levels + 1 - band) / (self.levels + 1)
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,11 +200,11 @@ class Pyramid(Process):
             [min(1.0, float(t) / self.last(k)) for k in range(self.depth + 1)], dtype=torch.float64
         )
         gains = self.base(times)[0].clamp(min=LEAST)
-        # means of blocks: the noise of a mean is less, and its gain what it was
+        # of block means: averaging reduces the noise, and leaves the gain as it was
         return gains[self.bands], sigma / 2**self.halvings
 
     def coarse(self, t: float) -> int:
-        """How often the side may be halved at a time t, since finer bands are noise: 0 to K."""
+        """How often the side may be halved at time t, since finer bands are pure noise: 0 to K."""
         return sum(t >= self.last(k) for k in range(1, self.depth + 1))
 
 
@@ -226,7 +226,7 @@ PROCESSES: dict[str, Callable[..., Process]] = {
 def process_of(
     name: str | Process, shape: tuple[int, int], schedule: Schedule | None = None
 ) -> Process:
-    """A process by its name ("ordinary", "heat", "pyramid") for pictures of (H, W); or itself.
+    """The process called "ordinary", "heat" or "pyramid" for pictures (H, W); or a given process.
 
     Raises:
         ValueError: For an unknown name, or a process of pictures of another size.

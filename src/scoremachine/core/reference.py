@@ -1,7 +1,7 @@
-"""The definition, in float64, by brute force: what everything fast is tested against.
+"""The reference engine: the definition, in float64, by brute force. Fast engines are tested on it.
 
-Every site and every source window is visited by itself, windows are lists of pixels with their
-weights, and nothing is shared with the fast kernels but the result's type. Only for small corpora.
+Every site and every source window is processed separately, windows are lists of pixels with their
+weights, and only the type of the result is shared with the fast kernels. Only for small corpora.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Pixels = np.ndarray  # positions in a flattened H x W picture
 class Site:
     """One site: its row and column, its window's pixels and weights, its own pixel, its sources.
 
-    A source is a list of pixels, in the order of the window's, and its middle.
+    A source is a list of pixels, in the same order as those of the window, and its middle.
     """
 
     i: int
@@ -69,14 +69,14 @@ def sites(c: Collection) -> Iterator[Site]:
 
 
 def _middles(c: Collection, axis: int, at: int, seen: range) -> list[int]:
-    """Where along an axis a source's middle may lie, for a window of which `seen` is inside."""
+    """Positions of a source's middle along an axis, for a window with only `seen` inside."""
     n, p = c.image[axis], c.window.shape[axis]
     if c.source == "rolled":
         return [at + shift for shift in range(n)]
     fits = range(p // 2, n - p + 1 + p // 2)
     if c.wraps:
         return list(fits)
-    if len(seen) < p:  # as far from the same border
+    if len(seen) < p:  # at the same distance from the same border
         return [at if seen.start > 0 else at + n - c.frame[axis]]
     near = n if c.source == "every" else c.reach
     return [a for a in fits if abs(a - at) <= near]
@@ -95,14 +95,11 @@ def _pixels(rows, columns, W) -> Pixels:  # type: ignore[no-untyped-def]
 
 
 def _read(request: ScanRequest) -> tuple[np.ndarray, np.ndarray]:
-    """What is seen of the source, and what it answers with: float64 (V n, C, H W).
-
-    Variant after variant.
-    """
-    seen, told = (units_of_x(x[request.index]) for x in (request.keys, request.averaged))
+    """The keys and the values of the source, one variant after the other: float64 (V n, C, H W)."""
+    keys, values = (units_of_x(x[request.index]) for x in (request.keys, request.averaged))
     s, v = (
         torch.cat([variant.of(x) for variant in request.collection.variants]).flatten(2).numpy()
-        for x in (seen, told)
+        for x in (keys, values)
     )
     return s, v
 
@@ -131,7 +128,7 @@ def _logits(s, y, sigma, site) -> np.ndarray:  # type: ignore[no-untyped-def]
 
 
 def _constant(y, sigma, site) -> float:  # type: ignore[no-untyped-def]
-    """What the other kernels leave out of a site's logits, and `posterior` adds."""
+    """The term that the fast kernels omit from a site's logits, and that `posterior` adds."""
     return (site.weights * y[:, site.query] ** 2).sum() / (2 * sigma**2)
 
 
@@ -148,7 +145,7 @@ def _inner(s, u, site, pixel: bool) -> np.ndarray:  # type: ignore[no-untyped-de
 def fold(request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
     """The definition of the fold; see `scoremachine.core.posterior.Engine`."""
     c, (s, v), ids, y = request.collection, _read(request), _ids(request), _picture(request)
-    (H, W), grid, (B, C, _) = c.image, c.grid, y.shape  # whole images have no other canvas
+    (H, W), grid, (B, C, _) = c.image, c.grid, y.shape  # whole images have no canvas
     pixel = c.response == "pixel"
     values = 1 if request.u is not None else C if pixel else 0
     m, Z, Z2 = (np.zeros((B, *grid)) for _ in range(3))
@@ -197,9 +194,9 @@ def accumulate_response(request: ScanRequest, known: Fold) -> Tensor:
             for column, (pixels, _) in zip(a.T, site.sources, strict=True):
                 source = v if request.u is None else s
                 picture = np.einsum("n,ncd->cd", column, source[:, :, pixels])
-                # no pixel is twice in a window, even where it wraps around
+                # no pixel appears twice in a window, even if the window wraps around
                 D[p][:, site.query] += site.weights * picture
-    # in the frame of a continued query: everything on the original, nothing on the copies
+    # in the shape of the continued query: the result at original pixels, zeros at their copies
     total = torch.zeros_like(request.y)
     ry, rx = (p // 2 if c.wraps else 0 for p in c.window.shape)
     inside = slice(ry, ry + c.frame[0]), slice(rx, rx + c.frame[1])

@@ -1,4 +1,4 @@
-"""Noise levels, and what a machine's settings are at each of them."""
+"""Noise levels, and the settings of a machine at each of them."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def kamb_sigmas(steps: int = 20) -> np.ndarray:
 
 
 class ByLevel:
-    """What is listed for noise levels: kept by rising level, compared and written alike.
+    """A table of entries for noise levels, in ascending order of the levels.
 
     Arguments:
         levels: Noise levels, float64 (K,), in any order.
-        entries: What belongs to each, an array of K rows.
-        name: What to call it in messages and records.
+        entries: The entry of each, an array of K rows.
+        name: Its name in messages and records.
 
     Raises:
-        ValueError: Where a level is not positive, or is there twice.
+        ValueError: If a level is not positive, or appears twice.
     """
 
     def __init__(self, levels: np.ndarray, entries: np.ndarray, name: str) -> None:
@@ -66,7 +66,7 @@ class ByLevel:
         return f"{type(self).__name__}({self.name!r}, {self.values.tolist()})"
 
     def plain(self) -> dict[str, object]:
-        """It as JSON can hold it."""
+        """A form that JSON can represent."""
         return {
             "name": self.name,
             "sigmas": self.sigmas.tolist(),
@@ -79,14 +79,14 @@ class LevelSchedule(ByLevel):
 
     Arguments:
         sigmas: Noise levels (positive, distinct), in any order.
-        values: As many values.
-        name: What to call the schedule in messages and records.
+        values: One value for each level.
+        name: The name of the schedule in messages and records.
 
     Raises:
-        ValueError: Where the lists differ in length, are empty, or hold anything else.
+        ValueError: If the lists differ in length, are empty, or have invalid entries.
     """
 
-    setting = "value"  # the argument of a machine that it stands for
+    setting = "value"  # the argument of a machine that such a schedule sets
     published: Mapping[str, tuple[np.ndarray, Sequence[float]]] = {}
 
     def __init__(
@@ -103,7 +103,7 @@ class LevelSchedule(ByLevel):
 
     @classmethod
     def check(cls, value: Any) -> float:
-        """`value` if it can stand in such a schedule; else a ValueError."""
+        """`value` if it is valid in such a schedule; else a ValueError."""
         if isinstance(value, bool) or not isinstance(value, int | float | np.number):
             raise ValueError(f"{cls.setting} is {value!r}; expected a number")
         return float(value)
@@ -126,12 +126,12 @@ class LevelSchedule(ByLevel):
 
     @classmethod
     def names(cls) -> list[str]:
-        """The names that `named` takes."""
+        """The names that `named` accepts."""
         return sorted(cls.published)
 
     @classmethod
     def of(cls, value: Any) -> Self:
-        """A schedule from a number, a published name, a calibration's file, or a schedule."""
+        """A schedule from a number, a published name, the path of a calibration, or a schedule."""
         if isinstance(value, cls):
             return value
         if isinstance(value, LevelSchedule):
@@ -142,10 +142,10 @@ class LevelSchedule(ByLevel):
 
     @classmethod
     def calibrated(cls, path: Path) -> Self:
-        """What `scoremachine calibrate --out` chose: the calibration.json of its folder.
+        """The schedule that `scoremachine calibrate --out` wrote to a calibration.json.
 
         Raises:
-            ValueError: For anything else, or what was chosen for another setting.
+            ValueError: For any other file, or the calibration of another setting.
         """
         name = path.resolve().parent.name
         expected = f"expected {CALIBRATION}"
@@ -167,10 +167,10 @@ class PatchSchedule(LevelSchedule):
 
     Published: "pspc-cifar10" is PSPC-Square of Niedoba et al. 2411.19339; the "kamb-..." lists
     are the equivariant local machines of Kamb & Ganguli 2412.20292, calibrated on zero-padded
-    ResNets and U-Nets at 32 x 32, entry i at t = (i + 1) / 20. "texture" is for pictures grown
-    from one photograph of 256 x 256: large enough to hold what it shows. "mnist-resnet" makes `els`
-    of 8,000 images agree best with the network of that name that comes along (on 32 of the images
-    that it has not seen).
+    ResNets and U-Nets at 32 x 32, entry i at t = (i + 1) / 20. "texture" is for pictures generated
+    from one photograph of 256 x 256: its patches are large enough for the objects in it. With
+    "mnist-resnet" `els` of 8,000 images agrees best with the bundled network of that name (on 32
+    images that the network has not seen).
     """
 
     setting = "patch_size"
@@ -181,7 +181,7 @@ class PatchSchedule(LevelSchedule):
 
     @property
     def sizes(self) -> np.ndarray:
-        """The sizes, by rising noise level."""
+        """The sizes, in ascending order of the noise level."""
         return self.values
 
 
@@ -248,15 +248,15 @@ def check_bandwidth(value: Any) -> float | BandwidthSchedule | str:
 
 
 class WeightSchedule(ByLevel):
-    """Noise level -> weights of M machines, linear in log sigma between the levels that are listed.
+    """Noise level -> weights of M machines, interpolated linearly in log sigma between the levels.
 
     Arguments:
         sigmas: K noise levels (positive, distinct), in any order.
         values: The weights at each, (K, M), finite numbers.
-        name: What to call the schedule in records.
+        name: The name of the schedule in records.
 
     Raises:
-        ValueError: For anything else.
+        ValueError: For invalid levels or weights.
     """
 
     def __init__(

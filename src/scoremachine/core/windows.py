@@ -1,7 +1,7 @@
-"""Query and response windows, and which size they have at which noise level.
+"""Query and response windows, and the variants of a source.
 
-A machine is a row of a table (docs/design.md): where its sites are, what each looks at, what it
-contributes to, and what it is compared with. `Collection` is that row at one noise level.
+A machine is a row of the table in docs/design.md: its sites, their query and response windows, and
+the source that they are compared with. `Collection` is that row at one noise level.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Soft:
 
     @classmethod
     def of(cls, weights: np.ndarray) -> Soft:
-        """Any weights (P, Q), as the sum of as few products as float64 can tell from them."""
+        """Any weights (P, Q), as a sum of as few products as represent them in float64."""
         U, values, V = np.linalg.svd(weights)
         kept = values > 1e-14 * values[0]
         return cls((U[:, : len(values)] * values)[:, kept].T.copy(), V[: len(values)][kept])
@@ -79,14 +79,15 @@ class Soft:
 
 @dataclass(frozen=True, eq=False)
 class Masks:
-    """A window of its own for every pixel, any set of pixels, kept by few terms.
+    """A separate window for every pixel, which may be any set of pixels, stored as few table terms.
 
-    Three tables give the sum of v over any set of pixels: T[a, b] = sum of v[:a, :b], the rows'
-    R[a, b] = sum of v[a - 1, :b], and v[a - 1, b - 1] itself. A blob needs T only where its outline
-    turns, a lone stretch of a row needs R at its two ends, a lone pixel is itself.
+    Three tables give the sum of v over any set of pixels: T[a, b] = sum of v[:a, :b], the row sums
+    R[a, b] = sum of v[a - 1, :b], and v[a - 1, b - 1] itself. A connected region needs T only at
+    the corners of its outline, an isolated run of pixels in one row needs R at its two ends, and an
+    isolated pixel needs v only.
 
     Attributes:
-        terms: A sparse row for each site: what to multiply the three tables with, one after the
+        terms: A sparse row for each site: the factors of the three tables, one table after the
             other, (H W, 3 (H + 1) (W + 1)).
         image: Height and width (H, W) of the images.
     """
@@ -96,22 +97,22 @@ class Masks:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """A mask is counted by its own pixel."""
+        """As if the window were the site's own pixel only."""
         return 1, 1
 
     @classmethod
     def of(cls, blocks: Iterable[np.ndarray], image: tuple[int, int]) -> Masks:
-        """From boolean windows, a site after the other: blocks of shape (n, H W)."""
-        parts = [_few_terms(block.reshape(-1, *image)) for block in blocks]
-        flat = [csr_array(part.reshape(len(part), math.prod(part.shape[1:]))) for part in parts]
+        """From boolean windows, site by site: blocks of shape (n, H W)."""
+        terms = [_few_terms(block.reshape(-1, *image)) for block in blocks]
+        flat = [csr_array(each.reshape(len(each), math.prod(each.shape[1:]))) for each in terms]
         return cls(csr_array(vstack(flat)), image)
 
     @cached_property
     def by_sign(self) -> tuple[np.ndarray, np.ndarray]:
-        """The terms without their signs, as places in the tables, int32, and where they begin.
+        """The terms without their signs, as positions in the tables (int32), and their starts.
 
-        Each mask's places to add come before those to subtract, a place of weight 2 twice; they
-        begin at starts[2 site] and starts[2 site + 1].
+        For each mask the positions to add come before those to subtract, a position of weight 2
+        twice; they begin at starts[2 site] and starts[2 site + 1].
         """
         n = coo_array(self.terms)
         times = np.abs(n.data).astype(np.int64)
@@ -123,10 +124,10 @@ class Masks:
 
     def row(self, site: int) -> np.ndarray:
         """One site's window, ones and zeros, float64 (H, W)."""
-        return self._filled(torch.from_numpy(self.terms[[site]].toarray()).double())[0].numpy()
+        return self._weights(torch.from_numpy(self.terms[[site]].toarray()).double())[0].numpy()
 
     def window_sum(self, v: Tensor) -> Tensor:
-        """The windows' sums, (B, H, W) -> (B, H W)."""
+        """The window sums, (B, H, W) -> (B, H W)."""
         pixels = pad(v, (1, 0, 1, 0))
         rows = pixels.cumsum(2)
         tables = torch.stack([rows.cumsum(1), rows, pixels], dim=1).flatten(1)
@@ -135,13 +136,16 @@ class Masks:
         return (self._on(v.device, False) @ tables.T).T
 
     def window_adjoint(self, w: Tensor) -> Tensor:
-        """Its adjoint, (B, H W) -> (B, H, W)."""
+        """The adjoint of `window_sum`, (B, H W) -> (B, H, W)."""
         if w.is_cuda:
-            return self._filled((self._on(w.device, True) @ w.T).T)
-        return self._filled(torch.from_numpy((self.terms.T @ w.numpy().T).T.copy()))
+            return self._weights((self._on(w.device, True) @ w.T).T)
+        return self._weights(torch.from_numpy((self.terms.T @ w.numpy().T).T.copy()))
 
-    def _filled(self, tables: Tensor) -> Tensor:
-        """Weights from terms, (B, 3 (H + 1) (W + 1)) -> (B, H, W): sums from the last pixel on."""
+    def _weights(self, tables: Tensor) -> Tensor:
+        """Pixel weights from terms, by reversed cumulative sums.
+
+        (B, 3 (H + 1) (W + 1)) -> (B, H, W).
+        """
         H, W = self.image
         corners, ends, pixels = tables.reshape(len(tables), 3, H + 1, W + 1).unbind(1)
         rows = corners.flip(1).cumsum(1).flip(1) + ends
@@ -160,10 +164,11 @@ class Masks:
 
 
 def _few_terms(q: np.ndarray) -> np.ndarray:
-    """Masks (n, H, W) as few terms, int8 (n, 3, H + 1, W + 1): wherever that is fewer, in R or v.
+    """Masks (n, H, W) as few terms, int8 (n, 3, H + 1, W + 1): in R or v wherever that saves terms.
 
-    Of a set of pixels that is one wide, up to three below each other are taken by themselves. Then
-    a row's end that is at the same place in neither row beside it is one term in R, or two in T.
+    In columns one pixel wide, up to three pixels below each other are single terms of v. After that
+    the end of a run that is at the same position in neither adjacent row is one term in R instead
+    of two in T.
     """
     n, H, W = q.shape
     terms = np.zeros((n, 3, H + 1, W + 1), dtype=np.int8)
@@ -182,7 +187,7 @@ def _few_terms(q: np.ndarray) -> np.ndarray:
     terms[:, 1, 1:] = here * ends
     here *= ~ends
     terms[:, 0] = -np.diff(turns, axis=1)
-    terms[:, :, 0], terms[:, :, :, 0] = 0, 0  # the sums of nothing
+    terms[:, :, 0], terms[:, :, :, 0] = 0, 0  # empty sums
     return terms
 
 
@@ -191,7 +196,7 @@ Window = Box | Soft | Masks
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to read the corpus: a mirrored image, or another brightness and contrast.
+    """A transformation of every image of the source: mirroring, brightness and contrast.
 
     A source pixel is contrast x + brightness, not clipped.
     """
@@ -209,12 +214,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Augment:
-    """A wider source (Niedoba et al. 2605.24192): every image also mirrored, moved, or relit.
+    """An augmented source (Niedoba et al. 2605.24192): additional variants of every image.
 
     Attributes:
         flips: Also mirrored left to right.
-        shifts: Also moved by up to that many rows and columns; what a window would see beyond the
-            border is no source.
+        shifts: Also shifted by up to that many rows and columns; windows that would extend beyond
+            the border are no sources.
         brightness: Also brighter and darker by that much, in units of x.
         contrast: Also with contrast 1 + and 1 - that much.
     """
@@ -242,12 +247,12 @@ class Augment:
             object.__setattr__(self, what, float(value))
 
     def plain(self) -> dict[str, object]:
-        """It as JSON can hold it."""
+        """A form that JSON can represent."""
         return asdict(self)
 
     @classmethod
     def parse(cls, text: str) -> Augment:
-        """From "flips,shifts=1,brightness=0.1,contrast=0.2", any of them."""
+        """From a text such as "flips,shifts=1,brightness=0.1,contrast=0.2"."""
         settings: dict[str, Any] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             name, _, value = part.partition("=")
@@ -270,7 +275,7 @@ class Augment:
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """The ways to read an image, the plain one first."""
+        """The variants of an image, the unchanged one first."""
         contrasts = (1.0, 1 - self.contrast, 1 + self.contrast) if self.contrast else (1.0,)
         levels = (0.0, -self.brightness, self.brightness) if self.brightness else (0.0,)
         return tuple(
@@ -282,7 +287,7 @@ class Augment:
 
 
 def check_window(size: int, image: Sequence[int], odd: bool) -> int:
-    """`size` if a window of that size suits images of `image` = (H, W); else a ValueError."""
+    """`size` if images of `image` = (H, W) can have a window of that size; else a ValueError."""
     H, W = image
     largest = max(H, W)
     if size > largest:

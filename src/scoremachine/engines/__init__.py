@@ -1,7 +1,7 @@
-"""The same fold, fast, one file per way to compute it.
+"""Fast implementations of the fold, one file for each.
 
-A kernel is a module with the functions of `posterior.Engine`. It knows windows and sources, and
-no machine: adding a machine touches no kernel.
+A kernel is a module with the functions of `posterior.Engine`. It depends on windows and sources,
+not on machines: a new machine needs no change of a kernel.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Compiled code, kept in the store by a digest of all that it is compiled from.
+"""A disk cache of compiled code, whose key is a digest of everything that it is compiled from.
 
-numba keeps a compiled function beside its source and looks only at the file that the function is
-in: an edit of a function that it calls goes unnoticed. Here the key is a digest of every source in
-`engines`, of the versions of numba and LLVM and of the processor, so that any edit, upgrade or
-other machine compiles anew, and two copies of the same sources share what is compiled. Where
-$NUMBA_CACHE_DIR is set, it takes the place of the store.
+numba keeps a compiled function beside its source and checks only the file that contains it, so it
+does not notice an edit of a function that is called from there. Here the key is a digest of every
+source in `engines`, of the versions of numba and LLVM and of the processor, so that any edit,
+upgrade or other processor compiles anew, and two copies of the same sources share compiled code.
+If $NUMBA_CACHE_DIR is set, it is used instead of the store.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ SWITCHES = ("OPT", "BOUNDSCHECK", "ENABLE_AVX", "LOOP_VECTORIZE", "SLP_VECTORIZE
 
 
 def sources_digest() -> str:
-    """A digest of what the machine code depends on: sources, compiler, processor.
+    """A digest of what compiled code depends on: sources, compiler, processor.
 
-    Empty where there are no source files, as in a frozen program.
+    Empty if there are no source files, as in a frozen program.
     """
     stamps = []
     for path in sorted(SOURCES.rglob("*.py")):
@@ -58,11 +58,11 @@ def _digest(stamps: tuple[tuple[str, int, int, int], ...]) -> str:
     )
 
 
-_FIRST = sources_digest()  # of the sources as they were imported
+_FIRST = sources_digest()  # of the sources at the time of their import
 
 
 class _InStore(_CacheLocator):
-    """Where numba reads and writes the machine code of a function of this package."""
+    """The place where numba reads and writes the compiled code of a function of this package."""
 
     def __init__(self, function: Callable, file: str) -> None:
         self._py_file, self._lineno = file, function.__code__.co_firstlineno
@@ -72,7 +72,7 @@ class _InStore(_CacheLocator):
         return str(code_folder())
 
     def ensure_cache_path(self) -> None:
-        """Makes the folder."""
+        """Creates the folder."""
         folder = code_folder()
         if _users():
             folder.mkdir(parents=True, exist_ok=True)
@@ -99,47 +99,47 @@ class _Files(FunctionCache):
 
 
 def _users() -> str:
-    """The folder for compiled code that the user has chosen, or nothing."""
+    """The folder for compiled code that the user has chosen, or an empty string."""
     return getattr(config, "CACHE_DIR", "") or ""
 
 
 def code_folder() -> Path:
-    """The folder of the machine code of these sources."""
+    """The folder of the compiled code of these sources."""
     if _users():
         return Path(_users()) / f"scoremachine-{_FIRST}"
     return store.entry("code", _FIRST).folder
 
 
 class Kept(_Cache):
-    """The machine code of a function, by signature, as numba's dispatcher asks for it.
+    """The cached compiled code of a function, by signature, for numba's dispatcher.
 
-    What cannot be read is compiled, and what cannot be written is not kept.
+    Code that cannot be read is compiled, and code that cannot be written is not cached.
     """
 
     def __init__(self, function: Callable) -> None:
         self._function = function
-        # edited meanwhile: some of what was imported is of other sources
+        # if sources were edited meanwhile, some modules were imported from others
         self._enabled = sources_digest() == _FIRST != ""
         self._files: dict[str, _Files] = {}
 
     @property
     def cache_path(self) -> str:
-        """The folder."""
+        """The folder of the cache."""
         return str(code_folder())
 
     def _now(self) -> _Files:
-        """numba's files in the folder that the environment names now."""
+        """numba's cache files in the folder that the environment currently specifies."""
         return self._files.setdefault(self.cache_path, _Files(self._function))
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """The compiled function for a signature; None where it must be compiled."""
+        """The compiled function for a signature; None if it must be compiled."""
         if not self._enabled:
             return None
         try:
             found = self._now().load_overload(sig, target_context)
         except OSError:
             return None
-        except Exception as error:  # whatever unpickling half a file raises
+        except Exception as error:  # unpickling a truncated file may raise anything
             self._forget(error)
             return None
         if found is not None:
@@ -149,13 +149,13 @@ class Kept(_Cache):
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keeps a compiled function, unless its sources have changed since they were imported."""
+        """Caches a compiled function, unless its sources have changed since their import."""
         if not self._enabled or sources_digest() != _FIRST:
             return
         try:
             files = self._now()
             files._impl.locator.ensure_cache_path()
-            with FileLock(Path(self.cache_path) / "code.lock"):  # or two take one name
+            with FileLock(Path(self.cache_path) / "code.lock"):  # names are unique
                 files.save_overload(sig, data)
             _hold(self.cache_path)
         except OSError as error:
@@ -166,7 +166,7 @@ class Kept(_Cache):
             )
 
     def _forget(self, error: Exception) -> None:
-        """Drops what is damaged."""
+        """Removes damaged code."""
         warnings.warn(
             f"the compiled code in {self.cache_path} is damaged ({error!r}): it is compiled anew",
             stacklevel=2,
@@ -175,15 +175,15 @@ class Kept(_Cache):
             self.flush()
 
     def enable(self) -> None:
-        """Reads and writes from now on."""
+        """Enables reading and writing."""
         self._enabled = True
 
     def disable(self) -> None:
-        """Neither reads nor writes from now on."""
+        """Disables reading and writing."""
         self._enabled = False
 
     def flush(self) -> None:
-        """Forgets the function's code."""
+        """Removes the function's code."""
         with FileLock(Path(self.cache_path) / "code.lock"):
             self._now().flush()
 
@@ -192,14 +192,14 @@ _held: dict[str, store.Lease | None] = {}
 
 
 def _hold(folder: str) -> None:
-    """Keeps the code of this process from eviction while it runs."""
+    """Protects the code in this folder from eviction while this process runs."""
     if folder not in _held:
         with suppress(OSError):
             _held[folder] = store.hold(Path(folder))
 
 
 def njit(function: Callable | None = None, *, cache: bool = False, **options: Any) -> Any:
-    """numba.njit, whose compiled code is kept in the store where `cache` is set."""
+    """numba.njit, which caches compiled code in the store if `cache` is set."""
 
     def compiled(f: Callable) -> Any:
         dispatcher = numba.njit(**options)(f)

@@ -1,7 +1,7 @@
-"""Work cut into parts that are the same whatever the number of threads, so that answers are too.
+"""Runs compiled code on chunks of work that do not depend on the number of threads.
 
-Compiled code releases the interpreter's lock, so plain threads run it side by side: as many as
-PyTorch is told to use (`torch.set_num_threads`).
+So results do not depend on it either. Compiled code releases the interpreter's lock, so plain
+threads run it in parallel: as many as `torch.get_num_threads()`.
 """
 
 from __future__ import annotations
@@ -17,57 +17,58 @@ import numpy as np
 import torch
 from numba.core.dispatcher import Dispatcher
 
-PARTS = 32
+PARTS = 32  # chunks of one call
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class _Team:
-    """Threads with something of their own to do each."""
+class _ThreadGroup:
+    """Threads of `side_by_side`, each of which works on items of its own."""
 
     def __init__(self, threads: int) -> None:
-        self.busy = deque(range(threads))  # one entry for each that still has
-        self.stopped = False  # whether nobody waits for it any more
+        self.busy = deque(range(threads))  # one entry for each thread that still has work
+        self.stopped = False  # whether the results are no longer needed
 
 
 class _StoppedError(Exception):
-    """Nobody waits for this any more."""
+    """The result is no longer needed."""
 
 
-_team: ContextVar[_Team | None] = ContextVar("team", default=None)
+_current_group: ContextVar[_ThreadGroup | None] = ContextVar("thread group", default=None)
 
 
 def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, ...] = ()) -> None:
-    """Calls compiled(part, parts, *args, *(a[part] for a in filled)) for every part of `filled`.
+    """Calls compiled(chunk, chunks, *args, *(a[chunk] for a in filled)) for every chunk.
 
-    With nothing to fill by parts there are `PARTS` of them.
+    The chunks run in parallel. They are the first axis of the output arrays `filled`; without such
+    arrays there are `PARTS` chunks.
     """
-    parts = len(filled[0]) if filled else PARTS
-    left, team, failed = deque(range(parts)), _team.get(), list[BaseException]()
+    chunks = len(filled[0]) if filled else PARTS
+    left, group, failed = deque(range(chunks)), _current_group.get(), list[BaseException]()
 
-    def work(most: int = parts) -> None:
+    def work(most: int = chunks) -> None:
         for _ in range(most):
             try:
-                part = left.popleft()
+                chunk = left.popleft()
             except IndexError:
                 return
-            if team is not None and team.stopped:
+            if group is not None and group.stopped:
                 raise _StoppedError
-            compiled(part, parts, *args, *(a[part] for a in filled))
+            compiled(chunk, chunks, *args, *(a[chunk] for a in filled))
 
-    def take_part() -> None:
+    def work_in_thread() -> None:
         try:
             work()
         except BaseException as error:
-            left.clear()  # what stops one part stops them all
+            left.clear()  # an error in one chunk stops all
             failed.append(error)
 
-    if not compiled.signatures:  # compile in this thread, the one that hears Ctrl-C
+    if not compiled.signatures:  # compile in this thread, the one that receives Ctrl-C
         work(1)
-    sharing = 1 if team is None else len(team.busy)
+    sharing = 1 if group is None else len(group.busy)
     threads = min(torch.get_num_threads() // sharing, len(left))
-    others = [Thread(target=take_part) for _ in range(threads - 1)]  # not worth a pool
+    others = [Thread(target=work_in_thread) for _ in range(threads - 1)]  # cheaper than a pool
     for thread in others:
         thread.start()
     try:
@@ -81,17 +82,17 @@ def fill(compiled: Dispatcher, args: tuple[Any, ...], filled: tuple[np.ndarray, 
 
 
 def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """[work(item) for item in items], several at once, which share the threads of `fill`.
+    """[work(item) for item in items], with several items in parallel, which share `fill`'s threads.
 
-    So there is something to do for every thread while one does what no compiled code does.
+    So all threads are busy even while one of them runs code that is not compiled.
     """
     threads = min(torch.get_num_threads(), len(items))
-    if threads <= 1 or _team.get() is not None:
+    if threads <= 1 or _current_group.get() is not None:
         return [work(item) for item in items]
-    team, left, results = _Team(threads), deque(range(len(items))), dict[int, R]()
+    group, left, results = _ThreadGroup(threads), deque(range(len(items))), dict[int, R]()
 
-    def take() -> None:
-        _team.set(team)
+    def work_on_items() -> None:
+        _current_group.set(group)
         try:
             while True:
                 try:
@@ -102,17 +103,17 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         except _StoppedError:
             return
         except BaseException:
-            team.stopped = True
+            group.stopped = True
             left.clear()
             raise
         finally:
-            team.busy.pop()
+            group.busy.pop()
 
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for done in [pool.submit(copy_context().run, take) for _ in range(threads)]:
+            for done in [pool.submit(copy_context().run, work_on_items) for _ in range(threads)]:
                 done.result()
         finally:
-            team.stopped = True  # nothing is left, unless this thread was interrupted
+            group.stopped = True  # no work is left, unless this thread was interrupted
             left.clear()
     return [results[k] for k in range(len(items))]

@@ -1,10 +1,10 @@
-"""What all compiled code shares."""
+"""Constants and helpers of all compiled code."""
 
 from __future__ import annotations
 
 from numba import njit
 
-NOTHING = -1e300  # the logit of no source at all
+NOTHING = -1e300  # the logit where there is no source
 
 
 FLAGS = {"contract", "reassoc", "nsz", "arcp"}
@@ -12,7 +12,7 @@ FLAGS = {"contract", "reassoc", "nsz", "arcp"}
 
 @njit(fastmath=FLAGS)
 def keep(logit, place, logits, places, i, j):
-    """Inserts (logit, place) into the k best of site (i, j), which fall."""
+    """Inserts (logit, place) into the k best of site (i, j), which are in descending order."""
     k = logits.shape[0] - 1
     while k > 0 and logits[k - 1, i, j] < logit:
         logits[k, i, j] = logits[k - 1, i, j]

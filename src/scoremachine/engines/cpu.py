@@ -6,14 +6,14 @@ and source the logit of every site is a box sum of
     v = sum_c s_c (y_c - s_c / 2),        |y - s|^2 = |y|^2 - 2 sum v,
 
 taken from a summed-area table of v, so that its cost does not depend on the window's size (tapered
-boxes filter v by rows and columns instead, masks read such tables at few places). The term |y|^2
+boxes filter v by rows and columns instead, masks read such tables at few positions). The term |y|^2
 is the same for every source of a site: it is added once, at the end. All sums are in float64, where
 rounding costs less than 1e-6 nats at sigma = 0.002 (float32 would cost tens of nats and a second
-pass). A vector of eight logits is looked at only if its largest is within T = ln(2 |S| / 1e-5) nats
-of the site's leader: what is left out weighs less than 5e-6 of the whole.
+pass). A vector of eight logits is processed only if its largest is within T = ln(2 |S| / 1e-5) nats
+of the site's leader: the total weight of skipped sources is below 5e-6.
 
-Every picture of a batch has its own state, and the work is cut into `PARTS` parts whatever the
-number of threads, merged in order: the answer depends on neither.
+Every picture of a batch has its own state, and the work is cut into at most `PARTS` chunks whatever
+the number of threads, merged in order: the result depends on neither batch nor threads.
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ from scoremachine.engines.simd import (
 )
 from scoremachine.engines.whole import accumulate_whole, fold_whole
 
-ROLLED = 2**20  # numbers that a piece of `rolled` may take: they stay in the cache
-WORKSPACE = 2**26  # numbers (512 MB) that the chunks of a call may take, about
+ROLLED = 2**20  # values in a piece of `rolled`: they stay in the processor's cache
+WORKSPACE = 2**26  # approximate number of values (512 MB) in all chunks of a call
 BOX, SOFT, MASKS = 0, 1, 2
 
 
 class Plan(NamedTuple):
-    """The windows of a collection as compiled code takes them.
+    """The windows of a collection in the form of compiled code.
 
     Attributes:
         kind: BOX, SOFT or MASKS.
-        cut: Whether boxes are cut off at the border.
-        middles: Whether a site is named by its window's middle pixel; else by the first.
+        cut: Whether boxes are truncated at the border.
+        middles: Whether the index of a site is its window's middle pixel; else it is the first.
         weights: The box's weights, (P, Q).
-        rows: A tapered box's weights by row, (K, P).
-        columns: And by column, (K, Q).
-        terms, starts: See `Masks.by_sign`; terms are counted in numbers, not in vectors.
+        rows: A tapered box's factors by row, (K, P).
+        columns: Its factors by column, (K, Q).
+        terms, starts: See `Masks.by_sign`; the terms are offsets in values, not in vectors.
     """
 
     kind: int
@@ -84,7 +84,7 @@ class Plan(NamedTuple):
 
 
 def plan_of(c: Collection) -> Plan:
-    """What the compiled code has to know of a collection's windows."""
+    """The `Plan` of a collection."""
     P, Q = c.window.shape
     kind, weights, rows, columns = BOX, np.ones((P, Q)), np.empty((0, P)), np.empty((0, Q))
     terms, starts = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
@@ -163,9 +163,9 @@ def _load_block(images, index, block, variant, s, half, alive):
 
 @njit(inline="always")
 def _overlap(shift, n_query, n_source, p, cut):
-    """Where query and source overlap along an axis: first query row, how many, padding, windows.
+    """The overlap of query and source along an axis: (first query row, rows, padding, windows).
 
-    Where a border of the query meets the same border of the source, it cuts windows off.
+    Where a border of the query coincides with the same border of the source, windows are truncated.
     """
     lo = max(0, -shift)
     n = min(n_query, n_source - shift) - lo
@@ -175,16 +175,16 @@ def _overlap(shift, n_query, n_source, p, cut):
 
 
 class Region(NamedTuple):
-    """The part of the query that meets the source at a displacement, and the windows in it."""
+    """The part of the query that overlaps the source at a displacement, and its windows."""
 
     a0: int  # its first row in the query
     b0: int  # its first column
     n: int  # its height
     width: int
-    py: int  # how far the first windows reach out of it at the top
-    px: int  # and at the left
+    py: int  # rows of the first windows that lie outside, at the top
+    px: int  # columns that lie outside, at the left
     rows: int  # rows of windows
-    columns: int
+    columns: int  # columns of windows
     dy: int  # the displacement
     dx: int
 
@@ -213,8 +213,8 @@ def _window(table, width, top, bottom, left, right):
 
 
 @njit
-def _room(plan, H, W):
-    """How many numbers a table of H x W pixels may take."""
+def _table_size(plan, H, W):
+    """The largest number of values in a table of H x W pixels."""
     tables = 3 if plan.kind == MASKS else 1
     return max(tables * (H + 1) * (W + 1), len(plan.rows) * H * W) * LANES
 
@@ -229,7 +229,7 @@ def _clear(table, n):
 @njit(inline="always")
 def _value(y, q, yc, s, half, i, sc, C):
     """v = sum_c y_c s_c - half of one pixel; the query's pixels are the same for all lanes."""
-    if C == 3:  # spelled out, since a loop over channels costs as much as the sums
+    if C == 3:  # unrolled, since a loop over channels costs as much as the sums
         v = broadcast(y, q) * load(s, i) - load(half, i)
         v = v + broadcast(y, q + yc) * load(s, i + sc)
         return v + broadcast(y, q + 2 * yc) * load(s, i + 2 * sc)
@@ -241,7 +241,7 @@ def _value(y, q, yc, s, half, i, sc, C):
 
 @njit(fastmath=FLAGS)
 def _add_sums(table, a, n, y, q, yc, s, half, o, sc, C):
-    """Adds row a of v, n pixels wide, to the summed-area table, whose row a + 1 it becomes."""
+    """Computes row a + 1 of the summed-area table from row a of v, which is n pixels wide."""
     above = a * (n + 1) * LANES
     here = above + (n + 1) * LANES
     if a == 0:
@@ -302,13 +302,13 @@ def _add_row(plan, g, table, a, y, Hq, Wq, s, half, C, H, W, buffer):
 
 @njit(inline="always")
 def _last_row(plan, g, a):
-    """How many rows of the region the windows of row a look at, from the first on."""
+    """The number of leading rows of the region that the windows of row a need."""
     return g.n if plan.kind == MASKS else min(a - g.py + plan.weights.shape[0], g.n)
 
 
 @njit(inline="always")
 def _gather(table, places, first, last):
-    """The sum of the table's vectors at places[first : last]: four sums, which need not wait."""
+    """The sum of the table's vectors at places[first : last], as four independent sums."""
     t0, t1, t2, t3 = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     rest = last - (last - first) % 4
     for k in range(first, rest, 4):
@@ -323,7 +323,7 @@ def _gather(table, places, first, last):
 
 @njit(fastmath=FLAGS)
 def _window_sums(plan, g, table, a, sums_):
-    """The sums over the windows of row a, from a table that holds the rows they look at."""
+    """The sums over the windows of row a, from a table that contains the rows they need."""
     P, Q = plan.weights.shape
     top, bottom = max(a - g.py, 0), min(a - g.py + P, g.n)
     if plan.kind == BOX:
@@ -350,23 +350,23 @@ def _window_sums(plan, g, table, a, sums_):
 
 
 @njit(fastmath=FLAGS)
-def _absorb(
+def _merge_sources(
     plan, g, tables, lines, y, u, Hq, Wq, s, v_s, half, alive, ids, C, H, W, values, scale, T,
-    m, floor, totals, logits, places, eight,
+    m, floor, totals, logits, places, lane_logits,
 ):  # fmt: skip
     """Merges the sources of one displacement into the folds of a picture's sites.
 
-    y is (C, Hq, Wq), s and what it answers with, v_s, are (C, H, W, LANES), all flat. `floor` is
-    the smallest window sum that still matters; `totals` holds Z, Z2 and S of every site, eight
-    numbers each. If u is not empty, a source's value is the inner product of v_s with u.
+    y is (C, Hq, Wq), the keys s and the values v_s are (C, H, W, LANES), all flat. `floor` is the
+    smallest window sum that still matters; `totals` holds Z, Z2 and S of every site, eight numbers
+    each. If u is not empty, a source's value is the inner product of v_s with u.
     """
     P, Q = plan.weights.shape
-    # a window's middle, seen from its first pixel; cut windows are counted by their middle
+    # offset of a window's middle from its first pixel; truncated windows are named by their middle
     ry, rx = P // 2 - g.py, Q // 2 - g.px
     k, Ws = logits.shape[0], m.shape[1]
     table, table_u, nothing = tables
     line, line_u, buffer = lines
-    ready, zero = np.int64(0), splat(0.0)  # a literal would be one more type to compile for
+    ready, zero = np.int64(0), splat(0.0)  # a literal would compile for another type
     for a in range(g.rows):
         while ready < _last_row(plan, g, a):
             _add_row(plan, g, table, ready, y, Hq, Wq, s, half, C, H, W, buffer)
@@ -392,7 +392,7 @@ def _absorb(
                 leader = highest
                 m[i, j] = leader
                 store(totals, (i * Ws + j) * LANES, total)
-                totals[(i * Ws + j) * LANES + 1] *= rescale  # Z2 goes with its square
+                totals[(i * Ws + j) * LANES + 1] *= rescale  # Z2 is rescaled by the square
                 total = load(totals, (i * Ws + j) * LANES)
                 floor[i * Ws + j] = max(floor[i * Ws + j], (leader - T) / scale)
             w = exp(l - leader) * load(alive, 0)
@@ -407,20 +407,20 @@ def _absorb(
                 w3 = w * load(v_s, o + 3 * H * W * LANES) if values > 3 else zero
             store(totals, (i * Ws + j) * LANES, total + sums(w, w * w, w0, w1, w2, w3))
             if k > 0:
-                store(eight, 0, l)
+                store(lane_logits, 0, l)
                 for lane in range(LANES):
-                    if alive[lane] > 0 and eight[lane] > logits[k - 1, i, j]:
+                    if alive[lane] > 0 and lane_logits[lane] > logits[k - 1, i, j]:
                         place = ids[lane] * H * W + pixel
-                        keep(eight[lane], place, logits, places, i, j)
+                        keep(lane_logits[lane], place, logits, places, i, j)
                 floor[i * Ws + j] = min((leader - T) / scale, logits[k - 1, i, j] / scale)
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
 def _fold(
-    part, parts, images, answers, apart, index, y, u, scale, T, plan, shifts, variants, lit, values,
-    m_known, m, totals, logits, places,
+    chunk, chunks, images, averaged, separate, index, y, u, scale, T, plan, shifts, variants,
+    v_variants, values, m_known, m, totals, logits, places,
 ):  # fmt: skip
-    """The first pass of a part: fills m, totals (Z, Z2, S, 0 ...) of every site, logits, places."""
+    """The first pass over a chunk: fills m, totals (Z, Z2, S, 0 ...), logits, places of sites."""
     total_images, C, H, W = images.shape
     B, _, Hq, Wq = y.shape
     N = index.shape[0]
@@ -429,40 +429,40 @@ def _fold(
     K, V = shifts.shape[0], variants.shape[0]
     s = np.empty(C * H * W * LANES)
     half = np.empty(H * W * LANES)
-    room = _room(plan, min(H, Hq), min(W, Wq))
+    size = _table_size(plan, min(H, Hq), min(W, Wq))
     tables = (
-        np.empty(room),
-        np.empty(room if u.shape[1] > 0 else 0),
+        np.empty(size),
+        np.empty(size if u.shape[1] > 0 else 0),
         np.zeros(H * W * LANES if u.shape[1] > 0 else 0),
     )
     lines = (np.empty(W * LANES), np.empty(W * LANES), np.empty(W * LANES))
     alive = np.empty(LANES)
-    eight = np.empty(LANES)
+    lane_logits = np.empty(LANES)
     ids = np.empty(LANES, dtype=np.int64)
-    v_s = np.empty(C * H * W * LANES) if apart else s
-    spare = np.empty(H * W * LANES if apart else 0)
+    v_s = np.empty(C * H * W * LANES) if separate else s
+    spare = np.empty(H * W * LANES if separate else 0)
     floor = np.empty((B, Hs * Ws))
     for p in range(B):
         for i in range(Hs):
             for j in range(Ws):
                 floor[p, i * Ws + j] = NOTHING if k > 0 else (m_known[p, i, j] - T[p]) / scale[p]
-    held = -1
-    for task in range(part * blocks * V * K // parts, (part + 1) * blocks * V * K // parts):
+    loaded = -1
+    for task in range(chunk * blocks * V * K // chunks, (chunk + 1) * blocks * V * K // chunks):
         copy, shift = task // K, task % K
-        if copy != held:
+        if copy != loaded:
             block, v = copy // V, copy % V
             _load_block(images, index, block, variants[v], s, half, alive)
-            if apart:
-                _load_block(answers, index, block, lit[v], v_s, spare, alive)
+            if separate:
+                _load_block(averaged, index, block, v_variants[v], v_s, spare, alive)
             for n in range(LANES):
                 ids[n] = v * total_images + index[min(block * LANES + n, N - 1)]
-            held = copy
+            loaded = copy
         g = _region(plan, Hq, Wq, H, W, shifts[shift])
         for p in range(B):
-            _absorb(
+            _merge_sources(
                 plan, g, tables, lines, y[p].reshape(C * Hq * Wq), u[p], Hq, Wq, s, v_s, half,
                 alive, ids, C, H, W, values, scale[p], T[p], m[p], floor[p],
-                totals[p], logits[p], places[p], eight,
+                totals[p], logits[p], places[p], lane_logits,
             )  # fmt: skip
 
 
@@ -471,9 +471,9 @@ def _weigh(
     plan, g, tables, lines, y, u, Hq, Wq, s, v_s, half, alive, C, H, W, pixel, scale, T, m, Z,
     b_mean, w,
 ):  # fmt: skip
-    """The weights a_is of one displacement's sources: fills w (rows, columns), counts the vectors.
+    """Fills w (rows, columns) with the weights a_is of one displacement; returns how many vectors.
 
-    `pixel`: whether u belongs to the sites' own pixels rather than to all of their windows.
+    `pixel`: whether u has a value for the sites' own pixels, rather than for all of their windows.
     """
     P, Q = plan.weights.shape
     ry, rx = P // 2 - g.py, Q // 2 - g.px
@@ -532,7 +532,7 @@ def _add_pixel(weighted, g, a, b, Hq, Wq, s, C, H, W, D):
 
 @njit(fastmath=FLAGS)
 def _add_corners(plan, g, table, a, b, weight):
-    """Adds a window's weight to the terms or corners from which `_adjoint_sums` fills it."""
+    """Adds a window's weight at its terms or corners; `_adjoint_sums` expands them to pixels."""
     if plan.kind == MASKS:
         site = a * g.columns + b
         for sign in range(2):
@@ -552,7 +552,7 @@ def _add_corners(plan, g, table, a, b, weight):
 
 @njit(fastmath=FLAGS)
 def _adjoint_sums(plan, g, w, table, Hq, Wq, s, C, H, W, D):
-    """Adds sum_i q_i w_i s to D, by corners or terms, with sums from the last pixel on."""
+    """Adds sum_i q_i w_i s to D, from corners or terms, by reversed cumulative sums."""
     width = g.width + 1
     size = (g.n + 1) * width
     _clear(table, 3 * size if plan.kind == MASKS else size)
@@ -578,7 +578,7 @@ def _adjoint_sums(plan, g, w, table, Hq, Wq, s, C, H, W, D):
 
 @njit(fastmath=FLAGS)
 def _adjoint_soft(plan, g, w, table, Hq, Wq, s, C, H, W, D):
-    """Adds sum_i q_i w_i s to D for tapered boxes: filtered by columns of weights, then by rows."""
+    """Adds sum_i q_i w_i s to D for tapered boxes: filters w vertically, then horizontally."""
     K, P = plan.rows.shape
     Q = plan.columns.shape[1]
     down, across = plan.rows.reshape(K * P), plan.columns.reshape(K * Q)
@@ -604,7 +604,7 @@ def _adjoint_soft(plan, g, w, table, Hq, Wq, s, C, H, W, D):
 
 @njit(fastmath=FLAGS)
 def _adjoint_few(plan, g, w, Hq, Wq, s, C, H, W, D):
-    """Adds sum_i q_i w_i s to D, each window by itself."""
+    """Adds sum_i q_i w_i s to D, window by window."""
     P, Q = plan.weights.shape
     for a in range(g.rows):
         for b in range(g.columns):
@@ -619,11 +619,11 @@ def _adjoint_few(plan, g, w, Hq, Wq, s, C, H, W, D):
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def _spread(
-    part, parts, images, answers, apart, index, y, u, pixel, scale, T, plan, shifts, variants, lit,
-    m, Z, b_mean, D,
+def _accumulate(
+    chunk, chunks, images, averaged, separate, index, y, u, pixel, scale, T, plan, shifts, variants,
+    v_variants, m, Z, b_mean, D,
 ):  # fmt: skip
-    """The second pass of a part: adds its sum_is q_i a_is s to D, (B, C, Hq, Wq)."""
+    """The second pass over a chunk: adds its sum_is q_i a_is s to D, (B, C, Hq, Wq)."""
     _, C, H, W = images.shape
     B, _, Hq, Wq = y.shape
     N = index.shape[0]
@@ -633,28 +633,28 @@ def _spread(
     K, V = shifts.shape[0], variants.shape[0]
     s = np.empty(C * H * W * LANES)
     half = np.empty(H * W * LANES)
-    room = _room(plan, min(H, Hq), min(W, Wq))
+    size = _table_size(plan, min(H, Hq), min(W, Wq))
     windowed = u.shape[1] > 0 and not pixel
     tables = (
-        np.empty(room),
-        np.empty(room if windowed else 0),
+        np.empty(size),
+        np.empty(size if windowed else 0),
         np.zeros(H * W * LANES if windowed else 0),
     )
     lines = (np.empty(W * LANES), np.empty(W * LANES), np.empty(W * LANES))
     w = np.empty(Hs * Ws * LANES)
     alive = np.empty(LANES)
     totals = np.zeros((B, C * Hq * Wq * LANES))
-    v_s = np.empty(C * H * W * LANES) if apart else s
-    spare = np.empty(H * W * LANES if apart else 0)
-    weighted = s if u.shape[1] > 0 else v_s  # a derivative is by what is seen
-    held = -1
-    for task in range(part * blocks * V * K // parts, (part + 1) * blocks * V * K // parts):
+    v_s = np.empty(C * H * W * LANES) if separate else s
+    spare = np.empty(H * W * LANES if separate else 0)
+    weighted = s if u.shape[1] > 0 else v_s  # in a derivative the keys are weighted
+    loaded = -1
+    for task in range(chunk * blocks * V * K // chunks, (chunk + 1) * blocks * V * K // chunks):
         copy, shift = task // K, task % K
-        if copy != held:
+        if copy != loaded:
             _load_block(images, index, copy // V, variants[copy % V], s, half, alive)
-            if apart:
-                _load_block(answers, index, copy // V, lit[copy % V], v_s, spare, alive)
-            held = copy
+            if separate:
+                _load_block(averaged, index, copy // V, v_variants[copy % V], v_s, spare, alive)
+            loaded = copy
         g = _region(plan, Hq, Wq, H, W, shifts[shift])
         for p in range(B):
             filled = _weigh(
@@ -691,22 +691,23 @@ def fold(request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
     B, C, _, _ = y.shape
     values = 1 if request.u is not None else C if c.response == "pixel" else 0
     plan, variants, source = plan_of(c), _variants(c, images), _source(request)
-    lit = _variants(c, request.averaged)
+    v_variants = _variants(c, request.averaged)
     best, found = known, []
     for shifts in _pieces(len(index), c):
-        parts = _parts(index, variants, shifts, _numbers(c, leaders))
-        m = np.full((parts, B, *c.grid), NOTHING)
-        totals = np.zeros((parts, B, math.prod(c.grid) * LANES))
-        logits = np.full((parts, B, leaders, *c.grid), NOTHING)
-        places = np.full((parts, B, leaders, *c.grid), -1)
+        chunks = _chunk_count(index, variants, shifts, _state_size(c, leaders))
+        m = np.full((chunks, B, *c.grid), NOTHING)
+        totals = np.zeros((chunks, B, math.prod(c.grid) * LANES))
+        logits = np.full((chunks, B, leaders, *c.grid), NOTHING)
+        places = np.full((chunks, B, leaders, *c.grid), -1)
         m_known = m[0] if best is None else best.m.numpy()
-        asked = *source, index, y, u, scale, T, plan, shifts, variants, lit, values, m_known
-        fill(_fold, asked, (m, totals, logits, places))
+        windows = plan, shifts, variants, v_variants
+        arguments = *source, index, y, u, scale, T, *windows, values, m_known
+        fill(_fold, arguments, (m, totals, logits, places))
         totals = totals.reshape(*m.shape, LANES)
         Z, Z2, S = totals[..., 0], totals[..., 1], np.moveaxis(totals, -1, 2)[:, :, 2 : 2 + values]
-        part = Fold.of_parts(m, Z, Z2, S, logits, places)
-        found.append(part)
-        best = part if best is None else best.merge(part)
+        piece = Fold.of_parts(m, Z, Z2, S, logits, places)
+        found.append(piece)
+        best = piece if best is None else best.merge(piece)
     return functools.reduce(Fold.merge, found)
 
 
@@ -719,18 +720,19 @@ def accumulate_response(request: ScanRequest, known: Fold) -> torch.Tensor:
         return device.accumulate_response(request, known)
     y, u, scale, T = _arrays(request)
     plan, variants, source = plan_of(c), _variants(c, images), _source(request)
-    lit = _variants(c, request.averaged)
+    v_variants = _variants(c, request.averaged)
     m, Z = known.m.numpy(), known.Z.numpy()
     b_mean = m if request.u is None else known.mean[:, 0].contiguous().numpy()
     if c.whole and request.u is not None:
         D = accumulate_whole(images, index, y, u, scale, T, (m, Z, b_mean))
     else:
-        most = _most_parts(math.prod(y.shape[1:]))
+        most = _most_chunks(math.prod(y.shape[1:]))
         D = np.zeros((most, *y.shape))
         for shifts in _pieces(len(index), c):
-            asked = y, u, c.response == "pixel", scale, T, plan, shifts, variants, lit, m, Z, b_mean
-            parts = _parts(index, variants, shifts, math.prod(y.shape[1:]))
-            fill(_spread, (*source, index, *asked), (D[:parts],))
+            windows = plan, shifts, variants, v_variants
+            arguments = y, u, c.response == "pixel", scale, T, *windows, m, Z, b_mean
+            chunks = _chunk_count(index, variants, shifts, math.prod(y.shape[1:]))
+            fill(_accumulate, (*source, index, *arguments), (D[:chunks],))
     return torch.from_numpy(functools.reduce(np.add, D))
 
 
@@ -748,7 +750,7 @@ def _arrays(request: ScanRequest) -> tuple[np.ndarray, ...]:
 
 
 def _variants(c: Collection, images: np.ndarray) -> np.ndarray:
-    """The variants of images, as `_load_block` takes them: floats are in units of x already."""
+    """The variants of images for `_load_block`; adjusted for floats, which are in units of x."""
     rows = np.array([astuple(variant) for variant in c.variants], dtype=np.float64)
     if images.dtype != np.uint8:
         rows[:, 2] *= 127.5
@@ -757,36 +759,36 @@ def _variants(c: Collection, images: np.ndarray) -> np.ndarray:
 
 
 def _source(request: ScanRequest) -> tuple[np.ndarray, np.ndarray, bool]:
-    """What is seen, what it answers with, and whether these differ."""
+    """The keys, the values, and whether these differ."""
     return request.keys, request.averaged, request.values is not None
 
 
-def _numbers(c: Collection, leaders: int) -> int:
-    """How many numbers a chunk of the first pass keeps for a picture."""
+def _state_size(c: Collection, leaders: int) -> int:
+    """The number of values in the state of a chunk of the first pass, for one picture."""
     return math.prod(c.grid) * (1 + LANES + 2 * leaders)
 
 
-def _most_parts(numbers: int) -> int:
-    """Into how many chunks work is cut that keep so many numbers each: fewer of large pictures."""
+def _most_chunks(numbers: int) -> int:
+    """The most chunks with `numbers` values of state each: fewer for large pictures."""
     return max(2, min(PARTS, WORKSPACE // numbers))
 
 
-def _parts(index: np.ndarray, variants: np.ndarray, shifts: np.ndarray, numbers: int) -> int:
-    """Into how many chunks the work is cut, whatever the number of threads."""
-    return min(_most_parts(numbers), -(-len(index) // LANES) * len(variants) * len(shifts))
+def _chunk_count(index: np.ndarray, variants: np.ndarray, shifts: np.ndarray, numbers: int) -> int:
+    """The number of chunks, which does not depend on the number of threads."""
+    return min(_most_chunks(numbers), -(-len(index) // LANES) * len(variants) * len(shifts))
 
 
 def batch(collection: Collection, channels: int, leaders: int) -> int:
-    """How many pictures fit into the workspace together; see `Engine`."""
-    first = _numbers(collection, leaders)
+    """The number of pictures whose state fits into the workspace; see `Engine`."""
+    first = _state_size(collection, leaders)
     second = channels * math.prod(collection.frame) * 2  # wrapped pictures are larger
-    lanes = LANES * second  # of each of a few threads
-    kept = max(_most_parts(first) * first, _most_parts(second) * second + 2 * lanes)
-    return min(BATCH, max(1, WORKSPACE // kept))
+    lanes = LANES * second  # in each of a few threads
+    largest = max(_most_chunks(first) * first, _most_chunks(second) * second + 2 * lanes)
+    return min(BATCH, max(1, WORKSPACE // largest))
 
 
 def _pieces(n: int, collection: Collection) -> Iterator[np.ndarray]:
-    """Cuts the displacements so that no call is long: between calls Ctrl-C is heard."""
+    """Cuts the displacements into short calls, so that Ctrl-C is handled between them."""
     blocks = -(-n // LANES) * len(collection.variants)
     step = max(1, TILE // (blocks * LANES * math.prod(collection.grid)))
     for start in range(0, len(collection.shifts), step):

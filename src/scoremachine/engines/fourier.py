@@ -1,8 +1,8 @@
-"""The fold over whole images under all circular translations: correlations, by Fourier transform.
+"""The fold over whole images under all circular translations, by Fourier transform.
 
-All H W logits of an image are one circular correlation, and the mean is one more, with the
-weights. In float64 the rounding of both is below 1e-6 nats at sigma = 0.002, so nothing has to be
-summed again.
+All H W logits of an image are one circular correlation, and the mean is another one, with the
+weights. In float64 the rounding error of both is below 1e-6 nats at sigma = 0.002, so no second
+sum is needed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 
 def fold(request: ScanRequest, leaders: int, device: torch.device, room: int) -> Fold:
     """The fold over the source; see `scoremachine.core.posterior.Engine`."""
-    folds: list[Fold] = []  # merged at once: small things left between large ones eat the memory
+    folds: list[Fold] = []  # merged at once: small tensors between large ones fragment the memory
     for piece in _read(request, device, room):
         m = [f.m.item() for f in folds] or [-math.inf] * len(request.y)
         parts = [_summary(request, p, piece, leaders, m[p]) for p in range(len(request.y))]
@@ -80,7 +80,7 @@ def _correlation(y: Tensor, piece: Piece) -> Tensor:
     total = piece.F[:, 0] * Y[0]
     for c in range(1, len(Y)):
         total.addcmul_(piece.F[:, c], Y[c])
-    if len(total) == 0:  # no transform takes an empty batch
+    if len(total) == 0:  # transforms do not support empty batches
         return y.new_zeros(0, *piece.image)
     return irfft2(total, s=piece.image)
 
@@ -106,7 +106,7 @@ def _mean(w: Tensor, piece: Piece) -> Tensor:
 
 
 def _summary(request: ScanRequest, p: int, piece: Piece, leaders: int, m_known: float) -> Fold:
-    """The fold of one piece for one picture; sources beyond T nats are left out."""
+    """The fold of one piece for one picture; sources more than T nats below are skipped."""
     H, W = piece.image
     l = _logits(request, p, piece)
     m = l.max()

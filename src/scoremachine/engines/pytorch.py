@@ -1,7 +1,7 @@
-"""The fold in plain PyTorch, on any device: CUDA where found, else the CPU.
+"""The fold in plain PyTorch, on CUDA if available, else on the CPU.
 
 Every displacement between query and source is one shifted copy of a piece of the corpus; the rest
-is `Collection.window_sum` and its adjoint. What a GPU has its own programs for goes to `triton`.
+is `Collection.window_sum` and its adjoint. Requests that `triton` supports are passed to it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ GPU_TILE = 32 * posterior.TILE
 
 
 def where() -> torch.device:
-    """The device that this kernel computes on."""
+    """The device of this kernel."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def tiles(n: int, collection: Collection) -> Iterator[slice]:
-    """The pieces in which it wants n images; see `scoremachine.core.posterior.Engine`."""
+    """The tiles of n images; see `scoremachine.core.posterior.Engine`."""
     if where().type == "cuda":
         return posterior.pieces(n, collection, GPU_TILE)
     return posterior.tiles(n, collection)
@@ -88,7 +88,7 @@ def response_covariance(request: ScanRequest, known: Fold) -> Tensor:
             Wb[p] += wb.sum(0)
             Wv[p] += torch.einsum("nij,ncij->cij", w, apart)
             Wbv[p] += torch.einsum("nij,ncij->cij", wb, apart)
-    # sources that the fold has skipped are here, so that its mean is not quite theirs
+    # sources that the fold has skipped are included here, so its mean is corrected
     return ((Wbv - Wv * (Wb / W)[:, None]) / W[:, None]).cpu()
 
 
@@ -116,7 +116,7 @@ def source_weights(
 
 
 def _room(device: torch.device) -> int:
-    """How many float64 numbers a piece of work may take."""
+    """The largest number of float64 values in a piece of work."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 128
     return 2**22
@@ -127,19 +127,18 @@ def _read(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[int, int]]]:
     """The source in pieces (s, v, ids, shift).
 
-    What is seen, s, and what it answers with, v, are float64 in the query's frame, 0 outside the
-    image.
+    The keys s and the values v are float64 in the query's frame, and 0 outside the image.
     """
     c, images = request.collection, request.keys
     N, C, H, W = images.shape
     step = max(1, _room(device) // ((C + 8) * H * W))
     for start in range(0, len(request.index), step):
         ids = request.index[start : start + step]
-        seen = _sent(images[ids], device)
-        told = seen if request.values is None else _sent(request.values[ids], device)
+        keys = _sent(images[ids], device)
+        values = keys if request.values is None else _sent(request.values[ids], device)
         for k, variant in enumerate(c.variants):
-            s = variant.of(seen)
-            v = s if told is seen else variant.of(told)
+            s = variant.of(keys)
+            v = s if values is keys else variant.of(values)
             for dy, dx in c.shifts.tolist():
                 s_moved = _shifted(s, dy, dx, c, request.y.shape[2:])
                 v_moved = s_moved if v is s else _shifted(v, dy, dx, c, request.y.shape[2:])
@@ -147,7 +146,7 @@ def _read(
 
 
 def _sent(images: np.ndarray, device: torch.device) -> Tensor:
-    """Images as x on the device, where bytes become float64."""
+    """Images in units of x, float64, on the device."""
     return units_of_x(torch.from_numpy(images).to(device))
 
 
@@ -165,14 +164,14 @@ def _shifted(s: Tensor, dy: int, dx: int, c: Collection, frame: torch.Size) -> T
 
 
 def _valid(c: Collection, dy: int, dx: int) -> Tensor:
-    """Which sites may be compared at this displacement, boolean, the grid's shape."""
+    """Which sites have a source at this displacement, a boolean mask of the grid."""
     axes = []
     for shift, n, seen, sites, p in zip(
         (dy, dx), c.image, c.frame, c.grid, c.window.shape, strict=True
     ):
         i = torch.arange(sites)
-        first = i - p // 2 if c.cut else i  # of the window's rows
-        top, bottom = first >= 0, first + p <= seen  # whether they are in the picture there
+        first = i - p // 2 if c.cut else i  # the first row of the window
+        top, bottom = first >= 0, first + p <= seen  # whether the window is inside at either end
         fits = (first + shift >= 0) & (first + shift + p <= n)
         if not c.wraps:
             fits &= top & bottom
@@ -202,7 +201,7 @@ def _at_pixels(s: Tensor, c: Collection) -> Tensor:
 
 
 def _inner(request: ScanRequest, p: int, v: Tensor) -> Tensor:
-    """The inner products b of answers with u over the response windows, (n, *sites)."""
+    """The inner products b of the values with u over the response windows, (n, *sites)."""
     c = request.collection
     assert request.u is not None
     u = request.u[p].to(v.device)

@@ -1,11 +1,11 @@
-"""Eight doubles at once: a numba type for a SIMD vector, and the few operations the kernel needs.
+"""A numba type for SIMD vectors of eight doubles, and the operations that the kernels need.
 
 LLVM vectorizes the inner loop of a box filter only after checking at run time that no two arrays
-overlap, which costs more than the loop. Saying "vector" in the code avoids the request. LLVM
-lowers a vector of eight doubles to what the machine has (AVX-512, AVX2, NEON).
+overlap, which costs more than the loop. Explicit vectors avoid this check. LLVM lowers a vector of
+eight doubles to the instructions of the processor (AVX-512, AVX2, NEON).
 
     load(a, i)              a[i : i + LANES], from a flat contiguous float64 array
-    load_at(a, places, i)   load(a, places[i]), from an int32 array of places
+    load_at(a, places, i)   load(a, places[i]), with an int32 array of positions
     store(a, i, v)
     u + v, u - v, u * v     with vectors or floats
     exp(v)                  of non-positive lanes, relative error below 1e-11
@@ -78,7 +78,7 @@ _LARGER = llvm(lanes, "maxnum", VECTOR, VECTOR, VECTOR)
 
 @intrinsic
 def sums(typing: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
-    """(hsum(a), ..., hsum(f), 0, 0): six sums in three rounds, cheaper than one by one."""
+    """(hsum(a), ..., hsum(f), 0, 0): six sums in three rounds, cheaper than six calls of hsum."""
     rounds = (
         ([0, 8, 2, 10, 4, 12, 6, 14], [1, 9, 3, 11, 5, 13, 7, 15]),
         ([0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]),
@@ -102,7 +102,7 @@ def sums(typing: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
 
 
 def _any(comparison: str) -> Any:
-    """Whether u and v compare so in any lane."""
+    """Makes a function of u and v: whether the comparison holds in any lane."""
 
     @intrinsic
     def compare(typing: Any, u: Any, v: Any) -> Any:
@@ -138,7 +138,7 @@ def larger(typing: Any, u: Any, v: Any) -> Any:
 
 @intrinsic
 def power_of_two(typing: Any, k: Any) -> Any:
-    """2^k for lanes that hold whole numbers in [-1022, 1023]: k goes straight to the exponent."""
+    """2^k for lanes with whole numbers in [-1022, 1023]: k is written to the exponent bits."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         def constant(n: int) -> Any:
@@ -152,7 +152,7 @@ def power_of_two(typing: Any, k: Any) -> Any:
 
 @njit(inline="always")
 def exp(x):
-    """exp of lanes <= 0: e^x = 2^k e^r with |r| <= ln(2) / 2, and Taylor's polynomial for e^r."""
+    """exp of lanes <= 0: e^x = 2^k e^r with |r| <= ln(2) / 2, and a Taylor polynomial for e^r."""
     x = larger(x, splat(-708.0))
     k = floor(x * 1.4426950408889634 + 0.5)
     r = x - k * 0.6931471803691238 - k * 1.9082149292705877e-10

@@ -1,7 +1,7 @@
-"""Few large images as many narrow ones, which fill the lanes of vectors.
+"""Cuts few large images into many narrow strips, which fill the lanes of SIMD vectors.
 
-Where no window crosses a border an image is its patches, and cut into strips that overlap by a
-window less one row it has the same ones: eight strips go through the kernel as eight images do.
+If no window crosses a border, only the patches of an image matter. Strips that overlap by one row
+(or column) less than a window contain the same patches, so eight strips can replace eight images.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from scoremachine.core.posterior import ScanRequest
 from scoremachine.core.windows import Variant
 from scoremachine.engines.simd import LANES
 
-WORTHWHILE = 0.8  # of the work
-SITES = 2**14  # of a picture that go together
+WORTHWHILE = 0.8  # the largest share of the work with which strips are used
+SITES = 2**14  # sites of a picture that are processed together
 
 Folds = Callable[[ScanRequest, int, Fold | None], Fold]
 
@@ -31,9 +31,9 @@ class Group(NamedTuple):
     """Strips of one size.
 
     Attributes:
-        corners: Rows and columns of their first pixels.
-        high: Rows of patches in each.
-        wide: Columns of patches.
+        corners: Row and column of each strip's first pixel.
+        high: Rows of patches in each strip.
+        wide: Columns of patches in each strip.
     """
 
     corners: list[tuple[int, int]]
@@ -42,7 +42,7 @@ class Group(NamedTuple):
 
 
 def groups(c: Collection, k: int) -> list[Group]:
-    """k strips of rows; k strips of columns of the rows left over; and what is left of those."""
+    """k strips of rows; k strips of columns of the remaining rows; and what then remains."""
     high, wide = (n - p + 1 for n, p in zip(c.image, c.window.shape, strict=True))
     (rows, below), (columns, beside) = divmod(high, k), divmod(wide, k)
     found = [
@@ -54,9 +54,9 @@ def groups(c: Collection, k: int) -> list[Group]:
 
 
 def cut(c: Collection, n: int) -> tuple[list[Group], float]:
-    """Into which strips each of n images is cut, and what part of the work is left then.
+    """The strips into which each of n images is cut, and their work relative to whole images.
 
-    No strips and all of the work where cutting does not pay, or is not right.
+    No strips and 1.0 if strips would not be faster, or would change the result.
     """
     k = LANES // math.gcd(n, LANES)
     if not c.wraps or c.variants != (Variant(),) or k == 1:
@@ -69,7 +69,7 @@ def cut(c: Collection, n: int) -> tuple[list[Group], float]:
 
 
 def fold(request: ScanRequest, leaders: int, into: list[Group], by: Folds) -> Fold:
-    """The fold over the images, `by` a kernel, group by group of those that they are cut into."""
+    """The fold over images cut `into` groups of strips, each folded `by` a kernel."""
     c, index = request.collection, request.index
     (P, Q), (H, W) = c.window.shape, c.image
     folds: list[Fold] = []
@@ -96,7 +96,7 @@ def fold(request: ScanRequest, leaders: int, into: list[Group], by: Folds) -> Fo
 
 
 def _by_columns(request: ScanRequest, leaders: int, by: Folds) -> Fold:
-    """The fold of large pictures, some columns at a time: a site's numbers stay in the cache."""
+    """The fold of large pictures, some columns at a time, so that data stays in the CPU cache."""
     c, Q = request.collection, request.collection.window.shape[1]
     rows, columns = c.frame
     step = max(1, SITES // rows)

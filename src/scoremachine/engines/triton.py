@@ -1,12 +1,12 @@
 """The fold over every patch of every image in one GPU kernel: products, softmax and mean at once.
 
-Logits are differences of large numbers, so they are made of whole ones. A picture is rounded to
-2^-23 of its largest number, and cut into three signed bytes,
+Logits are differences of large numbers, so they are computed from integers. A picture is rounded
+to 2^-23 of its largest value, and split into three signed bytes,
 
     q = 65536 q_2 + 256 q_1 + q_0,
 
-whose products with the images' bytes the matrix units of a GPU add up without an error. Only what
-is left after the largest logit is subtracted, in float64, goes through exp in float32.
+whose products with the images' bytes the matrix units of a GPU sum without rounding. The largest
+logit is subtracted in float64; only this difference is passed to exp in float32.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from scoremachine.core.posterior import ScanRequest
 from scoremachine.core.windows import Box
 from scoremachine.engines.compiled import NOTHING
 
-LARGEST = 127 * (65536 + 256 + 1)  # number of three signed bytes
-PARTS = 64  # of the source, at most, that are folded side by side
-STATES = 2**18  # of sites and parts of the source
-NUMBERS = 2**25  # of the windows of pictures that go together
-ROOM = 2**34  # bytes, at most, of a corpus that stays on the device
+LARGEST = 127 * (65536 + 256 + 1)  # the largest number with three equal signed bytes
+PARTS = 64  # the most chunks of the source that are folded in parallel
+STATES = 2**18  # the most pairs of a site and a chunk of the source
+NUMBERS = 2**25  # values in the windows of pictures that are processed together
+ROOM = 2**34  # the most bytes of a corpus that is kept on the device
 CHUNK = 2**28  # bytes that are sent there at a time
-CHANNELS = 4  # at most
-WINDOW = 2**17  # numbers of a window whose squares an int32 can hold
-LEAST = (8, 0)  # a GPU's version with such matrix units
+CHANNELS = 4  # the most channels
+WINDOW = 2**17  # the most values of a window, so that int32 can hold the sum of their squares
+LEAST = (8, 0)  # the least compute capability with such matrix units
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a GPU is filled.
+    """The launch configuration of the kernel.
 
     Attributes:
         rows: Queries of a program.
-        sources: Patches that it looks at in one step.
-        depth: Numbers of both in one product.
-        warps: Of 32 threads each, in a program.
-        stages: Steps whose numbers are fetched ahead.
+        sources: Patches that it processes in one step.
+        depth: Values of both in one product.
+        warps: Warps of a program.
+        stages: Pipeline stages of loads.
     """
 
     rows: int = 64
@@ -64,7 +64,7 @@ LAUNCH = Launch()
 
 @functools.cache
 def available() -> bool:
-    """Whether there is a GPU with matrix units for bytes, and Triton to write for it."""
+    """Whether there is a GPU with matrix units for bytes, and Triton."""
     return (
         torch.cuda.is_available()
         and torch.cuda.get_device_capability() >= LEAST
@@ -73,7 +73,7 @@ def available() -> bool:
 
 
 def folds(collection: Collection) -> bool:
-    """Whether sites are compared as they are here: boxes of pixels with all patches as they are."""
+    """Whether the kernel supports a collection: plain boxes around pixels, all patches."""
     plain = all(v.contrast == 1 and v.brightness == 0 for v in collection.variants)
     pixels = collection.sites == "pixels" and collection.response == "pixel"
     boxes = isinstance(collection.window, Box) and collection.source == "every"
@@ -81,7 +81,7 @@ def folds(collection: Collection) -> bool:
 
 
 def answers(request: ScanRequest) -> bool:
-    """Whether `fold` can answer."""
+    """Whether `fold` supports a request."""
     images, c = request.keys, request.collection
     levels = images.dtype == np.uint8 and request.values is None and request.u is None
     small = images.shape[1] <= CHANNELS and images.shape[1] * math.prod(c.window.shape) <= WINDOW
@@ -89,31 +89,31 @@ def answers(request: ScanRequest) -> bool:
 
 
 def rounded(y: Tensor) -> Tensor:
-    """The pictures (B, C, H, W) that are compared where y is asked for."""
+    """The rounded pictures (B, C, H, W) that are compared instead of y."""
     return _in_units(*_in_steps(y))
 
 
 def compared(request: ScanRequest, known: Fold) -> tuple[ScanRequest, Fold]:
-    """The request that a fold of `fold` answers, and the fold without the |y|^2 of `_left_out`."""
+    """The request for the rounded pictures, and their fold, without the term of `_left_out`."""
     near = rounded(request.y)
     extra = _left_out(request.y, near, request.sigma, request.collection)
     return replace(request, y=near), replace(known, m=known.m - extra)
 
 
 def _left_out(y: Tensor, near: Tensor, sigma: Tensor, c: Collection) -> Tensor:
-    """What logits need for near, where others leave out the |y|^2 of y: (B, *sites)."""
+    """The correction of logits of `near` if the omitted term is |y|^2 of y instead: (B, *sites)."""
     return c.window_sum((y**2 - near**2).sum(1)) / (2 * sigma[:, None, None] ** 2)
 
 
 def _in_steps(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures in whole steps, as images are stored, bytes from -128 to 127; the steps, (B,)."""
+    """Pictures, in units of bytes from -128 to 127, as integer multiples of a step; steps (B,)."""
     q = 127.5 * y - 0.5
     step = q.abs().amax((1, 2, 3)).clamp(min=1.0) / LARGEST
     return torch.round(q / step[:, None, None, None]), step
 
 
 def _in_units(whole: Tensor, step: Tensor) -> Tensor:
-    """The pictures that whole steps are."""
+    """The inverse of `_in_steps`: pictures in units of x."""
     return (whole * step[:, None, None, None] + 0.5) / 127.5
 
 
@@ -163,19 +163,19 @@ def fold(request: ScanRequest, leaders: int, device: torch.device, launch: Launc
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which sites see which numbers of a picture, and which patches they are compared with.
+    """The windows of all sites, and the patches that they are compared with.
 
     Attributes:
-        classes: A row for every class of sites, int32 (n, 5): numbers in its window; rows and
-            columns of patches in an image; where the first of them begins, and how far from there
-            the site's own pixel is.
-        places: Where the numbers of each site's window are in a picture, int32 (sites, K); K is
-            the most of them, rounded up to `Launch.depth`.
-        offsets: Where the numbers of each kind's patches are in an image, counted from the
-            patch's first, int32 (n, K).
-        sites: The sites, kind by kind.
-        counts: How many of each kind.
-        work: How many patches of an image each kind is compared with.
+        classes: A row for every class of sites, int32 (n, 5): values in its window; rows and
+            columns of patches in an image; the position of the first patch, and the offset of the
+            site's own pixel from a patch's first.
+        places: The positions of each site's window values in a picture, int32 (sites, K); K is the
+            largest number of them, rounded up to a multiple of `Launch.depth`.
+        offsets: The positions of a patch's values in an image, relative to its first, for each
+            class, int32 (n, K).
+        sites: The sites, class by class.
+        counts: The number of sites of each class.
+        work: The number of patches of an image that each class is compared with.
     """
 
     classes: Tensor
@@ -186,9 +186,9 @@ class Plan:
     work: np.ndarray
 
     def rows(self, B: int, height: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For B pictures: picture and site of each row, and (kind, first row, rows) of each block.
+        """For B pictures: picture and site of each row, and (class, first row, rows) of each block.
 
-        The rows go by kinds, in each by pictures. The blocks with most to do come first.
+        The rows are sorted by class, then by picture. The blocks with most work come first.
         """
         device = self.sites.device
         kinds = torch.from_numpy(np.repeat(np.arange(len(self.counts)), self.counts)).to(device)
@@ -204,7 +204,7 @@ class Plan:
         return picture[order], self.sites.repeat(B)[order], torch.from_numpy(blocks).to(device)
 
     def digits(self, whole: Tensor, picture: Tensor, site: Tensor) -> Tensor:
-        """Windows of pictures of whole numbers as three signed bytes, lowest first: (3, R, K)."""
+        """Windows of integer pictures as three signed bytes, lowest first: int8 (3, R, K)."""
         R, K = len(site), self.places.shape[1]
         found = torch.empty(3, R, K, dtype=torch.int8, device=whole.device)
         flat, step = whole.to(torch.int32).flatten(1), max(1, NUMBERS // K)
@@ -259,20 +259,21 @@ _kept: tuple[weakref.ref[np.ndarray], Tensor] | None = None  # the last corpus, 
 
 
 def _read(request: ScanRequest, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """The images of the source as bytes from -128 on: a corpus or a part of it, and which of them.
+    """The images of the source as signed bytes, in one or several pieces of the corpus.
 
-    With them comes the place of their first in the corpus.
+    Yields a piece, the positions of the source's images in it, and the position of its first image
+    in the corpus.
     """
     global _kept
     images, index = request.keys, request.index
-    device = torch.empty(0, device=device).device  # "cuda" is one of them
+    device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
     room = ROOM
     if device.type == "cuda":
         room = min(room, torch.cuda.get_device_properties(device).total_memory // 4)
     if images.nbytes <= room:
         kept = _kept
         if kept is None or kept[0]() is not images or kept[1].device != device:
-            kept = _kept = None  # never two at once
+            kept = _kept = None  # so that two are never in memory
             kept = _kept = weakref.ref(images), _bytes(images, device)
         yield kept[1], torch.from_numpy(index).to(device), 0
         return
@@ -296,7 +297,7 @@ def _launched(
     plan: Plan, digits: Tensor, scales: Tensor, blocks: Tensor, images: Tensor, ids: Tensor,
     leaders: int, kept: int, launch: Launch,
 ) -> Fold:  # fmt: skip
-    """Folds of all rows, (1, R): the parts of the source side by side, then merged."""
+    """Folds of all rows, (1, R): the chunks of the source in parallel, then merged."""
     (C, H, W), R = images.shape[1:], digits.shape[1]
     parts = max(1, min(PARTS, STATES // len(plan.sites)))
     sums = torch.zeros(parts, C + 3, R, dtype=torch.float64, device=images.device)
@@ -321,7 +322,7 @@ def _launched(
 
 
 def _in_order(fold: Fold, c: Collection, B: int, picture: Tensor, site: Tensor) -> Fold:
-    """A fold of rows (1, ..., R) as one of pictures and sites (B, ..., *sites)."""
+    """Rearranges a fold of rows (1, ..., R) to pictures and sites (B, ..., *sites)."""
     to = picture * math.prod(c.grid) + site
 
     def ordered(x: Tensor) -> Tensor:
@@ -335,7 +336,7 @@ def _in_order(fold: Fold, c: Collection, B: int, picture: Tensor, site: Tensor) 
 
 @functools.cache
 def _program() -> Any:
-    """The kernel, compiled when it is first launched."""
+    """The kernel, which is compiled at its first launch."""
     from scoremachine.engines.triton_programs import fold_rows
 
     return fold_rows

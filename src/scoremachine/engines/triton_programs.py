@@ -1,4 +1,4 @@
-"""The GPU program of `fused`, in Triton: imported where there is Triton, and nowhere else."""
+"""The GPU kernel of `engines.triton`, imported only if Triton is available."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ NOTHING = tl.constexpr(whole.NOTHING)
 @triton.jit
 def fold_rows(
     digits,  # int8 (3, R, K): the queries
-    scales,  # float64 (R, 2): what products and squares are multiplied with
+    scales,  # float64 (R, 2): factors of products and squares
     blocks,  # int32 (blocks, 3): kind, first row, rows
-    classes,  # int32 (kinds, 5), see `fused.Plan`
+    classes,  # int32 (kinds, 5), see `engines.triton.Plan`
     offsets,  # int32 (kinds, K)
     images,  # int8 (N, C, H, W)
-    ids,  # int64 (n): which of them
+    ids,  # int64 (n): the positions of the source's images
     sums,  # float64 (parts, C + 3, R): m, Z, Z2 and S of each row
     best,  # float64 (parts, R, KEPT): the largest logits
-    places,  # int64 (parts, R, KEPT): where they come from
+    places,  # int64 (parts, R, KEPT): their sources
     R,
     K,
     n,
@@ -52,7 +52,7 @@ def fold_rows(
     depth = tl.arange(0, DEPTH)
     channel = tl.arange(0, 4)
 
-    # patches of all images, one after the other: the part's are [begin, begin + stop)
+    # of the patches of all images, in order, this program has [begin, begin + stop)
     total = tl.cast(n, tl.int64) * each
     begin = total * part // parts
     stop = (total * (part + 1) // parts - begin).to(tl.int32)
@@ -64,10 +64,10 @@ def fold_rows(
     Z2 = tl.zeros([ROWS], tl.float64)
     S = tl.zeros([ROWS, 4], tl.float64)
     kept = tl.arange(0, KEPT)
-    # places after the last leader are never the smallest
+    # slots after the last leader are never the smallest
     logits = tl.zeros([ROWS, KEPT], tl.float64) + tl.where(kept < LEADERS, NOTHING, -NOTHING)[None]
     origin = tl.zeros([ROWS, KEPT], tl.int64) - 1
-    # the first sources are looked at once before they count, for a first m
+    # step -1 only finds a first m, from the same sources as step 0
     for step in range(-1, (stop + SOURCES - 1) // SOURCES):
         s = tl.maximum(step, 0) * SOURCES + tl.arange(0, SOURCES)
         is_source = s < stop
@@ -103,11 +103,12 @@ def fold_rows(
         counts = step >= 0
         rise = tl.where(counts, tl.maximum(top, 0.0), top)
         m += rise.to(tl.float64)
-        # from l again: a rise of a million nats leaves float32 nothing after the point
+        # from l again: after a rise of a million nats float32 has no fractional digits
         w = tl.where(is_source[None] & counts, tl.exp((l - m[:, None]).to(tl.float32)), 0.0)
-        # nothing has been added up yet where m falls
+        # where m falls, the sums are still zero
         less = tl.exp(-tl.maximum(rise, 0.0)).to(tl.float64)
-        # sums without a rounding: a mean is then off by no more than its patches differ
+        # summed in float64, so that the error of a mean is at most proportional to the
+        # differences between its patches
         exactly = w.to(tl.float64)
         Z = Z * less + tl.sum(exactly, 1)
         Z2 = Z2 * less * less + tl.sum(exactly * exactly, 1)
@@ -121,7 +122,7 @@ def fold_rows(
             largest = tl.max(l, 1)
             while tl.max((largest > smallest).to(tl.int32), 0) > 0:
                 better = largest > smallest
-                # the first of the largest, in place of the first of the smallest
+                # the first of the largest replaces the first of the smallest
                 order = tl.arange(0, SOURCES)[None]
                 which = tl.min(tl.where(l == largest[:, None], order, SOURCES), 1)
                 slot = tl.min(tl.where(logits == smallest[:, None], kept[None], KEPT), 1)

@@ -1,16 +1,16 @@
-"""Vectors for compiled code: a numba type of several numbers side by side, and plain arithmetic.
+"""SIMD vectors for compiled code: a numba type of several numbers, and plain arithmetic.
 
-LLVM lowers a vector to what the machine has (AVX-512, AVX2, NEON). `simd` makes eight doubles of
-this, `search.floats` sixteen floats:
+LLVM lowers a vector to the instructions of the processor (AVX-512, AVX2, NEON). `simd` defines
+vectors of eight doubles with this module, `search.floats` of sixteen floats:
 
     u + v, u - v, u * v    with vectors of the same type, or numbers
     loads(...)             makes a function load(a, i): a[i : i + lanes], from a flat array
     stores(...)            makes store(a, i, v)
     splats(...)            makes splat(x): the vector whose lanes all hold x
     broadcasts(...)        makes broadcast(a, i): the vector of a[i]
-    each(...)              makes a function of one vector, lane by lane, as LLVM has it
+    each(...)              makes a function that applies an LLVM intrinsic lane by lane
     totals(...)            makes hsum(v): the sum of the lanes
-    maxima(...)            makes hmax(v): the largest
+    maxima(...)            makes hmax(v): the largest lane
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
 FLAGS = ("contract", "reassoc", "nsz", "arcp")
-NUMBERS: dict[Any, tuple[ir.Type, str]] = {  # of lanes: the type in LLVM, and its name there
+NUMBERS: dict[Any, tuple[ir.Type, str]] = {  # type of a lane: its LLVM type, and LLVM's suffix
     types.float64: (ir.DoubleType(), "f64"),
     types.float32: (ir.FloatType(), "f32"),
     types.int32: (ir.IntType(32), "i32"),
@@ -52,7 +52,7 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def pointer(context: Any, builder: Any, array_type: Any, array: Any, i: Any, vector: Any) -> Any:
-    """Where array[i] is, as a pointer to an LLVM vector."""
+    """The address of array[i], as a pointer to an LLVM vector."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [i]), vector.as_pointer())
 
@@ -63,7 +63,7 @@ def loads(
     stored: Any = None,
     convert: Callable[[Any, Any], Any] | None = None,
 ) -> Any:
-    """Makes a function that loads a vector, of another LLVM type in memory where one is given."""
+    """Makes a function that loads a vector; `stored` is its LLVM type in memory if it differs."""
 
     @intrinsic
     def load(typing: Any, array: Any, i: Any) -> Any:
@@ -102,7 +102,7 @@ def splatted(builder: Any, vector: Vector, x: Any) -> Any:
 
 
 def splats(vector: Vector) -> Any:
-    """Makes a function that fills the lanes with a number."""
+    """Makes a function that fills all lanes with a number."""
 
     @intrinsic
     def splat(typing: Any, x: Any) -> Any:
@@ -115,7 +115,7 @@ def splats(vector: Vector) -> Any:
 
 
 def broadcasts(vector: Vector) -> Any:
-    """Makes a function that fills the lanes with a number of an array."""
+    """Makes a function that fills all lanes with one element of an array."""
 
     @intrinsic
     def broadcast(typing: Any, array: Any, i: Any) -> Any:
@@ -180,7 +180,7 @@ def llvm(
 
 
 def each(vector: Vector, name: str) -> Any:
-    """Makes a function that is the LLVM intrinsic llvm.NAME, lane by lane."""
+    """Makes a function that applies the LLVM intrinsic llvm.NAME lane by lane."""
     call = llvm(vector, name, vector.llvm, vector.llvm)
 
     @intrinsic

@@ -1,6 +1,6 @@
-"""The fold of the one site that is the whole image, on the CPU: straight from the bytes.
+"""The fold of a single site that is the whole image, on the CPU, directly from the bytes.
 
-No buffer and no table: a logit is one inner product, and the corpus is read once.
+It needs no buffer and no table: a logit is one inner product, and the corpus is read once.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def _add_bytes(total, w, u):
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def _fold(part, parts, flat, index, y, scale, T, middle, m, Z, Z2, S, logits, places):
-    """The first pass of a part."""
+def _fold(chunk, chunks, flat, index, y, scale, T, middle, m, Z, Z2, S, logits, places):
+    """The first pass over a chunk."""
     B, D = y.shape
     N, k = len(index), logits.shape[1]
-    lo, hi = part * N // parts, (part + 1) * N // parts
+    lo, hi = chunk * N // chunks, (chunk + 1) * N // chunks
     l = np.empty((B, hi - lo))
     for n in range(lo, hi):
         u = flat[index[n]]
@@ -87,37 +87,37 @@ def _fold(part, parts, flat, index, y, scale, T, middle, m, Z, Z2, S, logits, pl
 def fold_whole(
     images: np.ndarray, index: np.ndarray, y: np.ndarray, scale: np.ndarray, T: np.ndarray, k: int
 ) -> tuple[np.ndarray, ...]:
-    """The fold of one site that is the whole image, parts along axis 0. Reads the corpus once."""
+    """The fold of one site that is the whole image, with chunks along axis 0."""
     B, C, H, W = y.shape
-    parts = min(PARTS, len(index))
-    m = np.full((parts, B, 1, 1), NOTHING)
-    Z, Z2 = np.zeros((parts, B, 1, 1)), np.zeros((parts, B, 1, 1))
-    S = np.zeros((parts, B, C * H * W))
-    logits = np.full((parts, B, k, 1, 1), NOTHING)
-    places = np.full((parts, B, k, 1, 1), -1)
+    chunks = min(PARTS, len(index))
+    m = np.full((chunks, B, 1, 1), NOTHING)
+    Z, Z2 = np.zeros((chunks, B, 1, 1)), np.zeros((chunks, B, 1, 1))
+    S = np.zeros((chunks, B, C * H * W))
+    logits = np.full((chunks, B, k, 1, 1), NOTHING)
+    places = np.full((chunks, B, k, 1, 1), -1)
     flat, middle = images.reshape(len(images), -1), (H * W, H // 2 * W + W // 2)
-    asked = flat, index, y.reshape(B, -1), scale, T, middle
-    fill(_fold, asked, (m, Z, Z2, S, logits, places))
-    return m, Z, Z2, S.reshape(parts, B, C, H, W), logits, places
+    arguments = flat, index, y.reshape(B, -1), scale, T, middle
+    fill(_fold, arguments, (m, Z, Z2, S, logits, places))
+    return m, Z, Z2, S.reshape(chunks, B, C, H, W), logits, places
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
-def _spread(part, parts, flat, index, y, u, scale, T, m, Z, b_mean, total):
-    """The second pass of a part."""
+def _accumulate(chunk, chunks, flat, index, y, u, scale, T, m, Z, b_mean, total):
+    """The second pass over a chunk."""
     N = len(index)
     B, D = y.shape
-    sums_ = np.zeros(B)
-    for n in range(part * N // parts, (part + 1) * N // parts):
+    total_weight = np.zeros(B)
+    for n in range(chunk * N // chunks, (chunk + 1) * N // chunks):
         image = flat[index[n]]
         for p in range(B):
             l = _logit(image, y[p]) * scale[p] - m[p, 0, 0]
             if l >= -T[p]:
                 w = math.exp(l) / Z[p, 0, 0] * (_inner(image, u[p]) - b_mean[p, 0, 0])
-                sums_[p] += w
+                total_weight[p] += w
                 _add_bytes(total[p], w, image)
     for p in range(B):
         for d in range(D):
-            total[p, d] = total[p, d] * (1.0 / 127.5) - sums_[p]
+            total[p, d] = total[p, d] * (1.0 / 127.5) - total_weight[p]
 
 
 def accumulate_whole(
@@ -129,12 +129,12 @@ def accumulate_whole(
     T: np.ndarray,
     known: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> np.ndarray:
-    """sum_s w_s (b_s - mean of b) s of whole images, (parts, B, C, H, W).
+    """sum_s w_s (b_s - mean of b) s of whole images, (chunks, B, C, H, W).
 
     `known`: m, Z and the mean of b at every site.
     """
     B = len(y)
     total = np.zeros((min(PARTS, len(index)), *y.shape))
     flat, D = images.reshape(len(images), -1), total.reshape(len(total), B, -1)
-    fill(_spread, (flat, index, y.reshape(B, -1), u, scale, T, *known), (D,))
+    fill(_accumulate, (flat, index, y.reshape(B, -1), u, scale, T, *known), (D,))
     return total

@@ -1,7 +1,7 @@
-"""Patch size and composition by resolution and kind of picture: error and effective sources.
+"""Ablation of patch size and composition, by resolution and kind of picture.
 
-A box answers for its middle pixel (`ls`) or for all of itself, and then overlapping boxes are
-averaged (`pspc`); it ends sharply or fades out (`+gaussian`).
+A box contributes to its middle pixel only (`ls`), or to all of its pixels, with overlapping boxes
+averaged (`pspc`); its weights are constant or tapered (`+gaussian`).
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from scoremachine.machines.machine import Batch
 from scoremachine.runtime.progress import Bar, bar
 from scoremachine.runtime.validation import check_integer
 
-LAYOUT = 2  # of the files in the cache of the corpus
+LAYOUT = 2  # version of the cached files
 VARIANTS = ("ls", "ls+gaussian", "pspc", "pspc+gaussian")
 LEVELS = (5.0, 2.0, 1.0, 0.5, 0.2)
 
 
 @dataclass
 class Trial:
-    """One machine of one patch size at one noise level.
+    """The result of one machine with one patch size at one noise level.
 
     Attributes:
         corpus, shape: The images' name, and (C, H, W).
-        images: How many the machine was made of.
-        machine: As it was asked for: "pspc+gaussian".
+        images: The number of images in the source.
+        machine: As it was specified: "pspc+gaussian".
         patch_size, sigma: P, and the noise level.
         errors: Mean squared errors on R held-out images, (R,).
         effective: Effective number of sources, the median over sites and pictures.
@@ -54,7 +54,7 @@ class Trial:
 
     @property
     def error(self) -> float:
-        """The mean."""
+        """The mean error."""
         return float(self.errors.mean())
 
 
@@ -66,17 +66,17 @@ def ablation(
     held_out: int = 16,
     seed: int = 0,
 ) -> list[Trial]:
-    """Measures machines of boxes at every patch size, on several sets of images.
+    """Measures box-window machines at every patch size, on several sets of images.
 
-    What is finished is kept in the cache of the corpora.
+    Finished measurements are kept in the cache.
 
     Arguments:
         corpora: The sets.
-        machines: Names, as `machines.spelled` takes them, of machines of boxes.
-        patch_sizes: P; None: from 3 to the side, ever further apart. Those that do not fit a set
-            are left out of it.
+        machines: Names of box-window machines, in the syntax of `machines.spelled`.
+        patch_sizes: P; None: from 3 to the side, ever further apart. Sizes that do not fit a set
+            are left out for it.
         sigmas: Noise levels.
-        held_out: How many images of each set report; the others are the source.
+        held_out: The number of test images of each set; the others are the source.
         seed: Of the choice of images and of their noise.
 
     Raises:

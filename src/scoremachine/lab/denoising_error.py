@@ -17,23 +17,23 @@ from scoremachine.machines import MACHINES, Composite, Machine, build, kind_of
 from scoremachine.runtime.progress import bar, say
 from scoremachine.runtime.validation import check_integer
 
-WEIGHING = 4  # times as many images weigh the machines of a composite as choose a locality
-ELS_IMAGES = 1000  # ELS is brute force: about a second a picture and step for so many
-DRAWS = 2000  # of a bootstrap
+WEIGHING = 4  # images for the weights of a composite, as a multiple of the validation images
+ELS_IMAGES = 1000  # images of an exact ELS, with which a picture takes about a second per step
+DRAWS = 2000  # resamples of a bootstrap
 
 
 @dataclass
 class Errors:
-    """Denoising errors of a machine with its settings chosen in one manner.
+    """Denoising errors of a machine with one choice of its settings.
 
     Mean squared, in units of x in [-1, 1].
 
     Attributes:
         machine: The machine's name.
         choice: How its locality was chosen: "published: NAME", "calibrated", "calibrated, h", or ""
-            where it has none.
-        images: How many images it was made of.
-        sigmas: The K noise levels, falling.
+            if it has none.
+        images: The number of images in its source.
+        sigmas: The K noise levels, in descending order.
         errors: (K, R): the errors on R held-out images.
         values: (K,): its locality at each level, or empty.
         bandwidths: (K,): its bandwidth at each level.
@@ -54,12 +54,12 @@ class Errors:
 
     @property
     def with_bandwidth(self) -> bool:
-        """Whether its bandwidth was chosen too."""
+        """Whether its bandwidth was calibrated too."""
         return self.choice.split(", ")[-1] == "h"
 
     @property
     def mean(self) -> np.ndarray:
-        """(K,)."""
+        """The mean errors, (K,)."""
         return self.errors.mean(1)
 
     def interval(self) -> tuple[np.ndarray, np.ndarray]:
@@ -69,22 +69,22 @@ class Errors:
 
 
 def _resampled(errors: np.ndarray) -> np.ndarray:
-    """Means over resampled images, the same ones for everyone: (K, DRAWS)."""
+    """Means over resampled images, which are the same in all calls: (K, DRAWS)."""
     R = errors.shape[1]
     draws = np.random.default_rng(0).integers(0, R, (DRAWS, R))
     return errors[:, draws].mean(2)
 
 
 def ties(all_errors: Sequence[Errors]) -> np.ndarray:
-    """(entries, K): whether one is the best at a level, or within the noise of the images of it."""
+    """(entries, K): whether an entry is the best at a level, or not distinguishable from it."""
     return best_or_tied(np.stack([e.errors for e in all_errors]))
 
 
 def best_or_tied(errors: np.ndarray) -> np.ndarray:
-    """(entries, K) of errors (entries, K, R): whether one is the least, or not statistically
-    distinguishable from it.
+    """(entries, K) of errors (entries, K, R): whether the mean is the lowest, or tied with it.
 
-    The 95% bootstrap interval of the paired difference to the best, over the R pictures, holds 0.
+    Tied: not statistically distinguishable, since the 95% bootstrap interval of the paired
+    difference to the best, over the R pictures, contains 0.
     """
     best = errors.mean(2).argmin(0)
     tied = np.zeros(errors.shape[:2], dtype=bool)
@@ -116,11 +116,11 @@ def highest_or_tied(values: np.ndarray) -> np.ndarray:
 
 
 def fewer(name: str, source: np.ndarray, most: int | None = None) -> np.ndarray:
-    """The source, or `most` images of it (1,000) for machines that look at every position."""
+    """The source, or `most` of its images (1,000) for machines that compare all positions."""
     most = most or ELS_IMAGES
     if not MACHINES[name].equivariant or len(source) <= most:
         return source
-    say(f"{name} is brute force over every position: it takes {most:,} of {len(source):,}")
+    say(f"{name} compares all positions, so it uses {most:,} of {len(source):,} images")
     return source[np.linspace(0, len(source) - 1, most).astype(np.int64)]
 
 
@@ -136,18 +136,17 @@ def denoising_errors(
     """Measures machines on the same held-out images with the same noise.
 
     Every machine is measured with its locality calibrated (on other held-out images), and again
-    with its bandwidth calibrated too. What is measured is kept in the cache of the corpus, level by
-    level.
+    with its bandwidth calibrated too. Results are kept in the cache, level by level.
 
     Arguments:
-        corpus: The images; those held out are no source. `els` takes 1,000 of the others.
+        corpus: The images; those held out are left out of the source. `els` uses 1,000 others.
         machines: Names.
         sigmas: Noise levels; None: the 18 of EDM.
-        validation: How many held-out images calibrate. A composite is weighed on four times as
-            many, these among them, and made of so many fewer.
-        test: How many others report.
+        validation: The number of validation images. The weights of a composite are fitted on four
+            times as many, which include these; the additional ones are left out of its source.
+        test: The number of test images.
         seed: Of the choice of images and of their noise.
-        published: Also these: (machine, locality), as ("pspc", "pspc-cifar10").
+        published: Additional (machine, locality) pairs, as ("pspc", "pspc-cifar10").
 
     Raises:
         ValueError: For an unknown name, or a corpus of fewer than 3 images.
@@ -158,10 +157,10 @@ def denoising_errors(
     also = []
     for name, locality in ((kind_of(name).name, locality) for name, locality in published):
         if name not in {machine.name for machine in built}:
-            raise ValueError(f"{name} as published is asked for, but not among the machines")
+            raise ValueError(f"published has {name}, which is not among the machines")
         setting = kind_of(name).locality
         if setting is None:
-            raise ValueError(f"{name} has no locality, so nothing of it can be as published")
+            raise ValueError(f"{name} has no locality, so it has no published schedule")
         schedule = LOCALITIES[setting].of(locality)
         also.append((schedule, build(name, corpus, **{setting: schedule})))
     _, source, validating, testing = split(corpus, validation, seed, test=test)
@@ -202,7 +201,7 @@ def _calibrated(
 
 
 def _mixed(machine: Composite, parts: Parts, sigmas: Any, validation: int, seed: int) -> Errors:
-    """The composite: weighed on the images that choose localities and on some of the source."""
+    """The composite, with weights fitted on the validation images and on some of the source."""
     levels = edm_sigmas() if sigmas is None else sigmas
     corpus, source, validating, testing = parts
     ready = with_calibrated(machine, levels, validation, seed, parts)
@@ -225,7 +224,7 @@ def _published(
 def _as_it_is(
     made: Machine, parts: Parts, sigmas: Any, choice: str, validation: int, seed: int
 ) -> Errors:
-    """A machine of which nothing is left to choose."""
+    """The errors of a machine whose settings are all explicit."""
     c = calibrate(made, sigmas, validation, (), (), seed, parts)
     nothing = [0.0] * len(c.sigmas)
     return Errors(made.name, choice, c.source, c.sigmas, np.array(c.plain_errors), [], nothing)

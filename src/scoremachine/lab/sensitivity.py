@@ -1,4 +1,4 @@
-"""What a denoiser looks at: how much D at a pixel changes with y at every distance from it."""
+"""Sensitivity of a denoiser: how much D at a pixel depends on y at every offset from it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from scoremachine.data.heatmaps import gradients
 from scoremachine.runtime.progress import bar
 from scoremachine.runtime.validation import check_integer
 
-SHARE = 0.9  # of a map that its width holds
-BATCH = 16  # gradients that are taken together
+SHARE = 0.9  # share of a map within its width
+BATCH = 16  # gradients that are computed together
 
 
 class Denoises(Protocol):
@@ -29,14 +29,14 @@ class Denoises(Protocol):
 
 @dataclass
 class Sensitivity:
-    """Mean squared gradients of D by y, by the distance between their pixels.
+    """Mean squared gradients of D by y, by the offset between their pixels.
 
     Attributes:
-        label: Whose.
+        label: The denoiser's.
         sigmas: The K noise levels.
         maps: float64 (K, 2 H - 1, 2 W - 1): maps[k, H - 1 + a, W - 1 + b] is the mean square of
-            dD[i, j] / dy[i + a, j + b], over output pixels (i, j), channels and pictures. What
-            never fits inside a picture is 0.
+            dD[i, j] / dy[i + a, j + b], over output pixels (i, j), channels and pictures. It is 0
+            at offsets that no measured pair of pixels has.
     """
 
     label: str
@@ -44,9 +44,9 @@ class Sensitivity:
     maps: np.ndarray
 
     def width(self, k: int, share: float = SHARE) -> int:
-        """The side of the least centred square that holds a share of the map: odd, in pixels.
+        """The side of the smallest centred square that holds a share of the map: odd, in pixels.
 
-        What a patch size would be, were the denoiser a machine of boxes. 0 for a map of zeros.
+        It corresponds to the patch size of a box-window machine. 0 for a map of zeros.
         """
         m = self.maps[k]
         a, b = (n // 2 for n in m.shape)
@@ -69,20 +69,20 @@ def sensitivity(
     pixels: int = 32,
     seed: int = 0,
 ) -> Sensitivity:
-    """Measures what a denoiser looks at, on noised images.
+    """Measures the sensitivity of a denoiser on noised images.
 
     Arguments:
         denoiser: A machine or a network.
-        corpus: Where the images come from: no source of the machine, nor seen by the network, for
-            a denoiser that knows an image by heart looks at nothing.
+        corpus: The images, which should be neither in the source of the machine nor seen by the
+            network, since a denoiser that has memorized an image does not depend on y near it.
         sigmas: Noise levels.
-        label: What to call it.
-        count: How many images.
-        pixels: How many output values of each, drawn.
+        label: Its label.
+        count: The number of images.
+        pixels: The number of random output values of each.
         seed: Of images, noise and pixels.
 
     Raises:
-        ValueError: For a count or a noise level that is none.
+        ValueError: For an invalid count, or no noise level.
     """
     C, H, W = corpus.shape
     check_integer("count", count)

@@ -1,4 +1,4 @@
-"""How small can it be? Held-out denoising error of a machine by the size of what it is made of."""
+"""Held-out denoising error of a machine by the size of its compressed source."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from scoremachine.runtime.progress import bar, say
 from scoremachine.runtime.validation import check_integer
 from scoremachine.sources.compression import budget_of, compress, least_bytes
 
-LAYOUT = 4  # of the files in the cache of the corpus
+LAYOUT = 4  # version of the cached files
 SIZES = ("30%", "10%", "3%", "1%", "0.3%", "0.1%", "0.03%", "0.01%")
-WITHIN = 1.05  # times the error of the exact machine, that counts as good
+WITHIN = 1.05  # the largest good error, relative to that of the exact machine
 
 
 @dataclass
@@ -34,10 +34,11 @@ class Sizes:
 
     Attributes:
         machine: The machine's name.
-        sizes: As they were asked for: "exact" first.
-        nbytes: What they take.
-        clusters, ranks: How many clusters of which rank; of the exact machine, images and 0.
-        sigmas: The K noise levels, falling.
+        sizes: As they were specified, with "exact" first.
+        nbytes: Their bytes.
+        clusters, ranks: The number of clusters and their rank; for the exact machine, the number of
+            images and 0.
+        sigmas: The K noise levels, in descending order.
         errors: (S, K, R): mean squared errors on R held-out images.
     """
 
@@ -51,23 +52,23 @@ class Sizes:
 
     @property
     def ratios(self) -> np.ndarray:
-        """(S, K): mean errors over that of the exact machine."""
+        """(S, K): mean errors divided by that of the exact machine."""
         means = self.errors.mean(2)
         return means / means[0]
 
     @property
     def good(self) -> np.ndarray:
-        """(S, K): whether the mean error is at most 1.05 of the exact machine's."""
+        """(S, K): whether the mean error is at most 1.05 times that of the exact machine."""
         return self.ratios <= WITHIN
 
     def smallest(self) -> list[int]:
-        """By position, the good size of the fewest bytes at each noise level, (K,)."""
+        """The position of the smallest good size at each noise level, (K,)."""
         order = np.argsort(self.nbytes, kind="stable")
         return [int(order[self.good[order, k].argmax()]) for k in range(len(self.sigmas))]
 
 
 def sides_of(machine: Machine) -> list[int] | None:
-    """The patches that a mixture needs for a machine: those of `els`, whose sizes are chosen."""
+    """The patch sizes for which a mixture needs clusters: those of `els`; None for others."""
     local = machine.local if isinstance(machine, EquivariantLocalScore) else None
     return sorted(map(int, set(local.values))) if isinstance(local, PatchSchedule) else None
 
@@ -81,21 +82,21 @@ def sizes(
     seed: int = 0,
     **settings: Any,
 ) -> Sizes:
-    """Measures a machine on held-out images: of all the others, and of mixtures of them.
+    """Measures a machine on held-out images, on all other images and on mixtures of them.
 
-    What is finished is kept in the cache of the corpus.
+    Finished measurements are kept in the cache.
 
     Arguments:
         corpus: The images.
-        machine: "ideal", "ls" or "els", whose patch sizes are those that the images choose.
-        asked: Sizes, as `compress` takes them.
+        machine: "ideal", "ls" or "els"; patch sizes are those calibrated on the images.
+        asked: Sizes, as in `compress`.
         sigmas: Noise levels; None: the 18 of EDM.
-        held_out: How many images report.
+        held_out: The number of test images.
         seed: Of the choice of images, their noise, and the clusters.
         settings: Of the machine.
 
     Raises:
-        ValueError: For other machines, or sizes that cannot be.
+        ValueError: For other machines, or invalid sizes.
     """
     check_integer("held_out", held_out)
     kind = kind_of(machine)

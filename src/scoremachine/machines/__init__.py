@@ -1,4 +1,4 @@
-"""The machines, one short file each, found by importing this folder, and `build`, by name."""
+"""The machines, one short file each, found by importing this folder, and `build`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scoremachine.machines.windowed import BoxMachine, WindowMachine
 
 TABLE = "ideal gaussian es ls els pspc pspc-flex pca smoothed composite".split()  # noqa: SIM905
 
-# each machine enters MACHINES when its module is imported: in the order of the table, then others
+# a machine is added to MACHINES when its module is imported; sorted: the table's order, then others
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 for _name in [*TABLE, *sorted(MACHINES.keys() - set(TABLE))]:

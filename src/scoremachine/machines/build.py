@@ -1,4 +1,4 @@
-"""Machines by name."""
+"""`build` and `calibrate`, which take a machine by its name."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ ALIASES = {"cfdm": "smoothed"}
 
 
 def kind_of(name: str) -> type[Machine]:
-    """The class of the machine called `name`; ValueError where there is none."""
+    """The class of the machine called `name`; ValueError if there is none."""
     name = ALIASES.get(name, name)
     check_name("machine", name, MACHINES)
     return MACHINES[name]
 
 
 def spelled(text: str) -> tuple[str, dict[str, Any]]:
-    """A machine as NAME[:LOCALITY][+WINDOW][+circular][+h]: its name, and settings of `build`.
+    """Parses NAME[:LOCALITY][+WINDOW][+circular][+h] into a name and settings of `build`.
 
-    The window is that of a machine of boxes, gaussian or wiener; circular is the boundary of
-    `els`; h stands for a calibrated bandwidth.
+    WINDOW is gaussian or wiener, for box-window machines; circular is the boundary of `els`; h
+    means a calibrated bandwidth.
 
     Raises:
         ValueError: For an unknown name, or a locality of a machine that has none.
     """
-    rest, *additions = re.split(r"\+(?!.*\.json)", text.strip())  # a path may hold one
+    rest, *additions = re.split(r"\+(?!.*\.json)", text.strip())  # a path may contain a plus
     name, colon, value = rest.partition(":")
     kind = kind_of(name)
     known = setting_names(kind)
@@ -73,8 +73,8 @@ def build(name: str, corpus: Corpus, **settings: Any) -> Machine:
         name: "ideal", "gaussian", "es", "ls", "els", "pspc", "pspc-flex", "pca", "smoothed"
             (also called "cfdm") or "composite".
         corpus: The images, or a `Mixture` of them.
-        settings: bandwidth, kernel, schedule, and what else the machine has. A `patch_size` of
-            "auto" is taken by machines without patches too.
+        settings: bandwidth, kernel, schedule, and the machine's other settings. Machines without
+            patches accept `patch_size="auto"` too, and ignore it.
 
     Raises:
         ValueError: For an unknown name or a setting that the machine does not have.
@@ -85,10 +85,10 @@ def build(name: str, corpus: Corpus, **settings: Any) -> Machine:
         del settings["patch_size"]
     for setting in settings:
         if setting not in known:
-            met = f"machine {name!r} has no setting {setting!r}"
+            problem = f"machine {name!r} has no setting {setting!r}"
             if setting == "label":
-                met += " (give it to denoise, score, log_density or generate)"
-            raise ValueError(unknown(met, setting, known))
+                problem += " (give it to denoise, score, log_density or generate)"
+            raise ValueError(unknown(problem, setting, known))
     return kind(corpus, **settings)
 
 
@@ -103,27 +103,27 @@ def calibrate(
 ) -> Calibration:
     """Chooses locality (patch size, share, threshold or delta) and bandwidth per noise level.
 
-    By held-out denoising: some images are left out of the source; half of those choose, the other
-    half report the error of what was chosen. A corpus of a few pictures is cut into crops first,
-    and held-out crops lie at least a window away from the source's. The result is kept beside the
-    corpus.
+    By held-out denoising: some images are left out of the source. The settings are chosen on half
+    of them, the validation images, and their error is reported on the other half, the test images.
+    A corpus of a few pictures is cut into crops first, and held-out crops are at least a crop's
+    width away from those of the source. The result is kept in the cache.
 
     Arguments:
         corpus: The images; those not held out are the source.
         machine: The machine's name.
         sigmas: Noise levels; None: the 18 of EDM.
-        held_out: How many images choose; as many others report.
+        held_out: The number of validation images, and of test images.
         seed: Of the choice of images and of their noise.
-        network: A trained network (`scoremachine.Network`): choose what is nearest to its D, as
-            Kamb & Ganguli 2412.20292 and Niedoba et al. 2411.19339 do, not to the clean image.
+        network: A trained network (`scoremachine.Network`): errors are measured to its D, as in
+            Kamb & Ganguli 2412.20292 and Niedoba et al. 2411.19339, not to the clean image.
         settings: `values` and `bandwidths` to try, and further settings of the machine, such as
             `boundary`. `values`: of the machine's locality; None: `machine.candidates()`, for boxes
             odd sizes from 3 to the image's side. (A box of one pixel often has the smallest error
-            where the noise is small, but its pixels know nothing of each other, and samples get
-            specks.) 0 is always among the bandwidths.
+            at low noise, but its pixels are denoised independently, so samples are speckled.)
+            0 is always among the bandwidths.
 
     Raises:
-        ValueError: Where the corpus has too few images, or an argument is out of range.
+        ValueError: If the corpus has too few images, or an argument is out of range.
     """
     values, bandwidths = settings.pop("values", None), settings.pop("bandwidths", BANDWIDTHS)
     prototype = build(machine, corpus, **settings)

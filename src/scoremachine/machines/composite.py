@@ -1,4 +1,4 @@
-"""Other machines mixed, with weights for every noise level."""
+"""A weighted sum of other machines, with weights for every noise level."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ Members = str | Sequence["str | Machine"] | Mapping[str, Machine]
 
 
 class Composite(Machine):
-    """Other machines' answers and the noisy picture itself, mixed: D = w_0 y + sum_m w_m D_m.
+    """A weighted sum of other machines and the noisy picture: D = w_0 y + sum_m w_m D_m.
 
-    The weights of a noise level add up to 1 and may be negative. "auto" finds them by ridge least
+    The weights of a noise level sum to 1 and may be negative. "auto" fits them by ridge least
     squares on held-out images (`scoremachine.calibration.stacking`; Breiman 1996, Stacked
-    regressions). w_0 does what a bandwidth does.
+    regressions). w_0 has the effect of a bandwidth.
 
     Arguments:
-        of: The machines: names by commas ("gaussian,ls:7,pspc"), or a sequence of names and
-            machines, or machines by label. A name is written as in `machines.build.spelled`.
-        weights: A `WeightSchedule`, as many numbers as machines (the rest to 1 is w_0), also as
-            a text by commas, or "auto".
+        of: The machines: comma-separated names ("gaussian,ls:7,pspc"), or a sequence of names and
+            machines, or a mapping from labels to machines. For names see `machines.build.spelled`.
+        weights: A `WeightSchedule`, or one number for each machine (w_0 is 1 minus their sum; also
+            as comma-separated text), or "auto".
         corpus, settings: See `Machine`.
 
     Raises:
-        ValueError: For no machines, two of one label, machines of other shapes, or weights that are
-            no finite numbers or not as many.
+        ValueError: For no machines, a repeated label, machines of another shape, or weights that
+            are not finite or not one for each machine.
     """
 
     name = "composite"
@@ -82,7 +82,7 @@ class Composite(Machine):
         return weights
 
     def weights_at(self, sigma: float) -> np.ndarray:
-        """The machines' weights at noise level `sigma`; the rest to 1 is the noisy picture's."""
+        """The machines' weights at noise level `sigma`; w_0 is 1 minus their sum."""
         weights = self.resolved().weights
         assert isinstance(weights, WeightSchedule)
         return weights(sigma)
@@ -100,7 +100,7 @@ class Composite(Machine):
         return machine if machine.is_resolved else super(Composite, machine).resolve()
 
     def with_resolved_members(self) -> Self:
-        """The same, of machines with explicit settings."""
+        """The same composite, with explicit settings of its members."""
         return self.clone_with(of={label: m.resolved() for label, m in self.members.items()})
 
     def each(self, batch: Batch) -> list[Tensor]:
@@ -138,7 +138,7 @@ class Composite(Machine):
         return mixed(batch.y / self.source.scale, w, parts, k)
 
     def answers(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> list[Tensor]:
-        """D_m of every machine for valid float64 pictures, the images at `index` the source."""
+        """D_m of every machine for valid float64 pictures, with the images at `index` as source."""
         return self.with_resolved_members().each(Batch(y, sigma, sigma, index))
 
     def mean(self, batch: Batch) -> Tensor:
@@ -171,19 +171,19 @@ class Composite(Machine):
 
 
 def _members(of: Members, corpus: Corpus, kernel: str) -> dict[str, Machine]:
-    """The machines by label, of a corpus."""
+    """The machines by label, on a corpus."""
     if isinstance(of, Mapping):
-        said: list[tuple[str, Any]] = list(of.items())
+        given: list[tuple[str, Any]] = list(of.items())
     else:
         texts = of.split(",") if isinstance(of, str) else of
         try:
-            said = [(getattr(each, "name", str(each)).strip(), each) for each in texts]
+            given = [(getattr(each, "name", str(each)).strip(), each) for each in texts]
         except TypeError:
             raise ValueError(
                 f"of is {of!r}; expected machines or their names, as 'gaussian,ls,pspc'"
             ) from None
     members: dict[str, Machine] = {}
-    for label, each in said:
+    for label, each in given:
         if isinstance(each, str):
             name, settings = spelled(each)
             each = build(name, corpus, **{"kernel": kernel, **settings})
@@ -195,7 +195,7 @@ def _members(of: Members, corpus: Corpus, kernel: str) -> dict[str, Machine]:
                 f"has {corpus.shape}; expected the same"
             )
         if label in members:
-            raise ValueError(f"{label} is there twice; give every machine once")
+            raise ValueError(f"{label} appears twice; give every machine once")
         members[label] = each if each.corpus is corpus else each.clone_with(corpus)
     if not members:
         raise ValueError("there is no machine to mix; give at least one, as 'gaussian,ls,pspc'")

@@ -1,4 +1,4 @@
-"""The equivariant local score machine: neighbourhoods that forget where they came from."""
+"""The equivariant local score machine: patches are compared regardless of their position."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Searched(NamedTuple):
     """D, and how far it may be from the exact one.
 
     Attributes:
-        D: As `denoise` gives it, shape (B, C, H, W).
-        omitted_mass: For every pixel the share of its posterior that was omitted, at most, or the
-            share that would make as large an error as is estimated; float64 (B, H, W); 0 where
-            everything was looked at.
-        kind: "deterministic": a bound, true of every picture; or "statistical": an estimate with
-            its `level`.
+        D: As returned by `denoise`, shape (B, C, H, W).
+        omitted_mass: For every pixel an upper bound of the share of its posterior that was omitted,
+            or the share whose omission would cause the estimated error; float64 (B, H, W); 0 where
+            every patch was compared.
+        kind: "deterministic": a bound, which holds for every picture; or "statistical": an estimate
+            with a confidence `level`.
     """
 
     D: Tensor
@@ -39,40 +39,41 @@ class Searched(NamedTuple):
 
     @property
     def error(self) -> Tensor:
-        """How far the channels of a pixel in D may be off: a bound or estimate, (B, H, W)."""
+        """The largest error of the channels of a pixel: a bound or an estimate, (B, H, W)."""
         return 2 * self.omitted_mass
 
     @property
     def level(self) -> float:
-        """The share of pixels, at least, whose errors are within `error`.
+        """The least share of pixels whose errors are within `error`.
 
-        1 of a deterministic bound. That of an estimate is a confidence level, for pictures whose
+        1 for a deterministic bound. For an estimate it is a confidence level, for pictures whose
         noise is independent of the images.
         """
         return 1.0 if self.kind == "deterministic" else LEVEL
 
 
 class EquivariantLocalScore(BoxMachine):
-    """Every pixel's P x P box against every P x P patch, from every position of every image.
+    """Every pixel's P x P box compared with every P x P patch at every position of every image.
 
     Kamb & Ganguli 2412.20292 (the equivariant local score machine, and its form at broken
-    borders). It knows nothing of the size of a picture, and denoises any that is at least as large
-    as its patches.
+    borders). It does not depend on the size of a picture, and denoises any that is at least as
+    large as its patches.
 
     Arguments:
-        boundary: "broken" (default): a box that the border cuts off is compared with training
-            boxes cut off in the same way, as a zero-padded network sees it; "circular": it wraps
+        boundary: "broken" (default): a box truncated by the border is compared with training boxes
+            truncated in the same way, like the zero padding of a network; "circular": it wraps
             around, and is compared with every box that fits: such pictures are seamless tiles.
-        search: How it looks at its source, by a name or as a `Search`. "exact": at every patch;
+        search: How patches are compared, by a name or as a `Search`. "exact": all of them;
             "bounded": through an index of the patches, built when it is first needed, so that
             every pixel of D is within `error` of the exact one; "auto" (default): bounded where
             that is faster.
-        error: The largest error of a pixel that a search may make, in (0, 1], in units of x.
-        bound: What is promised of that (see `Searched`): "deterministic": a bound; "statistical":
-            an estimate with a confidence level; "auto" (default): deterministic where few patches
-            matter to a pixel and have up to 100 numbers, statistical elsewhere, which is faster.
-        corpus, patch_size, settings: See `BoxMachine`; shifts add nothing to a source of all
-            positions.
+        error: The largest error of a pixel allowed to a search, in (0, 1], in units of x.
+        bound: How the error is guaranteed (see `Searched`): "deterministic": a bound;
+            "statistical": an estimate with a confidence level, which is faster; "auto" (default):
+            deterministic where few patches matter to a pixel and have up to 100 numbers,
+            statistical elsewhere.
+        corpus, patch_size, settings: See `BoxMachine`; shifts add nothing, since the source has all
+            positions already.
     """
 
     name = "els"
@@ -93,12 +94,12 @@ class EquivariantLocalScore(BoxMachine):
             raise ValueError(f"boundary is {boundary!r}; expected 'broken' or 'circular'")
         asked = search if isinstance(search, Search) else Search(search, error, bound)
         known = {"boundary": boundary, "search": search, "error": asked.error, "bound": asked.bound}
-        self.__dict__.update(known, _asked=asked)  # of which the source is made
+        self.__dict__.update(known, _asked=asked)  # before the source is made from them
         super().__init__(corpus, patch_size, **settings)
         if asked.mode == "bounded" and (self.window != "box" or len(self.augment.variants) > 1):
             raise ValueError(
-                "search='bounded' has indexes of plain patches alone, so it goes with neither a "
-                "tapered window nor flips, brightness or contrast: use search='exact'"
+                "search='bounded' has indexes of plain patches only, so it supports neither "
+                "tapered windows nor flips, brightness or contrast: use search='exact'"
             )
         self.relative_cost /= (2 * self.augment.shifts + 1) ** 2
 
@@ -125,7 +126,7 @@ class EquivariantLocalScore(BoxMachine):
         return C, H, W
 
     def check_shape(self, shape: tuple[int, int, int]) -> None:
-        """ValueError unless pictures of that shape (C, H, W) hold its patches, as the images do."""
+        """ValueError unless pictures of that shape (C, H, W) are as large as the patches."""
         C, H, W = shape
         if tuple(shape) == self.corpus.shape:
             return
@@ -149,13 +150,13 @@ class EquivariantLocalScore(BoxMachine):
         return Collection(image, window, "pixels", "pixel", "every", **everywhere)
 
     def denoise_bounded(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Searched:
-        """`denoise`, and for every pixel what a search has left out.
+        """`denoise`, and for every pixel the posterior mass that a search has omitted.
 
-        Arguments and errors are `denoise`'s.
+        Arguments and errors are those of `denoise`.
         """
         machine = self.resolved()
         if not self.source.has_images:
-            raise ValueError("nothing of a mixture is left out: use denoise")
+            raise ValueError("a mixture is not searched, and nothing is omitted: use denoise")
         pictures, levels = self.check(y, sigma)
         D = torch.empty_like(pictures)
         mass = torch.zeros(len(y), *y.shape[2:], dtype=torch.float64)
@@ -178,13 +179,13 @@ class EquivariantLocalScore(BoxMachine):
     def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> Self:
         machine = super().prepare(label, levels)
         index = self.corpus.indices(label if isinstance(label, int | np.integer | str) else None)
-        # in the order in which they are needed, for they are read ahead
+        # in the order in which they are needed, since they are read ahead
         for P in dict.fromkeys(machine.local_at(sigma) for sigma in levels):
             machine.index(P, index)
         return machine
 
     def index(self, P: int, images: np.ndarray | None = None) -> list[Path]:
-        """Builds what is missing of the indexes of P x P patches; returns their folders, if any.
+        """Builds the missing indexes of P x P patches; returns the folders of all, if any.
 
         Arguments:
             P: The patch size.

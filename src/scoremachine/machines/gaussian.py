@@ -20,11 +20,11 @@ class GaussianScore(Machine):
 
     D(y, sigma) = mean + C (C + sigma^2 I)^-1 (y - mean)
 
-    The covariance is decomposed once, on the smaller side (pixels or images), and kept beside the
-    corpus when that is slow. Niedoba et al. 2411.19339; Lukoianov et al. 2509.09672.
+    The covariance is decomposed once, in the smaller of its two forms (pixels or images), and kept
+    in the cache if that is slow. Niedoba et al. 2411.19339; Lukoianov et al. 2509.09672.
 
     Raises:
-        ValueError: From `denoise`, where both pixels and images are more than 8,192.
+        ValueError: From `denoise`, if there are more than 8,192 pixels and more than 8,192 images.
     """
 
     name = "gaussian"
@@ -40,7 +40,7 @@ class GaussianScore(Machine):
         return Shares.of_no_source(self.mean(batch))
 
     def mean(self, batch: Batch) -> Tensor:
-        # with what a process shows of x, A x + sigma eps: mean + C A (A C A + sigma^2 I)^-1 (...)
+        # under a process, y = A x + sigma eps: mean + C A (A C A + sigma^2 I)^-1 (y - A mean)
         g, seen = moments(self.corpus, batch.index), self.source.moments(batch.index)
         scale = self.source.scale
         c = seen.filtered(batch.y.flatten(1) / scale - seen.mean, batch.sigma / scale)

@@ -16,7 +16,7 @@ from scoremachine.sources.source import FoldRequest
 
 
 class IdealScore(Machine):
-    r"""E[x | y] when x is one of the images: whole images compared, whole images averaged.
+    r"""E[x | y] when x is one of the images: whole images are compared and averaged.
 
     D(y, sigma) = sum_n softmax_n(-|y - x_n|^2 / (2 sigma^2)) x_n
 
@@ -32,7 +32,7 @@ class IdealScore(Machine):
         return self.positions == "same" and self.source.has_images
 
     def collection(self) -> Collection:
-        """The machine's row."""
+        """The machine's row of the table."""
         return Collection.of_images(self.corpus.shape[1:], self.positions)
 
     def mean(self, batch: Batch) -> Tensor:
@@ -48,7 +48,7 @@ class IdealScore(Machine):
         return self.source.shares(FoldRequest(*asked, leaders=k))
 
     def nearest(self, y: Tensor, label: Label = None) -> tuple[Tensor, Tensor]:
-        """The training image nearest to each picture, and how far it is.
+        """The training image nearest to each picture, and its distance.
 
         Returns:
             Positions in the corpus, int64 (B,), and root mean square differences, float64 (B,).
@@ -74,7 +74,7 @@ class IdealScore(Machine):
         constant bandwidth) once.
         """
         if not self.source.has_images:
-            raise ValueError("a mixture's density is not computed here: use the images")
+            raise ValueError("a mixture's density is not implemented: use the images")
         pictures, levels = self.check(y, sigma)
         s, c = torch.sqrt(levels**2 + self.bandwidths(levels) ** 2), self.collection()
         groups, parts = self.by_label(label, len(pictures)), []

@@ -1,4 +1,4 @@
-"""The local score machine: each pixel decides by its own neighbourhood."""
+"""The local score machine: each pixel is denoised from its own neighbourhood."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scoremachine.machines.windowed import BoxMachine
 
 
 class LocalScore(BoxMachine):
-    """Every pixel's P x P box, cut off at the border, against the images at the same position.
+    """Every pixel's P x P box, truncated at the border, compared with the images at its position.
 
     Kamb & Ganguli 2412.20292 (the local score machine).
     """

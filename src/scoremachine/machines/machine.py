@@ -1,4 +1,4 @@
-"""What all machines share: an azula denoiser D(y, sigma) made of a corpus alone."""
+"""The base class of all machines: an azula denoiser D(y, sigma) made from a corpus alone."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ from scoremachine.sources.source import Source
 
 Label = int | str | Tensor | np.ndarray | Sequence[int | str] | None
 Bandwidth = float | BandwidthSchedule | str
-LEAST, MOST = 1e-100, 1e100  # noise levels: their squares and inverse squares are float64 numbers
+LEAST, MOST = 1e-100, 1e100  # noise levels whose squares and inverse squares float64 can hold
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Noisy pictures, as a machine's `mean` takes them.
+    """The input of a machine's `mean`: noisy pictures.
 
     Attributes:
         y: float64 on the CPU, shape (B, C, H, W).
-        sigma: Their noise levels, the bandwidth included, float64 (B,).
+        sigma: sqrt(noise level^2 + h^2) with the bandwidth h, float64 (B,).
         level: The noise levels at which settings are looked up, float64 (B,).
         index: Positions of the images that are the source, int64 (n,).
-        noise: Where a machine that perturbs pictures takes its noise from; None: from itself.
+        noise: The random noise for a machine that perturbs pictures; None: the machine's own.
     """
 
     y: Tensor
@@ -74,11 +74,11 @@ class Batch:
         )  # fmt: skip
 
 
-MACHINES: dict[str, type[Machine]] = {}  # by name, as their modules are imported
+MACHINES: dict[str, type[Machine]] = {}  # by name; filled as their modules are imported
 
 
 class Frozen(ABCMeta):
-    """Machines do not change after they are made."""
+    """The metaclass of machines, which do not change after they are made."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         machine = super().__call__(*args, **kwargs)
@@ -87,38 +87,38 @@ class Frozen(ABCMeta):
 
 
 class Machine(Denoiser, metaclass=Frozen):
-    """A training-free denoiser: D(y, sigma) = E[x | y] under what it takes the corpus to say.
+    """A training-free denoiser: D(y, sigma), an estimate of E[x | y] in closed form.
 
     Images x are in [-1, 1]; y = x + sigma eps, in float, shape (B, C, H, W). D is differentiable
-    by y, once: autograd, forward mode and `torch.func` take exact products with the Jacobian. With
-    a bandwidth h every source is a Gaussian N(s, h^2 I) instead of a point:
+    by y, once: autograd, forward mode and `torch.func` compute exact products with the Jacobian.
+    With a bandwidth h every source is a Gaussian N(s, h^2 I) instead of a point:
 
         D = (sigma^2 D_0(y, sqrt(sigma^2 + h^2)) + h^2 y) / (sigma^2 + h^2)
 
     where D_0 is the machine with h = 0. A machine is an azula `Denoiser`: `machine(x_t, t).mean`
     is E[x | x_t] for x_t = alpha_t x + sigma_t eps under `machine.schedule`.
 
-    A machine never changes: what varies is an argument, other settings make another machine
-    (`clone_with`), and so does the choice that "auto" stands for (`resolved`). Any number of
-    threads may use one; it can be pickled and copied.
+    A machine never changes: what varies is an argument, and other settings (`clone_with`) or the
+    resolution of "auto" (`resolved`) make a new machine. Any number of threads may share a machine;
+    it can be pickled and copied.
 
     Arguments:
         corpus: The images.
         bandwidth: h >= 0 in units of x, a `BandwidthSchedule`, or "auto" (held-out calibration).
-        kernel: "auto", "numba", "torch" or "reference"; all give the same answers.
+        kernel: "auto", "numba", "torch" or "reference"; all give the same results.
         schedule: azula's noise schedule for `forward`; None: `VPSchedule()`.
 
     Raises:
-        ValueError: For arguments that cannot work, with a sentence that says what would.
+        ValueError: For invalid arguments, with a message that says which would be valid.
     """
 
     name: str
     equivariant = False  # whether its source is every position
-    locality: str | None = None  # the setting that says how far it sees, where it has one
-    relative_cost: float = 1.0  # about what a source costs, in units of one of a plain box
+    locality: str | None = None  # the name of the setting for its locality, if it has one
+    relative_cost: float = 1.0  # approximate cost of a source, relative to one of a plain box
     accepts_mixtures = False  # whether its source may be a mixture of Gaussians
     has_sources = True  # whether D is a weighted mean of training images
-    smooth_in_sigma = False  # whether D has a derivative by sigma: nothing is looked up at it
+    smooth_in_sigma = False  # whether D has a derivative by sigma: no setting depends on sigma
 
     def __init__(
         self,
@@ -132,8 +132,8 @@ class Machine(Denoiser, metaclass=Frozen):
         self.source: Any = self.make_source(corpus, kernel)
         if not (self.source.has_images or self.accepts_mixtures):
             raise ValueError(
-                f"{self.name} needs images, and a mixture is the source of ideal, ls and els "
-                "alone: use one of them, or the images that were compressed"
+                f"{self.name} needs images; a mixture is the source of ideal, ls and els only: "
+                "use one of them, or the images that were compressed"
             )
         self.bandwidth = check_bandwidth(bandwidth)
         if not (schedule is None or callable(schedule)):
@@ -159,7 +159,7 @@ class Machine(Denoiser, metaclass=Frozen):
         super().__setattr__(name, value)
 
     def make_source(self, corpus: Any, kernel: str) -> Source:
-        """What pictures are compared with."""
+        """The source that pictures are compared with."""
         return source_of(corpus, kernel)
 
     @abstractmethod
@@ -204,10 +204,10 @@ class Machine(Denoiser, metaclass=Frozen):
         Arguments:
             y: Noisy pictures x + sigma eps, floats, shape (B, C, H, W).
             sigma: Their noise level, > 0: a number, or one for each picture, shape (B,).
-            label: The class (position or name) whose images alone are the source; or one for
-                each picture; None: all images.
-            bandwidth: h, as the machine's own; None: that.
-            noise: Where a machine that perturbs pictures (`smoothed`) takes its noise from; None:
+            label: The class (position or name) to which the source is restricted; or one for each
+                picture; None: all images.
+            bandwidth: h, as in `Machine`; None: the machine's own.
+            noise: The random noise for a machine that perturbs pictures (`smoothed`); None: noise
                 from its own seed.
 
         Returns:
@@ -216,8 +216,8 @@ class Machine(Denoiser, metaclass=Frozen):
         Raises:
             ValueError: For a wrong shape, dtype or channel count, NaN pixels, sigma <= 0 or NaN,
                 or a label with no images.
-            NotImplementedError: For a derivative that there is none of: by sigma, of machines
-                other than `ideal` and `gaussian` with a constant bandwidth; of a second one.
+            NotImplementedError: For a second derivative, or a derivative by sigma of machines other
+                than `ideal` and `gaussian` with a constant bandwidth.
         """
         pictures, levels = self.check(y, sigma, bandwidth)
         if len(y) == 0:
@@ -256,7 +256,7 @@ class Machine(Denoiser, metaclass=Frozen):
     ) -> Tensor:
         """E[x | x_t] under another forward process, x_t = A_t x + sigma_t eps.
 
-        Logits compare x_t with A_t s, and what is averaged is s.
+        Logits compare x_t with A_t s, and the mean is taken over s.
 
         Arguments:
             process: The process.
@@ -268,9 +268,9 @@ class Machine(Denoiser, metaclass=Frozen):
             D, with x_t's shape, dtype and device.
 
         Raises:
-            ValueError: As `denoise`, and for a bandwidth.
+            ValueError: As `denoise`, and for a bandwidth other than 0.
         """
-        check_untracked("t", t, "under a forward process D has one by x_t alone")
+        check_untracked("t", t, "under a forward process D has one by x_t only")
         pictures, _ = self.check(x_t, 1.0)
         process.check(pictures.shape[2:])
         _, sigma = process(torch.tensor(t, dtype=torch.float64))
@@ -286,20 +286,20 @@ class Machine(Denoiser, metaclass=Frozen):
         return D.to(dtype=x_t.dtype, device=x_t.device)
 
     def check_process(self, bandwidth: Bandwidth | None = None) -> None:
-        """ValueError where the machine runs under no other forward process."""
+        """ValueError if the machine cannot run under another forward process."""
         if not self.source.has_images:
-            raise ValueError("a mixture knows no other forward process: use the images")
+            raise ValueError("a mixture supports no other forward process: use the images")
         h = self.bandwidth if bandwidth is None else bandwidth
         if h != 0.0:
             raise ValueError(
-                f"bandwidth is {h!r}, and a forward process that damps some frequencies more than "
-                "others makes no round Gaussian of one: use bandwidth 0"
+                f"bandwidth is {h!r}, and under a forward process that damps some frequencies more "
+                "than others a source is no isotropic Gaussian: use bandwidth 0"
             )
 
     def under_process(
         self, process: Process, t: float, bandwidth: Bandwidth | None = None
     ) -> Machine:
-        """The machine that compares with A_t s; the last one is remembered."""
+        """The machine that compares pictures with A_t s; the last one is cached."""
         self.check_process(bandwidth)
         machine = (
             self.resolved() if bandwidth is None else self.clone_with(bandwidth=0.0).resolved()
@@ -307,11 +307,11 @@ class Machine(Denoiser, metaclass=Frozen):
         return self._memo.get(("process", process, t), lambda: machine.seen_through(process, t))
 
     def seen_through(self, process: Process, t: float) -> Self:
-        """What `under_process` remembers."""
+        """A new machine for `under_process`."""
         return self.with_source(self.source.under_process(process, t))
 
     def with_source(self, source: Source) -> Self:
-        """The same machine, that compares pictures with something else."""
+        """The same machine with another source."""
         other = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, LRUCache):
@@ -344,9 +344,9 @@ class Machine(Denoiser, metaclass=Frozen):
         return score.to(dtype=y.dtype, device=y.device)
 
     def log_density(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Tensor:
-        """log p(y) in nats, float64, shape (B,), where the machine is a density's."""
+        """log p(y) in nats, float64, shape (B,), for machines that have a density."""
         raise ValueError(
-            f"{self.name} has no density: its sites' posteriors belong to no common one. "
+            f"{self.name} has no density: the posteriors of its sites have no common density. "
             "Use 'ideal' or 'gaussian'"
         )
 
@@ -358,7 +358,7 @@ class Machine(Denoiser, metaclass=Frozen):
         bandwidth: Bandwidth | None = None,
         noise: PictureNoise | None = None,
     ) -> DiracPosterior:
-        """azula's form: E[x | x_t] for x_t = alpha_t x + sigma_t eps.
+        """The interface of azula: E[x | x_t] for x_t = alpha_t x + sigma_t eps.
 
         Arguments:
             x_t: Noisy pictures, shape (B, C, H, W).
@@ -385,24 +385,24 @@ class Machine(Denoiser, metaclass=Frozen):
         return checked(y, sigma, self.shape_for(y), whose, smooth)
 
     def shape_for(self, y: Tensor) -> tuple[int, int, int]:
-        """(C, H, W) that pictures should have, given those that there are: as the images."""
+        """The shape (C, H, W) expected of the pictures y: that of the images."""
         return self.corpus.shape
 
     def check_shape(self, shape: tuple[int, int, int]) -> None:
-        """ValueError unless the machine draws pictures of that shape (C, H, W)."""
+        """ValueError unless the machine generates pictures of that shape (C, H, W)."""
         if tuple(shape) != self.corpus.shape:
             raise ValueError(
-                f"{self.name} knows where in an image it is, and so draws pictures of the images' "
-                f"shape {self.corpus.shape}, not {tuple(shape)}: use els, or open the corpus with "
-                "size="
+                f"{self.name} depends on the position in an image, so it generates pictures of the "
+                f"images' shape {self.corpus.shape}, not {tuple(shape)}: use els, or open the "
+                "corpus with size="
             )
 
     def by_label(self, label: Label, B: int) -> list[tuple[Tensor, np.ndarray]]:
-        """Groups the pictures of a batch by label: (their places, their source's images)."""
+        """Groups the pictures of a batch by label: (their positions, the images of the source)."""
         if isinstance(label, Tensor | np.ndarray):
             if label.ndim > 1:
                 shape = tuple(label.shape)
-                raise ValueError(f"labels have shape {shape}; expected one, or one a picture")
+                raise ValueError(f"labels have shape {shape}; expected one, or one per picture")
             label = label.tolist()
         if label is None or isinstance(label, int | np.integer | str):
             return [(torch.arange(B), self.corpus.indices(label))]
@@ -422,30 +422,30 @@ class Machine(Denoiser, metaclass=Frozen):
         return self.bandwidth != "auto"
 
     def resolved(self) -> Self:
-        """The machine with explicit settings: what "auto" stands for is chosen once.
+        """The machine with explicit settings instead of "auto".
 
-        It is chosen on held-out images; see `scoremachine.calibration`. Threads that ask meanwhile
-        wait for the choice.
+        They are chosen once, on held-out images; see `scoremachine.calibration`. Other threads that
+        need them wait.
         """
         return self if self.is_resolved else self._memo.get("resolved", self.resolve)
 
     def resolve(self) -> Self:
-        """Chooses what "auto" stands for; see `resolved`."""
+        """Chooses the settings that are "auto"; see `resolved`."""
         return self.clone_with(bandwidth=automatic_bandwidth(self.clone_with(bandwidth=0.0)))
 
     def prepare(self, label: Label = None, levels: Sequence[float] = ()) -> Self:
-        """Does what is done once, and returns the machine with explicit settings.
+        """Does all slow preparations, and returns the machine with explicit settings.
 
-        Chooses what "auto" stands for, measures the corpus, builds indexes.
+        Chooses the settings that are "auto", computes moments of the corpus, builds indexes.
 
         Arguments:
             label: As in `denoise`.
-            levels: The noise levels that will be asked for, as far as they are known.
+            levels: The noise levels that will be used, as far as they are known.
         """
         return self.resolved()
 
     def bandwidths(self, sigma: Tensor, bandwidth: Bandwidth | None = None) -> Tensor:
-        """The bandwidth h at each of some noise levels, float64 (B,): the machine's, or another."""
+        """The bandwidth h at each noise level, float64 (B,): the machine's own, or a given one."""
         h = self.resolved().bandwidth if bandwidth is None else check_bandwidth(bandwidth)
         if isinstance(h, str):
             h = self.clone_with(bandwidth=h).resolved().bandwidth
@@ -454,28 +454,28 @@ class Machine(Denoiser, metaclass=Frozen):
         return torch.full(sigma.shape, float(h), dtype=torch.float64)
 
     def arguments(self) -> dict[str, Any]:
-        """What the machine was made with, apart from its corpus."""
+        """The arguments that the machine was made with, without its corpus."""
         return {name: getattr(self, name) for name in setting_names(type(self))}
 
     def clone_with(self, corpus: Any = None, **changes: Any) -> Self:
-        """The same kind of machine with other images, or other arguments."""
+        """A new machine of this kind, with another corpus or other arguments."""
         corpus = self.corpus if corpus is None else corpus
         return type(self)(corpus, **{**self.arguments(), **changes})
 
     def smaller(self, corpus: Corpus) -> Machine:
-        """The same kind of machine of smaller images: how far it sees is chosen anew."""
+        """A machine of this kind on smaller images; its locality is chosen anew."""
         return self.clone_with(corpus)
 
     def candidates(self) -> list[Any]:
-        """The values of its locality that calibration tries: none, without a locality."""
+        """The values of its locality that calibration tries; empty if it has no locality."""
         return []
 
     def supports(self, value: Any) -> bool:
-        """Whether there is such a machine with this value of its locality."""
+        """Whether the machine can have this value of its locality."""
         return False
 
     def settings(self) -> dict[str, object]:
-        """What distinguishes this machine, for the record of a run, as JSON can hold it."""
+        """All settings that identify this machine, for the record of a run, as JSON values."""
         named = {"machine": self.name, "corpus": self.corpus.name, "corpus_key": self.corpus.key}
         arguments = {k: v for k, v in self.arguments().items() if k != "schedule"}
         found = named | {name: plain(value) for name, value in arguments.items()}
@@ -483,7 +483,7 @@ class Machine(Denoiser, metaclass=Frozen):
 
 
 class LocalMachine(Machine):
-    """A machine with a setting that says, per noise level, how far it sees.
+    """A machine with a locality: a setting, per noise level, of how far its windows reach.
 
     Arguments:
         corpus: The images.
@@ -500,7 +500,7 @@ class LocalMachine(Machine):
         if automatic and not self.source.has_images:
             raise ValueError(
                 f"a mixture has no images to hold out, so {self.locality} cannot be 'auto': give a "
-                "number or a schedule, as that of the machine of the images"
+                "number or a schedule, such as that of a machine of the images"
             )
         if not automatic:
             local = LOCALITIES[self.locality].of(local)
@@ -514,7 +514,7 @@ class LocalMachine(Machine):
         return getattr(self, self.locality)
 
     def check_local(self, value: Any) -> None:
-        """Raises ValueError where no machine of this kind can have that value."""
+        """Raises ValueError if no machine of this kind can have that value."""
 
     def supports(self, value: Any) -> bool:
         try:
@@ -524,7 +524,7 @@ class LocalMachine(Machine):
         return True
 
     def choose(self) -> LevelSchedule:
-        """What "auto" stands for."""
+        """The locality that "auto" resolves to."""
         return automatic_locality(self.clone_with(bandwidth=0.0))
 
     @property
@@ -545,7 +545,7 @@ class LocalMachine(Machine):
 
 
 def setting_names(kind: type[Machine]) -> list[str]:
-    """The names of a machine's settings: the arguments that it is made with, but for the corpus."""
+    """The names of a machine's settings: its constructor's arguments without the corpus."""
     names = [kind.locality] if kind.locality else []
     for each in reversed(kind.__mro__):
         if "__init__" in vars(each) and issubclass(each, Machine):
@@ -557,7 +557,7 @@ def setting_names(kind: type[Machine]) -> list[str]:
 
 
 def plain(value: Any) -> object:
-    """A setting as what JSON can hold."""
+    """A setting in a form that JSON can represent."""
     return value.plain() if hasattr(value, "plain") else value
 
 
@@ -571,8 +571,8 @@ def checked(
     """`y` and `sigma` as float64 on the CPU, shapes (B, *shape) and (B,).
 
     Raises:
-        ValueError: For anything else; `whose` says what the shape is of, as in "as ...".
-        NotImplementedError: For a derivative by sigma of what is not `smooth_in_sigma`.
+        ValueError: For invalid ones; `whose` completes "expected shape ..., as {whose}".
+        NotImplementedError: For a derivative by sigma if not `smooth_in_sigma`.
     """
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
@@ -595,15 +595,15 @@ def checked(
             f"sigma has shape {tuple(levels.shape)}; expected one noise level, or one for "
             f"each of the {len(y)} pictures"
         )
-    met = values(levels)
-    if not (torch.isfinite(met).all() and (met > 0).all()):
-        raise ValueError(f"sigma is {met.tolist()}; expected a finite number above 0")
-    if not ((met >= LEAST).all() and (met <= MOST).all()):
+    given = values(levels)
+    if not (torch.isfinite(given).all() and (given > 0).all()):
+        raise ValueError(f"sigma is {given.tolist()}; expected a finite number above 0")
+    if not ((given >= LEAST).all() and (given <= MOST).all()):
         raise ValueError(
-            f"sigma is {met.tolist()}; expected a noise level from {LEAST:g} to {MOST:g}, whose "
+            f"sigma is {given.tolist()}; expected a noise level from {LEAST:g} to {MOST:g}, whose "
             "square float64 can hold"
         )
-    if not smooth_in_sigma:  # settings are looked up at its numbers
+    if not smooth_in_sigma:  # settings are looked up at its value
         why = "by sigma and t, ideal and gaussian of images have one, with a constant bandwidth"
         check_untracked("sigma", levels, why)
         if mapped(levels):
@@ -615,11 +615,11 @@ def checked(
 
 
 def apply_bandwidth(D: Tensor, y: Tensor, sigma: Tensor, h: Tensor) -> Tensor:
-    """D of sources that are Gaussians of bandwidth h, from D_0(y, sqrt(sigma^2 + h^2))."""
+    """D of sources with bandwidth h, from D = D_0(y, sqrt(sigma^2 + h^2)) of point sources."""
     a = (sigma**2 / (sigma**2 + h**2))[:, None, None, None]
     return torch.where(a == 1, D, a * D + (1 - a) * y)
 
 
 def gaussian_constant(D: int, variance: Tensor) -> Tensor:
-    """log of the density of N(0, variance I) in D dimensions at 0."""
+    """The log density of N(0, variance I) in D dimensions at 0."""
     return -0.5 * D * (math.log(2 * math.pi) + torch.log(variance))

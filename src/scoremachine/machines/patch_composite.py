@@ -1,4 +1,4 @@
-"""Patch set posterior composites: overlapping windows, each denoised by itself, averaged."""
+"""Patch set posterior composites: overlapping windows, denoised separately and averaged."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ROWS = 1024  # heat maps sorted at a time
 
 
 class PatchComposite(BoxMachine):
-    """Every P x P box that fits inside, against the images at the same position; boxes averaged.
+    """Every P x P box that fits, compared with the images at the same position; boxes are averaged.
 
-    PSPC-Square of Niedoba et al. 2411.19339. P may be even, up to the image's longer side; a side
-    of the image shorter than P is covered whole.
+    PSPC-Square of Niedoba et al. 2411.19339. P may be even, up to the image's longer side; along a
+    side shorter than P the box has the length of that side.
     """
 
     name = "pspc"
@@ -34,10 +34,10 @@ class PatchComposite(BoxMachine):
 
 
 class PatchCompositeFlex(WindowMachine):
-    """A window of any shape for every pixel, against the images at the same position; averaged.
+    """A window of any shape for every pixel, compared at the same position; windows are averaged.
 
     PSPC-Flex of Niedoba et al. 2411.19339. Pixel i's window is the smallest set of pixels that
-    holds a given share of its heat map, largest entries first.
+    holds a given share of its heat map.
 
     Arguments:
         share: The share in (0, 1], a `ShareSchedule`, the name of a published one, or "auto"
@@ -89,7 +89,7 @@ class PatchCompositeFlex(WindowMachine):
 def holding(maps: np.ndarray, share: float) -> np.ndarray:
     """The smallest sets of pixels that hold the share of each map, boolean (H W, H W).
 
-    A pixel whose map is empty, or that no set would hold, is held by its own.
+    A pixel whose map is empty, or that is in no set, is added to its own set.
     """
     q = np.zeros(maps.shape, dtype=bool)
     for start in range(0, len(maps), ROWS):

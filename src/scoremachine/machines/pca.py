@@ -1,4 +1,4 @@
-"""PCA locality: each pixel looks where the data's covariance says that it should."""
+"""PCA locality: each pixel's window is given by the covariance of the data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from scoremachine.runtime.progress import Bar, bar
 
 
 class PCALocality(WindowMachine):
-    """Every pixel and channel, by the pixels and channels that its Wiener filter looks at.
+    """Every pixel and channel, from the pixels and channels on which its Wiener filter depends.
 
     Lukoianov et al. 2509.09672: q_i[d] = 1 where |W_id / W_ii| is at least tau times the largest
-    such ratio anywhere, W = C (C + sigma^2 I)^-1 with the images' covariance C; a pixel with no
-    variance sees itself. One softmax over the whole source (the published code normalizes each
-    batch of data by itself, so that its answer depends on the batch size).
+    such ratio anywhere, W = C (C + sigma^2 I)^-1 with the images' covariance C; the window of a
+    pixel with no variance is that pixel. The softmax is over the whole source (the published code
+    normalizes it per batch of data, so that its result depends on the batch size).
 
-    Where both pixels and images are more than 8,192, C is kept by its 1,024 leading eigenvectors.
+    With more than 8,192 pixels and more than 8,192 images, C is approximated by its 1,024 leading
+    eigenvectors.
 
     Arguments:
         threshold: tau in (0, 1] (0.02; the paper takes 0.05 for CIFAR-10), a `ThresholdSchedule`,
@@ -66,5 +67,5 @@ class PCALocality(WindowMachine):
 
         with bar("Finding windows", total=2 * C * H * W) as progress:
             window = Masks.of(masks(progress), (C * H, W))
-        # the channels of an image below each other, so that each of its values is a pixel
+        # the channels of an image stacked vertically, so that each of its values is a pixel
         return Collection((C * H, W), window, "pixels", "pixel")

@@ -26,26 +26,27 @@ PERTURBATIONS, UNIFORM = 1, 2  # streams of a picture's noise
 
 
 class SmoothedScore(LocalMachine):
-    r"""The mean of the ideal machine's answers to M perturbed queries (sigma-CFDM).
+    r"""The mean of the ideal machine's D at M perturbed queries (sigma-CFDM).
 
     D(y, sigma) = 1/M sum_m D_ideal(y + delta (1 + sigma) eps_m, sigma)
 
     Scarvelis et al. 2310.12395. In the paper's time t, where z = t x + (1 - t) eps, that is
-    k_t(z + delta eps_m) / t: sigma = (1 - t) / t, and 1 / t = 1 + sigma. Near the end of the flow
-    it arrives at means of M images.
+    k_t(z + delta eps_m) / t: sigma = (1 - t) / t, and 1 / t = 1 + sigma. At the end of the flow its
+    samples are means of M images.
 
     Arguments:
         delta: Standard deviation of the perturbations, a `SmoothingSchedule`, or "auto" (default):
-            an eighth of the median distance between neighbouring images, with which perturbed
-            queries meet different images and their mean stays near them.
-        M: How many perturbed queries.
-        neighbours: Compare each with its K nearest images only, and `uniform` others (None: with
-            all of them, exactly). The index is scikit-learn's.
-        uniform: How many images L are drawn uniformly from the rest, each for (N - K) / L.
-        perturbations: "fixed": every picture that `generate` makes has its own eps_1 ... eps_M all
-            the way; elsewhere they belong to the machine and depend on its seed alone, so that D
-            is a function. "fresh": drawn anew at every step.
-        seed: Of the machine's own perturbations, and of the uniform draws.
+            an eighth of the median distance between nearest neighbours, so that the perturbed
+            queries select different images whose mean is still near them.
+        M: The number of perturbed queries.
+        neighbours: Compare each query with its K nearest images and `uniform` others only (None:
+            with all images, exactly). The nearest are found by scikit-learn.
+        uniform: The number L of images that are sampled uniformly from the rest, each of which
+            represents (N - K) / L images.
+        perturbations: "fixed": in `generate` every picture keeps its own eps_1 ... eps_M along its
+            trajectory; in other calls they depend on the machine's seed only, so that D is a
+            function of y and sigma. "fresh": sampled anew at every step.
+        seed: Of the machine's own perturbations, and of the uniform sampling.
         corpus, settings: See `Machine`.
     """
 
@@ -118,16 +119,16 @@ class SmoothedScore(LocalMachine):
     def _queries(self, batch: Batch) -> Batch:
         """M perturbed queries of every picture, those of one after the other's."""
         delta = torch.tensor([self.local_at(float(s)) for s in batch.level], dtype=torch.float64)
-        # under a process, x_t is in units of the source's scale
+        # under a process, x_t is larger by the factor `scale`
         reach = (delta * (1 + batch.level) * self.source.scale)[:, None, None, None, None]
         queries = (batch.y[:, None] + reach * self._perturbations(batch)).flatten(0, 1)
         return replace(batch, y=queries, sigma=batch.sigma.repeat_interleave(self.M))
 
     def _stream(self, level: Tensor, kind: int) -> list[int]:
-        """What tells the noise of this machine from other noise of a picture."""
+        """The stream of a picture's noise that this machine uses for one purpose."""
         if self.perturbations == "fixed":
             return [kind]
-        return [kind, int(level[:1].contiguous().view(torch.int64))]  # another at every noise level
+        return [kind, int(level[:1].contiguous().view(torch.int64))]  # one for each noise level
 
     def _perturbations(self, batch: Batch) -> Tensor:
         """eps, shape (B, M, C, H, W) or (1, M, C, H, W)."""
@@ -137,11 +138,11 @@ class SmoothedScore(LocalMachine):
         if self.perturbations == "fresh":
             return torch.randn(len(batch.y), *shape, dtype=torch.float64)
         generator = torch.Generator().manual_seed(self.seed)
-        with outside_transforms():  # the same for every picture that vmap maps over
+        with outside_transforms():  # so that it is the same for all pictures under vmap
             return torch.randn(1, *shape, generator=generator, dtype=torch.float64)
 
-    def _keys(self, batch: Batch) -> Tensor:
-        """A random number for each query and image, (B M, n): the least are drawn."""
+    def _priorities(self, batch: Batch) -> Tensor:
+        """A random number for each query and image, (B M, n): the smallest are sampled."""
         n, B = len(batch.index), len(batch.y) // self.M
         if self.perturbations == "fixed":
             generator = torch.Generator().manual_seed(self.seed)
@@ -184,21 +185,21 @@ class SmoothedScore(LocalMachine):
         L = min(self.uniform, len(index) - K)
         if mapped(batch.y):
             raise ValueError(
-                "smoothed looks the neighbours of every picture up, which torch.func.vmap does not "
-                "map over: give a batch of pictures, or compare with all images (neighbours=None)"
+                "smoothed looks up the neighbours of every picture, which torch.func.vmap does not "
+                "support: give a batch of pictures, or compare with all images (neighbours=None)"
             )
         with outside_transforms():
             queries = values(batch.y).flatten(1).float().numpy()
-            keys = self._keys(batch).numpy() if L else None
+            priorities = self._priorities(batch).numpy() if L else None
         found = self._index(index).kneighbors(queries, n_neighbors=K, return_distance=False)
         for p, near in enumerate(found):
             query = replace(batch, y=batch.y[p : p + 1], sigma=batch.sigma[p : p + 1])
             rest = np.delete(np.arange(len(index)), near)
-            drawn = rest[:0] if keys is None else rest[np.argsort(keys[p][rest])[:L]]
+            drawn = rest[:0] if priorities is None else rest[np.argsort(priorities[p][rest])[:L]]
             yield query, np.sort(index[near]), np.sort(index[drawn]), len(rest)
 
     def _weighted(self, batch: Batch, near: np.ndarray, drawn: np.ndarray, rest: int) -> Tensor:
-        """The mean over `near`, and over `drawn` with each standing for rest / L images."""
+        """The mean over `near`, and over `drawn`, each of which represents rest / L images."""
         first = self._folded(batch, near)
         if len(drawn) == 0:
             return first.mean
@@ -212,8 +213,8 @@ class SmoothedScore(LocalMachine):
         """The posterior share of the nearest images, (1, 1, 1, 1)."""
         assert first.fold is not None
         assert other.fold is not None
-        # log of the two sums' ratio, whose gradient is (D - y) / sigma^2 - (D_other - y) / sigma^2,
-        # with means of what is compared for D
+        # log of the ratio of the two sums, whose gradient is (D - y) / sigma^2
+        # - (D_other - y) / sigma^2, where D and D_other are means of the keys
         ratio = first.fold.log_partition - other.fold.log_partition - log_count
         difference = self.source.seen(first.mean - other.mean)
         a = torch.sigmoid(with_slope(ratio[:, 0, 0], difference / batch.sigma**2, batch.y))

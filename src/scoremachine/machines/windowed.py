@@ -1,4 +1,4 @@
-"""Machines of windows: rows of the table in docs/design.md."""
+"""Base classes of machines that compare windows: rows of the table in docs/design.md."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from scoremachine.runtime.lru import LRUCache
 from scoremachine.sources.source import Evidence, FoldRequest
 
 KEPT_WINDOWS = 64
-WINDOWS = {"box": 1.0, "gaussian": 2.0, "wiener": 10.0}  # how much dearer a logit is
+WINDOWS = {"box": 1.0, "gaussian": 2.0, "wiener": 10.0}  # relative cost of a logit
 FAINTEST = 1e-6  # the least weight in a tapered window
 
 
 class WindowMachine(LocalMachine):
-    """A machine of windows: a row of the table in docs/design.md."""
+    """A machine that compares windows: a row of the table in docs/design.md."""
 
     depends_on_noise = False  # whether windows depend on the noise level itself
 
@@ -40,23 +40,23 @@ class WindowMachine(LocalMachine):
         other = super().clone_with(corpus, **changes)
         same = corpus is None or corpus is self.corpus
         if same and changes.keys() <= {"bandwidth", "kernel", self.locality}:
-            other.__dict__["_rows"] = self._rows  # on which these have no bearing
+            other.__dict__["_rows"] = self._rows  # which do not depend on these settings
         return other
 
     @abstractmethod
     def collection(self, value: Any, sigma: float, index: np.ndarray) -> Collection:
-        """The machine's row for a value of its setting, the images at `index` being the source."""
+        """The machine's row for a value of its locality, with the images at `index` as source."""
 
     def windows(
         self, level: float, index: np.ndarray, canvas: tuple[int, int] | None = None
     ) -> Collection:
-        """The machine's row at a noise level; the last few are remembered.
+        """The machine's row at a noise level; the last few are cached.
 
-        `canvas`: height and width of the pictures, where they are not those of the images.
+        `canvas`: height and width of the pictures, if they differ from those of the images.
         """
 
         def make() -> Collection:
-            with outside_transforms():  # of torch.func: windows are no function of a picture
+            with outside_transforms():  # of torch.func: windows do not depend on the picture
                 found = self.collection(self.local_at(level), level, index)
             return found if canvas is None else replace(found, canvas=canvas)
 
@@ -82,7 +82,7 @@ class WindowMachine(LocalMachine):
         return Shares.batch(groups, parts)
 
     def by_row(self, batch: Batch) -> Iterator[tuple[Tensor, Collection]]:
-        """The machine's rows for pictures, and which of them they are for, bool (B,)."""
+        """Groups pictures by the machine's row: a mask of each group, bool (B,), and its row."""
         rows = [self._row(float(s)) for s in batch.level]
         H, W = batch.y.shape[2:]
         canvas = None if self.corpus.shape[1:] == (H, W) else (H, W)
@@ -97,7 +97,7 @@ class WindowMachine(LocalMachine):
 
 
 class BoxMachine(WindowMachine):
-    """A machine of box windows.
+    """A box-window machine.
 
     Arguments:
         corpus: The images.
@@ -106,8 +106,8 @@ class BoxMachine(WindowMachine):
             calibration, the default).
         window: "box": ones; "gaussian": tapered, a standard deviation of P / 4; "wiener": tapered
             like the corpus's Wiener filter at the noise level, averaged over positions. Query and
-            response are tapered alike (Niedoba et al. 2605.24192).
-        augment: None, an `Augment`, or its text, as "flips,shifts=1": a wider source.
+            response windows have the same taper (Niedoba et al. 2605.24192).
+        augment: None, an `Augment`, or its text, as "flips,shifts=1": an augmented source.
         settings: See `Machine`.
     """
 
@@ -157,15 +157,15 @@ class BoxMachine(WindowMachine):
         return Soft.of(stationary(g.heat_maps(sigma, self.corpus.shape), self.corpus.shape, shape))
 
     def wider(self) -> dict[str, Any]:
-        """How far and in which variants the source reaches, for a `Collection`."""
+        """The reach and the variants of the augmented source, for a `Collection`."""
         return {"reach": self.augment.shifts, "variants": self.augment.variants}
 
 
 def stationary(maps: np.ndarray, image: tuple[int, int, int], shape: tuple[int, int]) -> np.ndarray:
     """The root mean square of heat maps (H W, H W) at each offset, over all positions, (P, Q).
 
-    Scaled to 1 in the middle and nowhere below `FAINTEST`, so that every pixel is answered for;
-    ones where the corpus has no variance.
+    Scaled to 1 in the middle and at least `FAINTEST`, so that every pixel gets a contribution; ones
+    if the corpus has no variance.
     """
     _, H, W = image
     P, Q = shape

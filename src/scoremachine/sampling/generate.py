@@ -1,4 +1,4 @@
-"""Generation: from noise to pictures along azula's schedules."""
+"""Generation of pictures from noise."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def generate(
     bandwidth: float | BandwidthSchedule | str = 0.0,
     **options: Any,
 ) -> Any:
-    """New pictures: `steps` noise levels of the denoiser's schedule, from noise to D.
+    """Generates new pictures from noise, in `steps` noise levels of the denoiser's schedule.
 
-    One seed is one result, bit for bit on a given machine, whatever the batch size, the number of
-    threads and what else they do.
+    The same seed gives the same result, bit for bit on a given computer, whatever the batch size
+    and the number of threads.
 
     Arguments:
         denoiser: A machine, or any azula denoiser.
         count: How many pictures.
         steps, seed, sampler, label, bandwidth: See `Sampling`.
-        options: What else `Sampling` has: batch, shape, start, process; and explain: True, or how
-            many sources to name in each pixel.
+        options: The other settings of `Sampling`: batch, shape, start, process; and explain: True,
+            or how many sources to name in each pixel.
 
     Returns:
-        Pictures in about [-1, 1], float32, shape (count, C, H, W); with explain, these and the
-        `Trace` of where they come from.
+        Pictures, approximately in [-1, 1], float32, shape (count, C, H, W); with explain, these
+        and the `Trace` of where they come from.
 
     Raises:
         ValueError: For an argument out of its range or an unknown name.
@@ -72,12 +72,12 @@ def generate(
 def generate_batches(
     denoiser: Denoiser, pictures: range, sampling: Sampling
 ) -> Iterator[tuple[range, Path]]:
-    """As `generate`, for any range of pictures: yields each batch when it is done, with its path.
+    """As `generate`, for any range of pictures: yields each finished batch, with its path.
 
     A path is the list of (x_t, D, t); the last D is the result.
 
     Raises:
-        ValueError: For what does not go with the denoiser.
+        ValueError: For settings that the denoiser does not support.
     """
     denoiser, sampling = _prepared(denoiser, sampling)
     with bar("Generating", total=len(pictures) * sampling.steps) as progress:
@@ -148,7 +148,7 @@ def _explained(
 
 
 def _prepared(denoiser: Denoiser, sampling: Sampling) -> tuple[Denoiser, Sampling]:
-    """A denoiser that is ready, and what is asked of it with the pictures' shape."""
+    """The prepared denoiser, and the settings with the shape of the pictures."""
     shape, start = sampling.shape, sampling.start
     if not isinstance(denoiser, Machine):
         if start > 0:
@@ -157,7 +157,8 @@ def _prepared(denoiser: Denoiser, sampling: Sampling) -> tuple[Denoiser, Samplin
             )
         if sampling.process is not None:
             raise ValueError(
-                "a forward process is of machines, and this is none: leave process out"
+                "only machines support a forward process, and this denoiser is not one: leave "
+                "process out"
             )
         if shape is None:
             raise ValueError("the shape of the pictures is unknown; give shape=(C, H, W)")
@@ -181,7 +182,7 @@ def _prepared(denoiser: Denoiser, sampling: Sampling) -> tuple[Denoiser, Samplin
 
 
 def check_process(machine: Machine, sampling: Sampling) -> ProcessDenoiser:
-    """A machine under the forward process that is asked for; ValueError where it has none."""
+    """A machine under the requested forward process; ValueError if it does not support it."""
     assert sampling.process is not None
     shape = sampling.shape or machine.corpus.shape
     if sampling.start > 0 or tuple(shape) != machine.corpus.shape:

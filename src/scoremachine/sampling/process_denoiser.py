@@ -1,4 +1,4 @@
-"""A machine under a forward process, in the coefficients that azula's samplers work on."""
+"""A machine under a forward process, as an azula denoiser of coefficients."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from scoremachine.runtime.lru import LRUCache
 
 
 class ProcessDenoiser(Denoiser):
-    """azula's form of a machine under a process: E[z | z_t] of coefficients z = T x.
+    """A machine under a process as an azula denoiser: E[z | z_t] of coefficients z = T x.
 
-    Under a pyramid, whose finer bands are noise from some time on, a machine of block means
-    answers there: small pictures, compared with small images.
+    Under a pyramid the finer bands are pure noise from some time on. From then on a machine of
+    block means is used, which compares small pictures with small images.
 
     Arguments:
         machine: The machine.
-        process: A process of pictures of its images' size.
+        process: A process for pictures of the size of its images.
     """
 
     def __init__(self, machine: Machine, process: Process) -> None:
@@ -39,7 +39,7 @@ class ProcessDenoiser(Denoiser):
         noise: PictureNoise | None = None,
     ) -> DiracPosterior:
         """E[z | z_t] for coefficients z_t, shape (B, C, H, W), at a time t, shape ()."""
-        check_untracked("t", t, "under a forward process D has one by z_t alone")
+        check_untracked("t", t, "under a forward process D has one by z_t only")
         process, at = self.schedule, float(t)
         halvings = process.coarse(at) if isinstance(process, Pyramid) else 0
         if halvings:
@@ -55,7 +55,7 @@ class ProcessDenoiser(Denoiser):
         return DiracPosterior(mean=process.coefficients(D))
 
     def coarse(self, halvings: int) -> ProcessDenoiser:
-        """The same for means of blocks of 2^halvings pixels, whose noise is that much less."""
+        """The same for means of blocks with a side of 2^halvings pixels, which have less noise."""
 
         def made() -> ProcessDenoiser:
             process = self.schedule

@@ -1,4 +1,4 @@
-"""Samplers by name: azula's, and the ancestral one with explicit noise."""
+"""Samplers by name: those of azula, and an ancestral sampler with explicit noise."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from azula.denoise import Denoiser
 from azula.sample import EulerSampler, HeunSampler, Sampler
 from torch import Tensor
 
-Draw = Callable[[Tensor], Tensor]  # standard normal numbers, like a tensor
+Draw = Callable[[Tensor], Tensor]  # standard normal noise, of the shape of a tensor
 
 
 class AncestralSampler(Sampler):
-    r"""DDIM, and DDPM at eta = 1, as azula's, but with noise from an explicit source.
+    r"""DDIM, and DDPM at eta = 1, like azula's sampler, but with noise from a given function.
 
     x_s = alpha_s D + sigma_s sqrt(1 - eta tau) (x_t - alpha_t D) / sigma_t + sigma_s sqrt(eta tau)
     eps, with tau = 1 - (alpha_t sigma_s / (alpha_s sigma_t))^2
@@ -24,8 +24,8 @@ class AncestralSampler(Sampler):
 
     Arguments:
         denoiser: An azula denoiser.
-        draw: Where eps comes from.
-        eta: How stochastic the steps are, from 0 to 1.
+        draw: Returns eps.
+        eta: The stochasticity of the steps, from 0 to 1.
     """
 
     def __init__(self, denoiser: Denoiser, draw: Draw, eta: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""Noise schedules: noise levels over the time of a sampler."""
+"""Noise schedules: noise levels as a function of a sampler's time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def schedule_of(text: str) -> Schedule:
     """A schedule by its name in `SCHEDULES`; "edm:8,0.03" is EDM's from noise level 8 to 0.03.
 
     Raises:
-        ValueError: For an unknown name, or noise levels that are none.
+        ValueError: For an unknown name, or invalid noise levels.
     """
     name, colon, levels = text.partition(":")
     check_name("schedule", name, SCHEDULES)
@@ -62,13 +62,13 @@ def schedule_of(text: str) -> Schedule:
 
 
 def times_of(schedule: Schedule, steps: int, start: float = 0.0) -> Tensor:
-    """The times at which a walk looks, falling, float64 (steps,)."""
+    """The times of the steps of a trajectory, in descending order, float64 (steps,)."""
     first = 1.0 if start == 0 else time_of(schedule, (1 - start) / start)
     return torch.linspace(first, 0, steps, dtype=torch.float64)
 
 
 def time_of(schedule: Schedule, sigma: float) -> float:
-    """The time t in [0, 1] at which sigma_t / alpha_t is `sigma`, or the nearer end."""
+    """The time t in [0, 1] at which sigma_t / alpha_t is `sigma`, or the nearer end of [0, 1]."""
 
     def excess(t: float) -> float:
         alpha_t, sigma_t = schedule(torch.tensor(t, dtype=torch.float64))

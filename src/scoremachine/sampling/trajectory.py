@@ -1,4 +1,4 @@
-"""The reverse process, from noise to a picture."""
+"""The reverse process, from noise to pictures."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from scoremachine.sampling.schedules import times_of
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a generation asks for, apart from the denoiser and the number of pictures.
+    """The settings of `generate`, apart from the denoiser and the number of pictures.
 
     Attributes:
-        steps: How many noise levels are visited (Heun looks twice at all but the last).
-        seed: Picture i draws all its noise from generators made of (seed, i).
-        sampler: "ddim", "ddpm", "euler" or "heun", azula's.
-        label: The class whose images alone are the source; None: all.
-        bandwidth: The bandwidth h while generating, whatever the machine's own: with h > 0
+        steps: The number of noise levels (Heun evaluates the denoiser twice at all but the last).
+        seed: Picture i takes all its noise from generators seeded with (seed, i).
+        sampler: "ddim", "ddpm", "euler" or "heun", as in azula.
+        label: The class to which the source is restricted; None: all images.
+        bandwidth: The bandwidth h during generation, which replaces the machine's own: with h > 0
             samples keep white grain of standard deviation h.
-        batch: How many pictures go together; costs memory, changes no result.
-        shape: (C, H, W), where the denoiser is no machine, or an `els` that draws pictures of
-            another size than its images; None: the images'.
-        start: When to start, in [0, 1), in the time of Scarvelis et al. 2310.12395, where 0 is
+        batch: The number of pictures in a batch, which affects memory but not the results.
+        shape: (C, H, W), for a denoiser that is not a machine, or for an `els` whose pictures
+            differ in size from its images; None: that of the images.
+        start: The start time in [0, 1), in the time of Scarvelis et al. 2310.12395, where 0 is
             noise and sigma = (1 - start) / start. Above 0 a trajectory begins with training images
-            that have this much noise: fewer steps, and the start already decides much.
-        process: Another forward process than x_t = alpha_t x + sigma_t eps: "heat", "pyramid" or a
+            plus noise of this level: fewer steps, but the start already determines much.
+        process: A forward process other than x_t = alpha_t x + sigma_t eps: "heat", "pyramid" or a
             `Process`; alpha_t and sigma_t are those of the machine's schedule.
 
     Raises:
@@ -69,7 +69,7 @@ class Sampling:
             )
 
     def for_shape(self, shape: tuple[int, int, int]) -> Sampling:
-        """The same, of pictures of a shape."""
+        """The same settings for pictures of a given shape."""
         return replace(self, shape=shape)
 
 
@@ -80,7 +80,7 @@ def check_start(start: float) -> None:
 
 
 class RecordingDenoiser(Denoiser):
-    """A denoiser that remembers its answers; a sampler may ask more than once a step."""
+    """A denoiser that records its results; a sampler may call it several times per step."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -97,15 +97,15 @@ class RecordingDenoiser(Denoiser):
 def trajectory(
     denoiser: Denoiser, pictures: range, sampling: Sampling
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """The reverse process of some pictures: yields (x_t, D, t) at each of the n noise levels.
+    """The reverse process of some pictures: yields (x_t, D, t) at each noise level.
 
-    The times fall evenly from the first to 0; at the last the trajectory ends, and D is the
-    result: no step ever goes to a vanishing sigma.
+    The times descend evenly from the first to 0. The trajectory ends at the last, where D is the
+    result: no step goes to sigma = 0.
 
     Arguments:
         denoiser: A machine, a machine under a process, or any azula denoiser.
-        pictures: The numbers of the pictures, which decide their noise.
-        sampling: What is asked for; `shape` has to be given, and `batch` is not looked at.
+        pictures: The numbers of the pictures, which determine their noise.
+        sampling: The settings; `shape` must be given, and `batch` is not used.
     """
     noise = PictureNoise(sampling.seed, pictures)
     generators = noise.generators()
@@ -133,7 +133,7 @@ def trajectory(
 
 
 def _training_images(machine: Machine, generators: list[torch.Generator], label: Label) -> Tensor:
-    """An image of the corpus for each picture, drawn by the picture's own generator."""
+    """A random image of the corpus for each picture, chosen by the picture's own generator."""
     corpus = machine.corpus
     picks = np.empty(len(generators), dtype=np.int64)
     for members, index in machine.by_label(label, len(generators)):

@@ -1,6 +1,6 @@
-"""What a machine compares pictures with: images, processed images, mixtures.
+"""Sources, which pictures are compared with: images, processed images, mixtures.
 
-Each answers `fold` for a `FoldRequest`; nobody asks what kind of source it is.
+Each implements `fold` for a `FoldRequest`; no code branches on the type of a source.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from scoremachine.sources.source import Source
 
 
 def source_of(corpus: Any, kernel: str) -> Source:
-    """The source behind what a machine is made of: a corpus, or what is a source already.
+    """The source for a machine: images of a given corpus, or a given source itself.
 
     Raises:
         ValueError: For anything else, or an unknown kernel.

@@ -1,4 +1,4 @@
-"""Compression: a corpus as a few Gaussians."""
+"""Compression of a corpus to a mixture of a few Gaussians."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from scoremachine.runtime.progress import bar
 from scoremachine.runtime.validation import check_integer, check_seed
 from scoremachine.sources.mixture import Clusters, Mixture, gray_levels
 
-RANKS = (0, 2, 4, 8, 16, 32, 64, 128, 256)  # that a budget is shared out for
+RANKS = (0, 2, 4, 8, 16, 32, 64, 128, 256)  # ranks that are tried for a budget
 
 
-LEADING = 64  # components that clusters are found in
+LEADING = 64  # principal components in which clusters are found
 
 
-DISTANCES = 10**10  # that k-means measures, about, but never in fewer than 3 rounds
+DISTANCES = 10**10  # approximate number of distances that k-means computes, in at least 3 rounds
 
 
-PATCHES = 200_000  # patches, at most, that clusters are made of
+PATCHES = 200_000  # the most patches that clusters are fitted to
 
 
-PRIOR = 1.0  # images that a cluster's diagonal counts the average one for
+PRIOR = 1.0  # weight of the average diagonal in that of each cluster, as a number of images
 
 
-JUDGED = (0.2, 0.5, 1.0, 2.0, 5.0)  # noise levels at which ways to spend a budget are compared
+JUDGED = (0.2, 0.5, 1.0, 2.0, 5.0)  # noise levels at which ways to use a budget are compared
 
 
-BOXES = (3, 7, 15)  # sides of boxes that those of images are compared on too, as ls sees them
+BOXES = (3, 7, 15)  # sides of boxes on which they are compared as well, for ls
 
 
-SEEN = 1e-6  # squared errors below this, a tenth of a gray level's, count as this
+SEEN = 1e-6  # smaller squared errors are set to this, the square of about a tenth of a gray level
 
 
 def compress(
@@ -46,23 +46,24 @@ def compress(
     rank: int | None = None,
     seed: int = 0,
 ) -> Mixture:
-    """A corpus as a few Gaussians, on which `ideal`, `ls` and `els` run.
+    """Compresses a corpus to a few Gaussians, on which `ideal`, `ls` and `els` run.
 
-    Clusters are k-means' (scikit-learn's, in the 64 leading components), with the covariance of
-    what is left, low-rank plus diagonal; one cluster keeps all of it (where `gaussian` can), and as
-    many clusters as images have none.
+    The clusters are found by k-means (scikit-learn's, in the 64 leading principal components).
+    Their covariances are low-rank plus diagonal. A single cluster keeps its full covariance (where
+    `gaussian` can), and as many clusters as images have no covariance.
 
     Arguments:
         corpus: The images.
-        size: How many clusters; or a budget, covariances included: a share of the images' bytes
-            ("1%") or bytes ("500kB", "10MB").
-        patch_size: Also clusters of patches of that side, or these, from every position, which
-            `els` takes (as many; a budget is shared among all).
-        rank: Of the low-rank part; None: what denoises held-out images best, of the same bytes.
-        seed: Of k-means, and of which patches it sees (200,000 at most).
+        size: The number of clusters; or a budget, covariances included: a share of the images'
+            bytes ("1%") or bytes ("500kB", "10MB").
+        patch_size: One or several sides P for additional clusters of the patches at all positions,
+            which `els` needs (`size` clusters for each side; a budget is divided equally).
+        rank: Of the low-rank part; None: the one that denoises held-out images best, with the same
+            number of bytes.
+        seed: Of k-means, and of the choice of its patches (200,000 at most).
 
     Raises:
-        ValueError: For a size of less than one cluster, more clusters than images, or senseless
+        ValueError: For a size of less than one cluster, more clusters than images, or invalid
             arguments.
     """
     check_seed(seed)
@@ -82,7 +83,7 @@ def compress(
     if K is not None and len(corpus) < K:
         raise ValueError(
             f"size is {K:,} clusters, and {corpus.name!r} has {len(corpus):,} images; expected no "
-            'more: for a budget say "1%" or "10MB"'
+            'more clusters than images: for a budget say "1%" or "10MB"'
         )
     with bar("Compressing", total=1 + len(sides)) as progress:
         whole = _clustered(corpus.images, K, budget, rank, seed, BOXES)
@@ -111,7 +112,7 @@ def budget_of(size: str, whole: int) -> float:
 
 
 def _patches(corpus: Corpus, P: int, seed: int) -> np.ndarray:
-    """P x P patches from every position, or `PATCHES` of them, uint8 (n, C, P, P)."""
+    """P x P patches at all positions, or a sample of `PATCHES` of them, uint8 (n, C, P, P)."""
     N, (_, H, W) = len(corpus), corpus.shape
     rows, columns = H - P + 1, W - P + 1
     at = np.arange(N * rows * columns)
@@ -130,9 +131,9 @@ def _clustered(
     seed: int,
     sides: Sequence[int],
 ) -> Clusters:
-    """Clusters of images uint8 (N, C, h, w): K of them, or as many as a budget buys.
+    """Clusters of images uint8 (N, C, h, w): K of them, or as many as a budget allows.
 
-    Ways to spend it are compared on whole images and on boxes of these sides.
+    Ranks and numbers of clusters are compared on whole images and on boxes of these sides.
     """
     N, D = len(images), math.prod(images.shape[1:])
     if K is not None:
@@ -159,14 +160,14 @@ def _clustered(
 
 
 def least_bytes(corpus: Corpus, patch_size: Sequence[int] | None = None) -> int:
-    """The least budget for a corpus and patches of these sides: what one cluster of each takes."""
+    """The least budget for a corpus and patches of these sides: one cluster of each."""
     C = corpus.shape[0]
     largest = max([math.prod(corpus.shape), *(C * P * P for P in patch_size or ())])
     return _bytes(1, largest, 0) * (1 + len(patch_size or ()))
 
 
 def _fitting(N: int, D: int, K: int) -> int:
-    """The rank of so many clusters: about the square root of a cluster's images; all for one."""
+    """The rank for K clusters: about the square root of a cluster's images; full for K = 1."""
     if K == N:
         return 0
     if K == 1 and within_reach(N, D):
@@ -175,22 +176,23 @@ def _fitting(N: int, D: int, K: int) -> int:
 
 
 def _filling(budget: float, N: int, D: int, K: int, rank: int) -> int:
-    """The rank that K clusters can have of a budget that buys them this one at least."""
-    bought = int((budget / K - D - 4) // (2 * D)) - 1
-    return max(rank, min(bought, N // K - 1, max(RANKS), D - 1))
+    """The largest rank that K clusters can have within a budget; at least `rank`."""
+    affordable = int((budget / K - D - 4) // (2 * D)) - 1
+    return max(rank, min(affordable, N // K - 1, max(RANKS), D - 1))
 
 
 def _bytes(K: int, D: int, rank: int) -> int:
-    """About what K clusters take: means in bytes, covariances in half precision, weights."""
+    """The approximate bytes of K clusters: means as bytes, half-precision covariances, weights."""
     return K * (D + 2 * D * (rank + 1) + 4)
 
 
 def _best(
     images: np.ndarray, ways: list[tuple[int, int]], seed: int, sides: Sequence[int]
 ) -> Clusters:
-    """The way to spend a budget that denoises images best that are held out of it.
+    """The clusters, of several (rank, number) pairs, that denoise held-out images best.
 
-    Whole ones, as `ideal` does, and boxes of these sides in their middle, as `ls` does.
+    Errors are measured on whole images, as for `ideal`, and on central boxes of these sides, as for
+    `ls`.
     """
     N, (_, h, w) = len(images), images.shape[1:]
     order = np.random.default_rng(seed).permutation(N)
@@ -202,14 +204,14 @@ def _best(
         if min(h, w) > P:
             boxes.append((slice((h - P) // 2, (h + P) // 2), slice((w - P) // 2, (w + P) // 2)))
     losses, others = [], images[rest]
-    z = _leading(others, seed)  # in which all ways find their clusters
+    z = _leading(others, seed)  # components for k-means, shared by all pairs
     for r, k in ways:
         c = _of_rank(others, min(k, len(others)), r, seed, z)
         errors = []
         for rows, columns in boxes:
             part = c.part(rows, columns).reduced()
-            seen, e = (each[:, :, rows, columns].flatten(1) for each in (x, eps))
-            found = [((part.mean(seen + s * e, s) - seen) ** 2).mean() for s in JUDGED]
+            clean, e = (each[:, :, rows, columns].flatten(1) for each in (x, eps))
+            found = [((part.mean(clean + s * e, s) - clean) ** 2).mean() for s in JUDGED]
             errors += [error.clamp(min=SEEN).log() for error in found]
         losses.append(float(torch.stack(errors).mean()))
     r, k = ways[int(np.argmin(losses))]
@@ -217,7 +219,7 @@ def _best(
 
 
 def _leading(images: np.ndarray, seed: int) -> np.ndarray:
-    """Images in the components that their clusters are found in, float32 (N, at most 64)."""
+    """The leading principal components of images, for k-means, float32 (N, at most 64)."""
     from sklearn.decomposition import PCA
 
     N, D = len(images), math.prod(images.shape[1:])
@@ -231,7 +233,7 @@ def _leading(images: np.ndarray, seed: int) -> np.ndarray:
 def _of_rank(
     images: np.ndarray, K: int, rank: int, seed: int, z: np.ndarray | None = None
 ) -> Clusters:
-    """K clusters with covariances of a rank and a diagonal; z is `_leading` of the images."""
+    """K clusters with covariances of low rank plus diagonal; z is `_leading` of the images."""
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.utils.extmath import randomized_svd
 
@@ -267,7 +269,7 @@ def _of_rank(
             V[k, :, :r] = torch.from_numpy(components.T * (s / math.sqrt(len(members))))
         d[k] = ((rest**2).mean(0) - (V[k] ** 2).sum(1)).clamp(min=0)
     n = torch.from_numpy(counts).float()[:, None]
-    # a diagonal of few images counts the average one as if it were of some more
+    # shrink the diagonal of small clusters towards the average one
     d = (n * d + PRIOR * (n * d).sum(0) / N) / (n + PRIOR)
     weights = torch.from_numpy(counts / N)
     V, d = V.half().float(), d.half().float()

@@ -1,4 +1,4 @@
-"""Images as a source, as they are or as a forward process shows them."""
+"""Sources of images: the images themselves, or transformed by a forward process."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ class ImageSource:
     scale = 1.0
 
     def __init__(self, corpus: Corpus, kernel: str) -> None:
-        choose(kernel)  # refuses what is none
+        choose(kernel)  # raises for an unknown name
         self.corpus, self.kernel = corpus, kernel
         self.name, self.shape = corpus.name, corpus.shape
 
     @property
     def engine(self) -> Engine:
-        """What computes the folds."""
+        """The engine that computes the folds."""
         return choose(self.kernel)
 
     @property
     def keys(self) -> np.ndarray:
-        """What pictures are compared with, (N, C, H, W): uint8, or float32 in units of x."""
+        """The images that y is compared with, (N, C, H, W): uint8, or float32 in units of x."""
         return self.corpus.images
 
     @property
     def values(self) -> np.ndarray | None:
-        """What is averaged, uint8 (N, C, H, W), where that is not what is compared."""
+        """The images that are averaged, uint8 (N, C, H, W), if they are not the keys."""
         return None
 
     def seen(self, x: Tensor) -> Tensor:
-        """What is seen of pictures x (B, C, H, W)."""
+        """The keys of pictures x (B, C, H, W): x itself."""
         return x
 
     def engine_for(self, collection: Collection, index: np.ndarray) -> Engine:
@@ -62,21 +62,21 @@ class ImageSource:
         return self.engine
 
     def prepare(self, collection: Collection, index: np.ndarray) -> None:
-        """Nothing: images are folded as they are."""
+        """Does nothing: a scan needs no preparation."""
 
     def fold(self, request: FoldRequest) -> Evidence:
         """The posterior mean and the folds of the sites."""
         return self.folded(request, self.engine_for(request.collection, request.index))
 
     def folded(self, request: FoldRequest, engine: Engine) -> Evidence:
-        """`fold`, by an engine."""
+        """`fold`, with a given engine."""
         keys, values, y = self._arrays(request)
         asked = request.index, y, request.sigma, request.collection, request.leaders, values
         fold, D = posterior(engine, keys, *asked)
         return Evidence(D.reshape(request.y.shape), fold)
 
     def _arrays(self, request: FoldRequest) -> tuple[np.ndarray, np.ndarray | None, Tensor]:
-        """Keys, values and pictures; a row may have the channels below each other."""
+        """Keys, values and pictures; a row may stack the channels."""
         c, keys, values = request.collection, self.keys, self.values
         keys = keys.reshape(len(keys), -1, *c.image)
         if values is not None:
@@ -117,14 +117,14 @@ class ImageSource:
         return moments(self.corpus, index, low_rank)
 
     def under_process(self, process: Process, t: float) -> Source:
-        """The images as a forward process shows them."""
+        """The images transformed by a forward process at the time t."""
         return ProcessedImages(self.corpus, self.kernel, process, t)
 
 
 class ProcessedImages(ImageSource):
-    """The images as a forward process x_t = A_t x + sigma_t eps shows them at a time.
+    """Images under a forward process x_t = A_t x + sigma_t eps at one time.
 
-    Logits compare x_t with A_t s, and what is averaged is s.
+    Logits compare x_t with the keys A_t s, and the mean is taken over the values s.
 
     Arguments:
         corpus, kernel: See `ImageSource`.
@@ -158,7 +158,7 @@ class ProcessedImages(ImageSource):
         return super().fold(request)
 
     def moments(self, index: np.ndarray, low_rank: bool = False) -> Moments:
-        """Mean and covariance of A_t x / scale."""
+        """Mean and covariance of the keys divided by `scale`."""
 
         def seen(x: Tensor) -> Tensor:
             return self.seen(x.reshape(-1, *self.shape)).flatten(1) / self.scale
@@ -168,8 +168,8 @@ class ProcessedImages(ImageSource):
     def _rolled(self, request: FoldRequest) -> Evidence:
         """The images under every circular translation, one translation after the other.
 
-        A process that knows frequencies knows where a picture begins: A_t does not commute with
-        translations, so that there is no correlation to be had by Fourier transform.
+        A_t does not commute with circular translations, so the logits are not one correlation and
+        cannot be computed by Fourier transform.
         """
         if tracked(request.y):
             raise ValueError("es has no derivative under a forward process: use another machine")

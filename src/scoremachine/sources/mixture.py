@@ -1,6 +1,6 @@
-"""Mixtures: a few Gaussians in place of many images, or of all their patches.
+"""Mixtures: a few Gaussians instead of many images, or of all their patches.
 
-A cluster of images is a weight, a mean, and the covariance of what is left, low-rank plus diagonal:
+A cluster of images has a weight, a mean, and a covariance that is low-rank plus diagonal:
 
     p(x) = sum_k pi_k N(x; mu_k, V_k V_k^T + diag(d_k))
 
@@ -9,8 +9,8 @@ Under it E[x | y] is exact: with v = d + sigma^2, delta = y - mu and M = I + V^T
     E[x | y, k] = y - sigma^2 (delta - V M^-1 V^T (delta / v)) / v
 
 and the weights of the clusters are those of N(y; mu_k, V_k V_k^T + diag(v_k)), by the Woodbury
-identity. One cluster with its full covariance is the Gaussian machine; as many clusters as images,
-each without any, are the ideal one.
+identity. One cluster with its full covariance gives the Gaussian machine; one cluster for each
+image, with covariance zero, gives the ideal machine.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from scoremachine.data.moments import Moments
 from scoremachine.runtime.files import written
 from scoremachine.sources.source import Evidence, FoldRequest, Source
 
-ROOM = 2**26  # numbers in memory at once
+ROOM = 2**26  # values in memory at once
 
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """K Gaussians of vectors of D numbers, which are pictures (C, h, w).
+    """K Gaussians over vectors of D values, which are pictures (C, h, w).
 
     Attributes:
-        weights: pi, float64 (K,), adding up to 1.
+        weights: pi, float64 (K,), with sum 1.
         means: mu, float32 (K, D).
         V: float32 (K, D, r).
-        d: float32 (K, D), or (K, 0) where there is none.
+        d: float32 (K, D), or (K, 0) if it is zero.
         shape: (C, h, w).
     """
 
@@ -67,7 +67,7 @@ class Clusters:
         return self.V.shape[2]
 
     def stored(self) -> dict[str, Tensor]:
-        """What is written: whole gray levels as bytes, what half precision holds in that."""
+        """The tensors to be saved, as bytes or in half precision where that is lossless."""
         gray = gray_levels(self.means)
         whole = torch.equal(gray / 127.5 - 1, self.means)
         halves = {name: each.half() for name, each in (("V", self.V), ("d", self.d))}
@@ -80,11 +80,11 @@ class Clusters:
 
     @cached_property
     def nbytes(self) -> int:
-        """What they take on disk."""
+        """Their size on disk."""
         return sum(tensor.nbytes for tensor in self.stored().values())
 
     def tiles(self, numbers: int) -> Iterator[Clusters]:
-        """The clusters in pieces of about `ROOM` numbers, of which each takes so many."""
+        """The clusters in pieces of about `ROOM` values, with `numbers` for each cluster."""
         step = max(1, ROOM // max(1, numbers))
         for k in range(0, len(self), step):
             some = slice(k, k + step)
@@ -94,7 +94,7 @@ class Clusters:
             )  # fmt: skip
 
     def part(self, rows: slice, columns: slice) -> Clusters:
-        """The clusters of a part of each picture: their marginals."""
+        """The marginals of the clusters on a part of the picture."""
         K, (C, h, w), r = len(self), self.shape, self.rank
         means = self.means.reshape(K, C, h, w)[:, :, rows, columns]
         V = self.V.reshape(K, C, h, w, r)[:, :, rows, columns]
@@ -103,7 +103,7 @@ class Clusters:
         return Clusters(self.weights, means.flatten(1), V.flatten(1, 3), d.flatten(1), shape)
 
     def reduced(self) -> Clusters:
-        """The same with V of at most D columns: a square root of V V^T."""
+        """The same clusters with at most D columns of V: a square root of V V^T."""
         if self.rank <= self.V.shape[1]:
             return self
         V = self.V.double()
@@ -112,7 +112,7 @@ class Clusters:
         return replace(self, V=V.float())
 
     def variances(self, sigma: float) -> Tensor:
-        """v = d + sigma^2, float64 (K, D), or (K, 1) where there is no diagonal."""
+        """v = d + sigma^2, float64 (K, D), or (K, 1) if the diagonal is zero."""
         d = self.d.double() if self.d.shape[1] else torch.zeros(len(self), 1, dtype=torch.float64)
         return d + sigma**2
 
@@ -179,7 +179,7 @@ class Leaders(NamedTuple):
 
 
 class _Merged:
-    """Softmax means over clusters that come in pieces: the fold of `posterior`, for tensors."""
+    """A softmax mean over clusters, piece by piece: the fold of `core.fold`, differentiable."""
 
     def __init__(self, leaders: int = 0) -> None:
         self.m: Tensor | None = None
@@ -190,7 +190,7 @@ class _Merged:
         self.best: tuple[Tensor, Tensor] | None = None
 
     def weigh(self, l: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest of logits (..., K), and e^(l - that)."""
+        """m = max l and w = e^(l - m), for logits l (..., K)."""
         m = l.detach().max(-1, keepdim=True).values
         if self.k:
             numbers = torch.arange(self.seen, self.seen + l.shape[-1]).expand(l.shape)
@@ -204,7 +204,7 @@ class _Merged:
         return m, torch.exp(l - m)
 
     def add(self, m: Tensor, w: Tensor, S: Tensor) -> None:
-        """A piece: its m and w, and S = sum w times whatever is averaged (..., n)."""
+        """Merges a piece: its m and w, and S = sum w v of the values v (..., n)."""
         Z, Z2 = w.sum(-1, keepdim=True), (w.detach() ** 2).sum(-1, keepdim=True)
         if self.m is None:
             self.m, self.Z, self.Z2, self.S = m, Z, Z2, S
@@ -231,17 +231,16 @@ class _Merged:
 
 
 class Mixture:
-    """Clusters in place of images, a source of `ideal`, `ls` and `els`; see `compress`.
+    """Clusters as a source of `ideal`, `ls` and `els` instead of images; see `compress`.
 
-    It takes the place of a corpus wherever a machine is made: it has no images, so nothing can be
-    held out of it, and no classes.
+    `build` accepts it instead of a corpus. It has no images that could be held out, and no classes.
 
     Attributes:
         whole: Clusters of images.
-        patches: By side P, clusters of P x P patches from every position; those `els` needs.
-        name: What to call it in messages and records.
+        patches: For each side P, clusters of P x P patches at all positions, which `els` needs.
+        name: Its name in messages and records.
         shape: (C, H, W) of the images.
-        key: What identifies its content, as hexadecimal digits.
+        key: A hash of its content, as hexadecimal digits.
     """
 
     has_images = False
@@ -280,7 +279,7 @@ class Mixture:
         return np.arange(len(self))
 
     def prepare(self, collection: Collection, index: np.ndarray) -> None:
-        """Nothing: clusters are folded as they are."""
+        """Does nothing: clusters need no preparation."""
 
     def fold(self, request: FoldRequest) -> Evidence:
         """The posterior mean; see `Source`."""
@@ -305,12 +304,12 @@ class Mixture:
         return Shares(D, *leading(weights, places, k), found.effective, zero, zero)
 
     def moments(self, index: np.ndarray, low_rank: bool = False) -> Moments:
-        """A ValueError: machines that need the images' covariance are made of images."""
+        """A ValueError: machines that need the images' covariance need images."""
         raise ValueError("a mixture has no covariance of images here: use the images")
 
     def under_process(self, process: Process, t: float) -> Source:
-        """A ValueError: clusters are seen as they are."""
-        raise ValueError("a mixture knows no other forward process: use the images")
+        """A ValueError: mixtures support ordinary diffusion only."""
+        raise ValueError("a mixture supports no other forward process: use the images")
 
     def save(self, path: str | Path) -> None:
         """Writes it as safetensors; `Mixture.load` reads it."""
@@ -329,7 +328,7 @@ class Mixture:
         """Reads a mixture that `save` wrote.
 
         Raises:
-            ValueError: For a file that holds none.
+            ValueError: For a file that is not a mixture.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -350,18 +349,18 @@ class Mixture:
 
     @property
     def nbytes(self) -> int:
-        """What it takes on disk, covariances included."""
+        """Its size on disk, covariances included."""
         return self.whole.nbytes + sum(c.nbytes for c in self.patches.values())
 
     def posterior(self, y: Tensor, sigma: Tensor, collection: Collection) -> Tensor:
         """D of pictures y float64 (B, C, H, W) under a machine's row.
 
         Raises:
-            ValueError: For rows that are none of `ideal`, `ls` and `els` with plain boxes, and
-                patches of a size that there are no clusters of.
+            ValueError: For rows other than those of `ideal`, `ls` and `els` with plain boxes, and
+                for patch sizes without clusters.
         """
         way = self._way(collection)
-        # what is the same for all pictures of a noise level is made once
+        # quantities that depend only on the noise level are computed once for each level
         groups = [(sigma == level).nonzero()[:, 0] for level in sigma.unique()]
         parts = [way(y[some], float(sigma[some[0]]), collection)[0] for some in groups]
         return regrouped(groups, parts)
@@ -381,20 +380,20 @@ class Mixture:
         )
 
     def _images(self, y: Tensor, sigma: float, c: Collection, k: int = 0) -> tuple[Tensor, Leaders]:
-        """Pictures against whole clusters; leaders (B, k)."""
+        """Pictures compared with whole clusters; leaders (B, k)."""
         D, found = self.whole.posterior(y.flatten(1), sigma, k)
         return D.reshape(y.shape), found
 
     def _windows(
         self, y: Tensor, sigma: float, c: Collection, k: int = 0
     ) -> tuple[Tensor, Leaders]:
-        """Every pixel's box against the same box of every cluster; leaders (B, H, W, k)."""
+        """Every pixel's box compared with the same box of every cluster; leaders (B, H, W, k)."""
         C, H, W = y.shape[1:]
         r = self.whole.rank
-        # more than a box's own covariance has rows, or than fits for every pixel at once
+        # the rank is above the dimension of a box, or all pixels at once exceed the workspace
         if r > C * math.prod(c.window.shape) or H * W * r * r > ROOM:
             return self._dense(y, sigma, c, k)
-        shared = C * (r + 3) + r * r  # numbers of a cluster and pixel; a picture's are C + r
+        shared = C * (r + 3) + r * r  # values per cluster and pixel; a picture adds C + r
         pieces = y.split(max(1, shared // (3 * (C + r))))
         folds = [_Merged(k) for _ in pieces]
         for some in self.whole.tiles(H * W * shared):
@@ -431,7 +430,7 @@ class Mixture:
         return D, Leaders.batch([fold.leaders() for fold in folds])
 
     def _dense(self, y: Tensor, sigma: float, c: Collection, k: int) -> tuple[Tensor, Leaders]:
-        """The same, box by box."""
+        """The same as `_windows`, box by box."""
         H, W = y.shape[2:]
         P, Q = c.window.shape
         pixels, leaders = [], []
@@ -450,7 +449,7 @@ class Mixture:
     def _everywhere(
         self, y: Tensor, sigma: float, c: Collection, k: int = 0
     ) -> tuple[Tensor, Leaders]:
-        """Every pixel's box against clusters of patches; a cut box against what is left of them."""
+        """Every pixel's box compared with clusters of patches; truncated boxes with marginals."""
         P = c.window.shape[0]
         if P not in self.patches:
             raise ValueError(
@@ -468,7 +467,7 @@ class Mixture:
             h, w = of.patches.size
             a, b = of.middle
             n, m = of.shape
-            # the part of a patch that a box keeps whose middle is at (a, b)
+            # the part of a patch that remains in a truncated box with its middle at (a, b)
             rows, columns = (slice(P // 2 - at, P // 2 - at + n) for at, n in ((a, h), (b, w)))
             part = clusters.part(rows, columns)
             for first in range(0, B, together):
@@ -496,5 +495,5 @@ def _stored(file: Any, side: str, shape: str) -> Clusters:
 
 
 def gray_levels(x: Tensor) -> Tensor:
-    """The nearest whole gray levels, 0 to 255 of x in [-1, 1]."""
+    """The nearest gray levels, whole numbers from 0 to 255, of x in [-1, 1]."""
     return torch.round((x + 1) * 127.5)

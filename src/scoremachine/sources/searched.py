@@ -1,4 +1,4 @@
-"""Images whose patches are looked up in an index where that is faster than comparing them all."""
+"""Images whose patches are searched through an index if that is faster than a full scan."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from scoremachine.sources.images import ImageSource
 from scoremachine.sources.source import Evidence, FoldRequest
 
 SEARCHES = ("auto", "exact", "bounded")
-# sides of patches up to which, and seconds of one core for `PIXELS` of a picture: a scan that takes
-# longer is worth an index
+# (largest side of a patch, seconds of one core for `PIXELS` pixels): a search through an index is
+# worthwhile if the scan takes longer
 WORTHWHILE = (3, 1.0), (7, 2.5), (math.inf, 4.0)
 PIXELS = 1024
 
@@ -38,13 +38,13 @@ class Search:
     """How the patches of a corpus are searched.
 
     Attributes:
-        mode: "exact": every patch is compared; "bounded": patches are looked up in an index;
+        mode: "exact": every patch is compared; "bounded": patches are searched through an index;
             "auto": whichever is faster.
-        error: The largest error of a pixel that a search may make, in (0, 1], in units of x.
-        bound: "deterministic": a bound, true of every picture; "statistical": an estimate with a
-            confidence level; "auto": see `machines.EquivariantLocalScore`.
-        patience: How many times the cost of the exact scan the search for a picture may take,
-            before every patch is compared after all.
+        error: The largest error of a pixel allowed to a search, in (0, 1], in units of x.
+        bound: "deterministic": a bound, which holds for every picture; "statistical": an estimate
+            with a confidence level; "auto": see `machines.EquivariantLocalScore`.
+        patience: The most that the search for a picture may cost before it is replaced by the exact
+            scan, as a multiple of the scan's cost.
     """
 
     mode: str = "auto"
@@ -63,12 +63,12 @@ class Search:
         object.__setattr__(self, "error", float(error))
 
     def plain(self) -> dict[str, object]:
-        """It as JSON can hold it."""
+        """A form that JSON can represent."""
         return asdict(self)
 
 
 class SearchedImages(ImageSource):
-    """The images of a corpus, whose patches from every position may be looked up in an index.
+    """The images of a corpus, whose patches at all positions may be searched through an index.
 
     Arguments:
         corpus, kernel: See `ImageSource`.
@@ -82,20 +82,20 @@ class SearchedImages(ImageSource):
 
     @property
     def bounded(self) -> Bounded:
-        """The engine that searches."""
+        """The search engine."""
         s = self.search
         return self._made.get(
             "bounded", lambda: Bounded(self.corpus, self.engine, s.error, s.bound, s.patience)
         )
 
     def engine_for(self, collection: Collection, index: np.ndarray) -> Engine:
-        """The search where it is asked for, or faster, and there is room for its index."""
+        """The search engine if it is required, or if it is faster and its index fits on disk."""
         mode, exact = self.search.mode, self.engine
         if mode == "exact" or not searchable(collection):
             return exact
         if mode == "auto":
             if exact is pytorch and triton.available():
-                return exact  # a GPU compares everything before an index is looked through
+                return exact  # the full scan on a GPU is faster than a search
             side = max(collection.window.shape)
             least = next(seconds for most, seconds in WORTHWHILE if side <= most)
             pictures = max(1.0, math.prod(collection.frame) / PIXELS)
@@ -104,22 +104,22 @@ class SearchedImages(ImageSource):
             try:
                 self.bounded.check_space(index, collection)
             except (OSError, ValueError) as error:
-                say(f"every patch is compared, which takes longer than a search: {error}")
+                say(f"no index, so every patch is compared, which takes longer: {error}")
                 return exact
         return self.bounded
 
     def folded_with_kind(self, request: FoldRequest) -> tuple[Evidence, str]:
-        """`fold`, and what its omitted masses are: "deterministic" bounds, or "statistical"."""
+        """`fold`, and the kind of its omitted masses: "deterministic" or "statistical"."""
         engine, record = self.engine_for(request.collection, request.index), Record()
         if engine is self.bounded:
             engine = self.bounded.recorded(record)
         return self.folded(request, engine), record.kind
 
     def prepare(self, collection: Collection, index: np.ndarray) -> list[Path]:  # type: ignore[override]
-        """Builds the indexes that a row needs and that are missing; their folders, if any.
+        """Builds the missing indexes for a row; returns the folders of its indexes, if any.
 
         Raises:
-            OSError: If there is no room for them.
+            OSError: If the disk is too full for them.
         """
         engine: Any = self.engine_for(collection, index)
         return engine.prepare(index, collection) if engine is self.bounded else []

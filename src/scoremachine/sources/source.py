@@ -1,4 +1,4 @@
-"""What a machine compares pictures with, and the one thing that it is asked: a fold."""
+"""The interface between machines and sources: a fold request, and its result."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from scoremachine.data.moments import Moments
 
 @dataclass(frozen=True, eq=False)
 class FoldRequest:
-    """What a machine asks of a source.
+    """The request of a machine to its source.
 
     Attributes:
         y: The pictures, float64 on the CPU, shape (B, C, H, W).
         sigma: Their noise levels, float64, shape (B,).
-        collection: The machine's row: windows, and which of a source's windows they meet.
-        index: Positions of the images that are compared with, int64, shape (n,), n >= 1.
-        leaders: How many of the leading sources of every site are wanted, k >= 0.
+        collection: The machine's row: windows, and the windows of a source to compare them with.
+        index: Positions of the images to compare with, int64, shape (n,), n >= 1.
+        leaders: How many leading sources of every site to record, k >= 0.
     """
 
     y: Tensor
@@ -36,12 +36,12 @@ class FoldRequest:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What one pass over a source says of a batch: the mean and where it comes from.
+    """The result of a fold request: the posterior mean and the statistics of its sites.
 
     Attributes:
         mean: D with bandwidth 0, float64 (B, C, H, W), differentiable by y.
-        fold: The sites' folds: log-partition, effective and leading sources; None where the source
-            is no finite set of images.
+        fold: The sites' folds: log-partition, effective and leading sources; None if the source is
+            not a finite set of images, or if no single fold gives the mean.
     """
 
     mean: Tensor
@@ -49,14 +49,14 @@ class Evidence:
 
 
 class Source(Protocol):
-    """What pictures are compared with: images, images seen through a process, a mixture.
+    """What pictures are compared with: images, images under a forward process, or a mixture.
 
     Attributes:
-        name: What to call it in messages.
+        name: Its name in messages.
         shape: (C, H, W) of its images.
         has_images: Whether it is a finite set of images, some of which can be held out.
-        scale: The largest gain of what is seen of an image: sigma / scale is the noise level at
-            which the settings of a machine are looked up.
+        scale: The largest gain of the forward process: sigma / scale is the noise level at which
+            the settings of a machine are looked up.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Source(Protocol):
     scale: float
 
     def prepare(self, collection: Collection, index: np.ndarray) -> Any:
-        """Does what a fold relies on and what is done once, such as building an index."""
+        """Does the work that folds need once, such as building an index."""
 
     def fold(self, request: FoldRequest) -> Evidence:
         """The posterior mean of the pictures, and the folds of their sites."""
@@ -74,7 +74,7 @@ class Source(Protocol):
         """The posterior mean of the pictures, and where every pixel of it comes from."""
 
     def moments(self, index: np.ndarray, low_rank: bool = False) -> Moments:
-        """Mean and covariance of what pictures are compared with, divided by `scale`."""
+        """Mean and covariance of the keys, divided by `scale`."""
 
     def under_process(self, process: Process, t: float) -> Source:
-        """The source as a forward process shows it at the time t."""
+        """The source under a forward process at the time t."""

@@ -1,4 +1,4 @@
-"""The command line. Heavy imports wait until a command needs them."""
+"""The command line. Heavy imports are deferred until a command needs them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from scoremachine.app.cli.words import EARLIER
 from scoremachine.runtime.files import sentence_of
 
 PACKAGE = str(Path(__file__).parents[2])
-# PyTorch's, of arrays mapped from disk, which nothing here writes to
+# PyTorch's warning for memory-mapped arrays, which are never written to here
 READ_ONLY = "The given NumPy array is not writable"
 
 
 class Commands(TyperGroup):
-    """The commands, which take earlier spellings of options too."""
+    """The commands, which accept earlier names of options too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [current(word) for word in args])
 
 
 def current(word: str) -> str:
-    """An option by its present name."""
+    """An option with its current name."""
     name, equals, value = word.partition("=")
     return EARLIER.get(name, name) + equals + value
 
@@ -84,16 +84,16 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None,
     line: str | None = None,
 ) -> None:  # fmt: skip
-    """Shows what scoremachine warns of; other libraries' warnings are for who calls them."""
+    """Shows the warnings of scoremachine, and those of other libraries only with -W."""
     own = filename.startswith(PACKAGE) and not str(message).startswith(READ_ONLY)
     if own or sys.warnoptions:
         print(f"scoremachine: {message}", file=sys.stderr)
 
 
 def main() -> None:
-    """Runs the command line: exit code 2 and a sentence for what a user can mend."""
+    """Runs the command line: exit code 2 and a sentence for errors that a user can correct."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what the locale has no sign for becomes "?"
+        if hasattr(stream, "reconfigure"):  # characters that the locale cannot encode become "?"
             stream.reconfigure(errors="replace")
     warnings.showwarning = _show_warning
     try:

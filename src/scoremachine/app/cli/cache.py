@@ -1,4 +1,4 @@
-"""Commands about the store: what is kept between runs, and room for more."""
+"""Commands for the cache on disk."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="What is kept from one run to the next: list it, make room, find it.",
+    help="The cache on disk, which is kept between runs: list it, prune it, find it.",
     no_args_is_help=True,
 )
 
 
 @app.command()
 def path() -> None:
-    """Print the folder that everything is kept in."""
+    """Print the folder of the cache."""
     from scoremachine.data.store import cache_root
 
     print(cache_root())
@@ -23,7 +23,7 @@ def path() -> None:
 
 @app.command("list")
 def list_() -> None:
-    """List what is kept: what it is, for which images, its size, and when it was last used."""
+    """List the entries: their kind, images, size, and last use."""
     from rich.console import Console
     from rich.table import Table
 
@@ -50,14 +50,14 @@ def list_() -> None:
 def prune(
     to: Annotated[
         str | None,
-        typer.Option(help="Leave at most this much, as 10GB; the limit of the cache unless given."),
+        typer.Option(help="Leave at most this much, as 10GB; default: the limit of the cache."),
     ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Leave nothing but what is in use.")
+        bool, typer.Option("--all", help="Remove everything that is not in use.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove what was used least recently; what a running command uses stays."""
+    """Remove the least recently used entries; entries in use by a running command stay."""
     from scoremachine.data import store
     from scoremachine.runtime.parsing import bytes_of
 
@@ -81,7 +81,7 @@ def prune(
 
 
 def size_of(count: int) -> str:
-    """Bytes as one reads them."""
+    """A number of bytes in a readable unit."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:,.1f} {unit}"

@@ -1,4 +1,4 @@
-"""The commands about machines. Heavy imports wait until a command needs them."""
+"""The commands for machines. Heavy imports are deferred until a command needs them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def generate(
     out: Out,
     machine: MachineName = "els",
     count: Annotated[int, typer.Option(help="How many pictures.")] = 16,
-    steps: Annotated[int, typer.Option(help="How many noise levels to visit.")] = 20,
+    steps: Annotated[int, typer.Option(help="The number of noise levels.")] = 20,
     seed: Seed = 0,
     sampler: Annotated[str, typer.Option(help="ddim, ddpm, euler or heun.")] = "ddim",
     schedule: ScheduleName = "vp",
@@ -73,14 +73,14 @@ def generate(
     start: Annotated[
         float,
         typer.Option(
-            help="Start at this time: 0 is noise; above, training images with noise (1 - T) / T."
+            help="Start at time T: 0 is noise; above 0, training images with noise (1 - T) / T."
         ),
     ] = 0.0,
     trajectory: Annotated[
         bool, typer.Option("--trajectory", help="Also write a GIF of x_t and D.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after the pictures already finished.")
+        bool, typer.Option("--resume", help="Continue after the finished pictures.")
     ] = False,
     size: Sizes = None,
     grayscale: Grayscale = False,
@@ -107,7 +107,7 @@ def generate(
         with interruptible(
             lambda: (
                 f"{run.finished()} of {count} pictures are finished; the same command with "
-                "--resume goes on after them"
+                "--resume continues after them"
             )
         ):
             seconds = run.go(resume)
@@ -160,19 +160,19 @@ def denoise(
 def calibrate(
     data: Data,
     machine: MachineName = "ls",
-    held_out: Annotated[int, typer.Option(help="Images that choose; as many others report.")] = 16,
+    held_out: Annotated[int, typer.Option(help="Validation images; as many test images.")] = 16,
     steps: Annotated[int, typer.Option(help="How many EDM noise levels.")] = 18,
     reference: Annotated[
         str | None,
         typer.Option(
-            help="A schedule to print next to what is chosen: a name, or a file of calibrate."
+            help="A schedule to print next to the chosen one: a name, or a calibration.json."
         ),
     ] = None,
     network: Annotated[
         str | None,
         typer.Option(
-            help="Choose what is nearest to this trained network's D instead, and print next to "
-            "it what denoises best, and what either costs the other."
+            help="Choose by agreement with this trained network's D instead, and also print the "
+            "choice that denoises best, and the cost of using one for the other's purpose."
         ),
     ] = None,
     out: Annotated[
@@ -227,7 +227,7 @@ def index(
     array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
-    """Build the indexes of patches that els searches, which it would build when it needs them."""
+    """Build the indexes of patches that els searches (otherwise built when they are needed)."""
     from scoremachine.runtime import progress
 
     with progress.quiet(quiet):
@@ -259,7 +259,7 @@ def zoo(
     schedule: ScheduleName = "edm",
     label: ClassName = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after what is already finished.")
+        bool, typer.Option("--resume", help="Continue after the finished pictures.")
     ] = False,
     size: Size = None,
     grayscale: Grayscale = False,
@@ -269,7 +269,7 @@ def zoo(
     array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
-    """Draw every machine's samples from the same noise, with the nearest training images."""
+    """Generate samples of every machine from the same noise, with the nearest training images."""
     from scoremachine.app.runs.generation import RunOptions
     from scoremachine.app.runs.generation import zoo as draw
     from scoremachine.runtime import progress
@@ -277,11 +277,11 @@ def zoo(
 
     with progress.quiet(quiet):
         names = names_of(machines)
-        schedule_of(schedule)  # refuses what is none before images are read
+        schedule_of(schedule)  # raises for an invalid one before images are read
         corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
         options = RunOptions(count, steps, seed, sampler, schedule, label)
         with interruptible(
-            lambda: "the same command with --resume goes on after the pictures that are finished"
+            lambda: "the same command with --resume continues after the finished pictures"
         ):
             seconds = draw(corpus, out, names, options, resume)
     print(f"{len(names)} machines in {seconds:.0f} s: {out / 'zoo.png'}")
@@ -292,13 +292,13 @@ def denoising_error(
     out: Out = Path("runs/denoising-error"),
     machines: MachineNames = None,
     steps: Annotated[int, typer.Option(help="How many EDM noise levels.")] = 18,
-    validation: Annotated[int, typer.Option(help="Held-out images that calibrate.")] = 16,
-    test: Annotated[int, typer.Option(help="Other held-out images, that report.")] = 32,
+    validation: Annotated[int, typer.Option(help="Held-out images for calibration.")] = 16,
+    test: Annotated[int, typer.Option(help="Other held-out images, for the errors.")] = 32,
     published: Annotated[
         list[str] | None,
         typer.Option(
             metavar="MACHINE=SCHEDULE",
-            help="Measure also as published, as pspc=pspc-cifar10. Can be given again.",
+            help="Also measure a published schedule, as pspc=pspc-cifar10. Can be repeated.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -334,16 +334,16 @@ def compress(
     sizes: Annotated[
         str | None,
         typer.Option(
-            help="Sizes by commas: a share of the images' bytes (1%), bytes (500kB, 10MB), or how "
-            "many clusters (100). From 30% down to 0.01% unless given."
+            help="Comma-separated sizes: a share of the images' bytes (1%), bytes (500kB, 10MB), "
+            "or a number of clusters (100). Default: from 30% down to 0.01%."
         ),
     ] = None,
     keep: Annotated[
         str | None,
-        typer.Option(help="Also write mixture.safetensors of this size, which --data takes."),
+        typer.Option(help="Also write mixture.safetensors of this size, for --data."),
     ] = None,
     steps: Annotated[int, typer.Option(help="How many EDM noise levels.")] = 18,
-    held_out: Annotated[int, typer.Option(help="Held-out images that report.")] = 32,
+    held_out: Annotated[int, typer.Option(help="Held-out test images.")] = 32,
     patch_size: PatchSize = None,
     boundary: BoundaryName = None,
     seed: Seed = 0,
@@ -355,7 +355,7 @@ def compress(
     array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
-    """Find how small a machine can be: images as ever fewer Gaussians, against denoising error."""
+    """Measure how small a machine can be: denoising error with images as ever fewer Gaussians."""
     from scoremachine.app.runs.machines import CompressionOptions, compress_corpus
     from scoremachine.lab.sizes import SIZES
     from scoremachine.runtime import progress
@@ -365,7 +365,7 @@ def compress(
         settings = settings_of(patch_size, None, boundary, None, None, None, "auto")
         asked = [number(word, int, word) for word in parts_of(sizes)] or list(SIZES)
         kept = None if keep is None else number(keep, int, keep)
-        with interruptible(lambda: "the same command goes on after the sizes that are finished"):
+        with interruptible(lambda: "the same command continues after the finished sizes"):
             options = CompressionOptions(asked, kept, steps, held_out, seed)
             compress_corpus(corpus, out, machine, settings, options)
 
@@ -373,17 +373,17 @@ def compress(
 def ablation(
     data: Annotated[
         list[str],
-        typer.Option(help="Images, as for generate; can be given again. Of one picture, crops."),
+        typer.Option(help="Images, as for generate; can be repeated. One picture: its crops."),
     ],
     out: Out = Path("runs/ablation"),
     sides: Annotated[
-        str | None, typer.Option(help="Sides to resize to, by commas, as 28,32,64.")
+        str | None, typer.Option(help="Comma-separated sides to resize to, as 28,32,64.")
     ] = None,
     machine: Annotated[
-        str, typer.Option(help="Machines of boxes, by commas, as for compare.")
+        str, typer.Option(help="Comma-separated box-window machines, as for compare.")
     ] = "ls,ls+gaussian,pspc,pspc+gaussian",
-    sigmas: Annotated[str, typer.Option(help="Noise levels, by commas.")] = "5,2,1,0.5,0.2",
-    held_out: Annotated[int, typer.Option(help="Held-out images that report.")] = 16,
+    sigmas: Annotated[str, typer.Option(help="Comma-separated noise levels.")] = "5,2,1,0.5,0.2",
+    held_out: Annotated[int, typer.Option(help="Held-out test images.")] = 16,
     seed: Seed = 0,
     grayscale: Grayscale = False,
     limit: Limit = None,
@@ -392,7 +392,7 @@ def ablation(
     array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure patch sizes and how patches are composed, by kind of picture and resolution."""
+    """Compare patch sizes and ways to combine patches, by kind of picture and resolution."""
     from scoremachine.app.runs.machines import ablate
     from scoremachine.runtime import progress
 

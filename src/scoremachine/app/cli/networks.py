@@ -1,4 +1,4 @@
-"""The commands about networks. Heavy imports wait until a command needs them."""
+"""The commands for networks. Heavy imports are deferred until a command needs them."""
 
 from __future__ import annotations
 
@@ -40,16 +40,17 @@ def train(
         str, typer.Option(help="resnet, unet, unet-attention, dit, mlp or vae.")
     ] = "resnet",
     budget: Annotated[
-        str | None, typer.Option(help="How long to train, as 90s, 10m or 1h; 10m unless --steps.")
+        str | None,
+        typer.Option(help="Training time, as 90s, 10m, 1h; default 10m without --steps."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="How many steps: the same number is the same network.")
+        int | None, typer.Option(help="Training steps: the same number gives the same network.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Pictures a step.")] = 64,
+    batch: Annotated[int, typer.Option(help="Pictures per step.")] = 64,
     rate: Annotated[float, typer.Option(help="The learning rate of Adam.")] = 1e-3,
     held_out: Annotated[
         int | None,
-        typer.Option(help="Images left out for compare: 256 unless given; at most a tenth."),
+        typer.Option(help="Images held out for compare; default 256, at most a tenth."),
     ] = None,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -59,11 +60,11 @@ def train(
             "--set",
             metavar="NAME=VALUE",
             help="Settings of the network: width, depth, padding, normalised (resnet), levels, "
-            "blocks, attention (unet), patch, heads (dit), latent (vae). Can be given again.",
+            "blocks, attention (unet), patch, heads (dit), latent (vae). Can be repeated.",
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")
+        bool, typer.Option("--resume", help="Resume from the folder's checkpoint.")
     ] = False,
     seed: Seed = 0,
     size: Size = None,
@@ -84,7 +85,7 @@ def train(
         how = Training(steps, seconds, batch, rate, seed, held_out, precision, device)
         settings = {name: any_value(value) for name, value in pairs(others)}
         corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
-        with interruptible(lambda: "the same command with --resume goes on after the last step"):
+        with interruptible(lambda: "the same command with --resume continues after the last step"):
             train_network(corpus, network, out, how, resume, settings)
 
 
@@ -94,12 +95,12 @@ def compare(
     out: Out,
     machine: Machines = "gaussian,ls,els,pspc,pca",
     pictures: Annotated[int, typer.Option(help="How many held-out images are denoised.")] = 32,
-    count: Annotated[int, typer.Option(help="How many samples are drawn.")] = 16,
-    steps: Annotated[int, typer.Option(help="How many noise levels a sample visits.")] = 20,
+    count: Annotated[int, typer.Option(help="The number of samples.")] = 16,
+    steps: Annotated[int, typer.Option(help="The number of noise levels of a sample.")] = 20,
     sampler: Annotated[str, typer.Option(help="ddim, ddpm, euler or heun.")] = "ddim",
     schedule: Annotated[
         str | None,
-        typer.Option(help="As for generate (vp, cosine, ...); the network's unless given."),
+        typer.Option(help="As for generate (vp, cosine, ...); default: the network's."),
     ] = None,
     max_images_els: MaxImagesEls = 2000,
     report: Annotated[
@@ -137,10 +138,10 @@ def sensitivity(
     out: Out,
     network: Annotated[str | None, typer.Option(help="A network, as for compare.")] = None,
     machine: Annotated[
-        str | None, typer.Option(help="Machines by commas, as for compare; none unless given.")
+        str | None, typer.Option(help="Comma-separated machines, as for compare; default: none.")
     ] = None,
     sigmas: Annotated[
-        str, typer.Option(help="Noise levels, by commas.")
+        str, typer.Option(help="Comma-separated noise levels.")
     ] = "20,8,4,2,1,0.5,0.2,0.1",
     count: Annotated[int, typer.Option(help="How many images.")] = 4,
     pixels: Annotated[int, typer.Option(help="How many output values of each.")] = 32,
@@ -154,7 +155,7 @@ def sensitivity(
     array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
-    """Draw what denoisers look at, from their gradients: maps and their widths in --out."""
+    """Measure on which pixels of y denoisers depend: gradient maps and their widths in --out."""
     from scoremachine.app.runs.networks import SensitivityOptions, measure_sensitivity
     from scoremachine.runtime import progress
 
@@ -173,13 +174,13 @@ def bias(
         typer.Option(
             "--networks",
             "--network",
-            help="Networks by commas, trained on the same images: see compare.",
+            help="Comma-separated networks, trained on the same images: see compare.",
         ),
     ],
     data: Data,
     out: Out,
     machine: Machines = "gaussian,ls,els,pspc,pca",
-    sigmas: Annotated[str, typer.Option(help="Noise levels, by commas.")] = "20,5,2,1,0.5,0.2",
+    sigmas: Annotated[str, typer.Option(help="Comma-separated noise levels.")] = "20,5,2,1,0.5,0.2",
     pictures: Annotated[int, typer.Option(help="How many held-out images are denoised.")] = 16,
     max_images_els: MaxImagesEls = 2000,
     seed: Seed = 0,
@@ -191,7 +192,7 @@ def bias(
     array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how networks and machines differ from the ideal denoiser, and how alike they do."""
+    """Measure how networks and machines differ from the ideal denoiser, and how similarly."""
     from scoremachine.app.runs.networks import measure_bias
     from scoremachine.runtime import progress
 
@@ -214,12 +215,12 @@ def quality(
     networks: Annotated[
         str | None,
         typer.Option(
-            "--networks", "--network", help="Networks by commas, VAEs too: see compare and train."
+            "--networks", "--network", help="Comma-separated networks or VAEs: see compare, train."
         ),
     ] = None,
     machine: Machines = "ls,els,pspc,smoothed",
-    count: Annotated[int, typer.Option(help="How many pictures of each.")] = 64,
-    steps: Annotated[int, typer.Option(help="How many noise levels to visit.")] = 20,
+    count: Annotated[int, typer.Option(help="The number of pictures of each.")] = 64,
+    steps: Annotated[int, typer.Option(help="The number of noise levels.")] = 20,
     max_images_els: MaxImagesEls = 1000,
     seed: Seed = 0,
     size: Size = None,
@@ -230,7 +231,7 @@ def quality(
     array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
-    """Judge samples of machines, networks and VAEs: how good, how new, how varied."""
+    """Evaluate samples of machines, networks and VAEs: quality, novelty and variety."""
     from scoremachine.app.runs.networks import judge_samples
     from scoremachine.runtime import progress
 
@@ -239,7 +240,7 @@ def quality(
         every, corpus = networks_and_corpus(parts_of(networks), *where)
         names = parts_of(machine)
         if not names and not every:
-            raise ValueError("there is nobody to judge: name a machine or a network")
+            raise ValueError("there is nothing to evaluate: name a machine or a network")
         judge_samples(
             every, names, corpus, out, count=count, steps=steps, seed=seed,
             max_images_els=max_images_els,
@@ -249,11 +250,11 @@ def quality(
 def study(
     data: Data,
     out: Annotated[
-        Path, typer.Option(file_okay=False, help="The folder to write to; the same one goes on.")
+        Path, typer.Option(file_okay=False, help="The folder to write to, or to resume in.")
     ],
     machine: Machines = "els,ls",
-    steps: Annotated[int, typer.Option(help="How long a network is trained.")] = 2000,
-    count: Annotated[int, typer.Option(help="How many samples are drawn of each.")] = 16,
+    steps: Annotated[int, typer.Option(help="Training steps of a network.")] = 2000,
+    count: Annotated[int, typer.Option(help="The number of samples of each.")] = 16,
     pictures: Annotated[int, typer.Option(help="How many held-out images are denoised.")] = 16,
     max_images_els: MaxImagesEls = 1000,
     seed: Seed = 0,
@@ -265,7 +266,7 @@ def study(
     array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure when the theory holds: by images, training time and kind of network. Hours."""
+    """Measure when the theory holds, by images, training time and network. Takes hours."""
     from scoremachine.app.runs.networks import study_networks
     from scoremachine.runtime import progress
 

@@ -1,4 +1,4 @@
-"""What the commands have in common: their options, and what the words of them mean."""
+"""Options that several commands share, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Sizes = Annotated[
     str | None,
     typer.Option(
         help="A number: resize and centre-crop the images to this side. HEIGHTxWIDTH, as 128x256: "
-        "draw pictures of that size (els only). Or both, as 32,128x256.",
+        "generate pictures of that size (els only). Or both, as 32,128x256.",
         rich_help_panel="Images",
     ),
 ]
@@ -46,14 +46,13 @@ Limit = Annotated[
 ]
 Strict = Annotated[
     bool,
-    typer.Option("--strict", help="Refuse unreadable files.", rich_help_panel="Images"),
+    typer.Option("--strict", help="Fail for unreadable files.", rich_help_panel="Images"),
 ]
 Split = Annotated[
     str | None,
     typer.Option(
         "--split",
-        help="The split of the images, as train or test, where there are several; train unless "
-        "given.",
+        help="The split of the images, as train or test, if there are several; default: train.",
         rich_help_panel="Images",
     ),
 ]
@@ -75,13 +74,13 @@ MachineName = Annotated[
 ]
 MachineNames = Annotated[
     str | None,
-    typer.Option("--machines", "--machine", help="Names, by commas; all of them unless given."),
+    typer.Option("--machines", "--machine", help="Comma-separated names; default: all."),
 ]
 PatchSize = Annotated[
     str | None,
     typer.Option(
-        help="ls, els, pspc: a number, a published schedule's name, what calibrate wrote "
-        "(calibration.json), or auto (held-out choice)."
+        help="ls, els, pspc: a number, a published schedule's name, a calibration.json that "
+        "calibrate wrote, or auto (held-out calibration)."
     ),
 ]
 WindowName = Annotated[
@@ -89,18 +88,16 @@ WindowName = Annotated[
 ]
 AugmentText = Annotated[
     str | None,
-    typer.Option(
-        "--augment", help="ls, els, pspc: flips,shifts=N,brightness=B,contrast=C, any of them."
-    ),
+    typer.Option("--augment", help="ls, els, pspc: any of flips,shifts=N,brightness=B,contrast=C."),
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="What else the machine has: share, heat_maps (pspc-flex), threshold (pca), delta, M, "
-        "neighbours, uniform, perturbations (smoothed), search, error, bound (els), "
-        "of, weights (composite). Can be given again.",
+        help="Other settings of the machine: share, heat_maps (pspc-flex), threshold (pca), delta, "
+        "M, neighbours, uniform, perturbations (smoothed), search, error, bound (els), "
+        "of, weights (composite). Can be repeated.",
     ),
 ]
 NetworkName = Annotated[
@@ -117,25 +114,25 @@ BoundaryName = Annotated[
 ]
 KernelName = Annotated[str, typer.Option("--kernel", help="auto, numba, torch or reference.")]
 ClassName = Annotated[
-    str | None, typer.Option("--class", help="Use the images of this class alone.")
+    str | None, typer.Option("--class", help="Use only the images of this class.")
 ]
-Seed = Annotated[int, typer.Option(help="One seed is one result.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 MaxImagesEls = Annotated[
     int,
     typer.Option(
         "--max-images-els",
-        help="Images, at most, of machines that look at every position (els, es).",
+        help="The most images of machines that compare all positions (els, es).",
     ),
 ]
 Machines = Annotated[
     str,
     typer.Option(
         "--machine",
-        help="Machines, by commas: NAME, NAME:SIZE or NAME:SCHEDULE, as ls, els:7 or "
+        help="Comma-separated machines: NAME, NAME:SIZE or NAME:SCHEDULE, as ls, els:7 or "
         "pspc:pspc-cifar10; +h for a calibrated bandwidth, +gaussian or +wiener for a tapered "
         "window, els+circular for borders that wrap around, as ls+h or els:9+gaussian. compare and "
-        "study also take NAME:network, whose sizes (composite:network: weights) agree best with "
+        "study also accept NAME:network, whose sizes (composite:network: weights) agree best with "
         "the network.",
     ),
 ]
@@ -147,19 +144,19 @@ ScheduleName = Annotated[
 ]
 
 
-# earlier spellings of options, which are still taken
+# earlier names of options, which are still accepted
 EARLIER = {
     "--beside": "--reference",
     "--choosing": "--validation",
     "--everywhere": "--max-images-els",
     "--reporting": "--test",
 }
-GOES_ON = "the same command goes on after what is finished"
+GOES_ON = "the same command continues after the finished part"
 
 
 @contextmanager
 def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
-    """Ctrl-C ends the block with a sentence and exit code 130; an OSError hears it too."""
+    """On Ctrl-C, prints a sentence and exits with code 130; appends it to an OSError too."""
     try:
         yield
     except KeyboardInterrupt:
@@ -185,14 +182,14 @@ def networks_and_corpus(
 
 
 def sizes_of(text: str | None) -> tuple[int | None, tuple[int, int] | None]:
-    """The images' side, and height and width of the pictures to draw, where given."""
+    """The images' side, and (height, width) of the pictures to generate; None if not given."""
     side, canvas = None, None
     for part in parts_of(text):
         numbers = [number(word, int, 0) for word in part.split("x")]
         if len(numbers) > 2 or min(numbers) < 1 or (side if len(numbers) == 1 else canvas):
             raise ValueError(
                 f"size is {text!r}; expected the images' side, as 32, or the size of the pictures "
-                "to draw, as 128x256, or both, as 32,128x256"
+                "to generate, as 128x256, or both, as 32,128x256"
             )
         if len(numbers) == 1:
             side = numbers[0]
@@ -202,12 +199,12 @@ def sizes_of(text: str | None) -> tuple[int | None, tuple[int, int] | None]:
 
 
 def parts_of(text: str | None) -> list[str]:
-    """Words by commas; none of None or an empty text."""
+    """Splits comma-separated words; an empty list for None or an empty text."""
     return [word.strip() for word in text.split(",")] if text else []
 
 
 def levels_of(text: str) -> list[float]:
-    """Noise levels, by commas."""
+    """Parses comma-separated noise levels."""
     levels = [number(part, float, None) for part in text.split(",")]
     if not levels or any(s is None or not s > 0 for s in levels):
         raise ValueError(f"sigmas are {text!r}; expected noise levels above 0, as 4,1,0.2")
@@ -215,7 +212,7 @@ def levels_of(text: str) -> list[float]:
 
 
 def seconds_of(text: str) -> float:
-    """A duration, as 90s, 10m or 1h."""
+    """Parses a duration such as 90s, 10m or 1h."""
     amount, unit = text[:-1], text[-1:]
     found = number(amount, float, None)
     if unit not in ("s", "m", "h") or found is None or not found > 0:
@@ -259,16 +256,16 @@ def resized(
     split: str | None = None,
     array: str | None = None,
 ) -> Corpus:
-    """Images at a side, if one is given: crops of fewer than three, all resized elsewhere.
+    """Images with a given side, if any: crops of one or two larger pictures, else resized images.
 
-    Those that are made larger have it in their name, and it is said.
+    Upsampling is noted in the name of the corpus, and reported.
     """
     how = grayscale, limit, strict, split, array
     if side is None:
         return corpus_of(data, None, *how)
     try:
         corpus = corpus_of(data, None, *how)
-    except ValueError:  # of several sizes, or nothing at all: the next line says which
+    except ValueError:  # images of several sizes; the next line raises for other errors
         return corpus_of(data, side, *how)
     H, W = corpus.shape[1:]
     if len(corpus) < 3 and min(H, W) > side:
@@ -304,7 +301,7 @@ def settings_of(
     others: list[str] | None,
     kernel: str,
 ) -> dict[str, Any]:
-    """What is given of a machine, by the names of its arguments."""
+    """The given settings of a machine, by the names of its arguments."""
     given = {"boundary": boundary, "window": window, "augment": augment}
     if patch_size is not None:
         given["patch_size"] = any_number(patch_size)

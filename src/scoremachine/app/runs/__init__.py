@@ -1,1 +1,1 @@
-"""What the commands do on disk: one module for generation, one for each family of commands."""
+"""The work of the commands, with results on disk: generation, machines, networks."""

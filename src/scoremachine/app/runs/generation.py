@@ -1,4 +1,4 @@
-"""Generation on disk: runs that can be interrupted, records that can be repeated."""
+"""Generation with results on disk: resumable runs, and records to reproduce them."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from scoremachine.sampling.trajectory import Sampling
 
 
 def plain_label(label: Any) -> Any:
-    """A class as a name or a number of Python's, whatever kind of whole number it came as."""
+    """A class as a name or a Python integer."""
     return int(label) if isinstance(label, np.integer) else label
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What decides the pictures of a run, apart from the machine.
+    """The settings of a run, apart from the machine.
 
     Attributes:
         count, steps, seed, sampler, label, start, process: Of `scoremachine.generate`.
         schedule: The name of the machine's schedule.
-        batch: Pictures computed together; changes no result.
-        trajectory: Whether a film is written too.
+        batch: Pictures in a batch; does not affect the results.
+        trajectory: Whether an animation is written too.
         size: (H, W) of the pictures; None: the images'.
     """
 
@@ -64,10 +64,10 @@ class RunOptions:
 
 
 class Run:
-    """Generation into a folder: samples.png, samples.npz, run.json, and a film if asked.
+    """Generation into a folder: samples.png, samples.npz, run.json, and optionally an animation.
 
-    Each picture is kept in OUT/.unfinished as soon as it is done, so an interrupted run can go on;
-    the final files appear whole, run.json last.
+    Each finished picture is kept in OUT/.unfinished, so that an interrupted run can be resumed; the
+    final files appear only when they are complete, run.json last.
     """
 
     def __init__(self, out: Path, machine: Machine, options: RunOptions) -> None:
@@ -82,11 +82,11 @@ class Run:
             check_process(machine, self.sampling)
         self.out, self.machine, self.options = Path(out), machine, options
         self.unfinished = self.out / ".unfinished"
-        # before "auto" is replaced by what it stands for
+        # before "auto" is resolved
         self.asked = json.loads(json.dumps(self.settings()))
 
     def settings(self, machine: Machine | None = None) -> dict[str, Any]:
-        """Every setting that decides the pictures: of the machine as asked for, or of another."""
+        """All settings that determine the pictures, with those of a machine (None: its own)."""
         o = self.options
         return {
             **(machine or self.machine).settings(),
@@ -101,31 +101,31 @@ class Run:
         } | self._unusual()
 
     def _unusual(self) -> dict[str, Any]:
-        """Settings that most runs do without."""
+        """Settings that are recorded only if they are not the default."""
         size = None if self.shape == self.machine.corpus.shape else list(self.shape[1:])
         unusual = {"size": size, "process": self.options.process}
         return {name: value for name, value in unusual.items() if value is not None}
 
     def finished(self) -> int:
-        """How many pictures are kept."""
+        """The number of finished pictures."""
         return self.options.count - len(self._missing())
 
     def go(self, resume: bool) -> float:
-        """Generates what is missing and writes the files; returns the seconds it took."""
+        """Generates the missing pictures and writes the files; returns the seconds it took."""
         start = time.perf_counter()
         if self._begin(resume):
             say(f"{self.out} holds this run already, complete")
             return 0.0
         missing = self._missing()
         if len(missing) < self.options.count:
-            say(f"going on after {self.options.count - len(missing)} finished pictures")
+            say(f"continuing after {self.options.count - len(missing)} finished pictures")
         generating = self._generate(missing)
         x, film = self._collect()
         self._write(x, film, time.perf_counter() - start, generating)
         return time.perf_counter() - start
 
     def _begin(self, resume: bool) -> bool:
-        """Makes the folder ready; True if `resume` finds the run complete."""
+        """Prepares the folder; returns True if `resume` finds the run complete."""
         make_folder(self.out)
         record, notes = self.out / "run.json", self.unfinished / "settings.json"
         if resume and notes.exists():
@@ -148,7 +148,7 @@ class Run:
         return False
 
     def _check_same(self, known: dict[str, Any]) -> None:
-        """ValueError unless a record is of the same settings, none missing on either side."""
+        """ValueError unless a record has exactly the same settings."""
         if others := differing(self.asked, known):
             raise ValueError(
                 f"{self.out} holds a run with another {', '.join(others)}; resume needs the same "
@@ -175,7 +175,7 @@ class Run:
         return time.perf_counter() - start
 
     def _frame(self, x_t: Tensor, D: Tensor, t: float, k: int) -> np.ndarray:
-        """x_t, scaled to the variance of noise, next to D: uint8 (C, H, 2 W)."""
+        """x_t, divided by sqrt(alpha^2 + sigma^2), next to D: uint8 (C, H, 2 W)."""
         alpha, sigma = self.machine.schedule(torch.tensor(t, dtype=torch.float64))
         scaled = x_t[k] / torch.sqrt(alpha**2 + sigma**2)
         return to_uint8(torch.cat([scaled, D[k]], dim=-1).numpy())
@@ -226,7 +226,7 @@ def _stretches(places: list[int]) -> list[tuple[int, int]]:
 def zoo(
     corpus: Corpus, out: Path, machines: Sequence[str], options: RunOptions, resume: bool
 ) -> float:
-    """Every machine's samples from the same noise: a run in OUT/NAME each, and OUT/zoo.png.
+    """Samples of every machine from the same noise: runs in OUT/NAME, and OUT/zoo.png.
 
     Returns the seconds it took.
     """

@@ -1,4 +1,4 @@
-"""What the commands about machines do on disk: files first, then what is printed."""
+"""The work of the commands for machines: they write files, then print results."""
 
 from __future__ import annotations
 
@@ -95,14 +95,14 @@ def _float_pictures(file: Path) -> Tensor:
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """How `calibrate_corpus` calibrates.
+    """The options of `calibrate_corpus`.
 
     Attributes:
-        held_out: How many images choose; as many others report.
-        steps: How many EDM noise levels.
+        held_out: The number of validation images, and of test images.
+        steps: The number of EDM noise levels.
         seed: Of the choice of images and of their noise.
-        reference: A schedule to show next to what is chosen.
-        network: What to calibrate towards, instead of the clean picture.
+        reference: A schedule to show next to the chosen one.
+        network: A network whose D is the target, instead of the clean picture.
     """
 
     held_out: int = 16
@@ -116,7 +116,7 @@ class CalibrationOptions:
         check_integer("steps", self.steps)
 
     def sigmas(self) -> np.ndarray:
-        """The noise levels, those that the network knows."""
+        """The noise levels, within the range of the network."""
         sigmas = edm_sigmas(self.steps)
         if self.network is None:
             return sigmas
@@ -124,13 +124,13 @@ class CalibrationOptions:
         known = sigmas[(sigmas >= low) & (sigmas <= high)]
         if len(known) == 0:
             raise ValueError(
-                f"none of the {self.steps} noise levels is one that {self.network.name} knows, "
+                f"none of the {self.steps} noise levels is in the range of {self.network.name}, "
                 f"{low:.3g} to {high:.3g}: use more steps"
             )
         return known
 
     def target(self) -> str:
-        """What errors are to."""
+        """The target of the errors, in words."""
         return tables.TRUTH if self.network is None else f"the network {self.network.name}"
 
 
@@ -143,8 +143,8 @@ def calibrate_corpus(
 ) -> Calibration | Stacking:
     """Calibrates, writes calibration.png and calibration.json to `out`, and prints the table.
 
-    With a network, towards it: and next to that, on the same images, what denoises best. Of a
-    composite, the weights are chosen, after the localities of its machines.
+    With a network, its D is the target, and the locality that denoises best on the same images is
+    shown too. For a composite, the weights are chosen, after the localities of its machines.
     """
     if out is not None:
         check_folder(out)
@@ -178,7 +178,7 @@ def calibrate_corpus(
 def _weigh(
     composite: Composite, sigmas: np.ndarray, out: Path | None, options: CalibrationOptions
 ) -> Stacking:
-    """`calibrate_corpus` of a composite."""
+    """`calibrate_corpus` for a composite."""
     held_out, seed, network = options.held_out, options.seed, options.network
     parts = parts_for(composite, held_out, seed, network)
     ready = with_calibrated(composite, sigmas, held_out, seed, parts)
@@ -219,13 +219,13 @@ def _report(out: Path, name: str, text: str, record: Any) -> None:
 
 @dataclass(frozen=True)
 class CompressionOptions:
-    """How `compress_corpus` compresses.
+    """The options of `compress_corpus`.
 
     Attributes:
-        asked: Sizes to measure, as `compress` takes them.
+        asked: Sizes to measure, as in `compress`.
         keep: The size of the mixture to write; None: none is written.
-        steps: How many EDM noise levels.
-        held_out: How many images report.
+        steps: The number of EDM noise levels.
+        held_out: The number of test images.
         seed: Of the choice of images, their noise, and the clusters.
     """
 

@@ -1,4 +1,4 @@
-"""What the commands about networks do on disk: files first, then what is printed."""
+"""The work of the commands for networks: they write files, then print results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train_network(
     resume: bool,
     settings: dict[str, Any],
 ) -> Network:
-    """Trains a network into `out`, draws loss.png there, and says for how long."""
+    """Trains a network, writes it and loss.png to `out`, and prints a summary."""
     check_settings(architecture, settings)
     check_folder(out)
     network = train(corpus, architecture, out, how, resume, **settings)
@@ -63,9 +63,9 @@ def compare_network(
     page: bool,
     **settings: Any,
 ) -> Comparison:
-    """Compares, prints the tables, and writes what `report.write` says to `out`.
+    """Compares, prints the tables, and writes the files of `report.write` to `out`.
 
-    What is finished is kept in OUT/.unfinished, so that the same command goes on after Ctrl-C.
+    Finished parts are kept in OUT/.unfinished, so that the same command resumes after Ctrl-C.
     """
     check_folder(out)
     kept = Path(out) / ".unfinished"
@@ -80,7 +80,7 @@ def compare_network(
 def study_networks(
     corpus: Corpus, out: Path, machines: Sequence[str], **settings: Any
 ) -> list[Row]:
-    """Trains the study's networks, and writes what `report.write_study` says to `out`."""
+    """Runs a study, and writes the files of `report.write_study` to `out`."""
     check_folder(out)
     rows = study(corpus, Path(out), machines, **settings)
     files = report.write_study(rows, Path(out))
@@ -92,7 +92,7 @@ def study_networks(
 def judge_samples(
     networks: Sequence[Network], machines: Sequence[str], corpus: Corpus, out: Path, **settings: Any
 ) -> list[Quality]:
-    """Draws and judges pictures, and writes what `report.write_quality` says to `out`."""
+    """Generates and evaluates pictures, and writes the files of `report.write_quality`."""
     check_folder(out)
     found = qualities(networks, machines, corpus, **settings)
     files = report.write_quality(found, Path(out))
@@ -108,7 +108,7 @@ def measure_bias(
     out: Path,
     **options: Any,
 ) -> Bias:
-    """Measures the shared bias, writes what `report.write_bias` says to `out`, and prints it.
+    """Measures the shared bias, writes the files of `report.write_bias` to `out`, and prints it.
 
     `options` are those of `shared_bias`.
     """
@@ -124,12 +124,12 @@ def measure_bias(
 
 @dataclass(frozen=True)
 class SensitivityOptions:
-    """How `measure_sensitivity` measures.
+    """The options of `measure_sensitivity`.
 
     Attributes:
         sigmas: Noise levels.
         count, pixels, seed: Of `sensitivity`.
-        max_images_els: How many images at most machines are made of that look at every position.
+        max_images_els: The most images of machines that compare all positions.
     """
 
     sigmas: Sequence[float]
@@ -150,18 +150,18 @@ def measure_sensitivity(
     out: Path,
     options: SensitivityOptions,
 ) -> list[Sensitivity]:
-    """Measures what denoisers look at, writes sensitivity.csv, .npz and .png, and prints widths."""
+    """Measures sensitivities, writes sensitivity.csv, .npz and .png, and prints widths."""
     check_folder(out)
     for network in networks:
         network.check_corpus(corpus)
         for sigma in options.sigmas:
-            network.time(sigma)  # refuses what it does not know
+            network.time(sigma)  # raises outside its range
     count, sigmas = options.count, options.sigmas
     held, source = held_out_and_source(networks, corpus, count, options.seed)
     denoisers: dict[str, Network | Machine] = {network.name: network for network in networks}
     denoisers |= built_machines(machines, source, options.max_images_els)
     if not denoisers:
-        raise ValueError("there is neither a network nor a machine to look at; give one")
+        raise ValueError("there is neither a network nor a machine to measure; give one")
     found, sizes, unseen = [], {}, corpus.subset(held)
     with bar("Differentiating", total=len(denoisers)) as progress:
         for label, denoiser in denoisers.items():

@@ -39,30 +39,30 @@ from scoremachine.engines.simd import LANES
 from scoremachine.runtime.lru import LRUCache
 from scoremachine.runtime.progress import Bar, say
 
-ERROR = 1e-3  # the largest error of a pixel, unless another is asked for
-LEVEL = 0.99  # of an estimate: the share of pixels, at least, whose error is within it
+ERROR = 1e-3  # the default of the largest error of a pixel
+LEVEL = 0.99  # confidence level of an estimate: the least share of pixels with errors within it
 KINDS = ("auto", "deterministic", "statistical")
-DETERMINISTIC = 100  # numbers of a patch up to which a deterministic bound costs little more
-SHARE = {"deterministic": 0.25, "statistical": 0.5}  # of the budget, for a search with a limit
-LEAST = 3e-4  # seconds of one core that the search for a pixel may take in any case
-SAMPLE = 1e-7  # likewise where a sample may do instead, times the square of the error
-REPORTED = 10.0  # seconds of one core: that a scan which takes longer replaces a search is told
-LOGIT = 1.3  # ns of one core that the exact scan needs for a source under a pixel of an overlap
+DETERMINISTIC = 100  # values of a patch up to which a deterministic bound costs little more
+SHARE = {"deterministic": 0.25, "statistical": 0.5}  # share of the budget, for a limited search
+LEAST = 3e-4  # seconds of one core that are always allowed for the search of a pixel
+SAMPLE = 1e-7  # seconds times error^2: allowed if sampling is an alternative
+REPORTED = 10.0  # seconds of one core: longer scans that replace a search are reported
+LOGIT = 1.3  # ns of one core of the exact scan, per source and pixel of an overlap
 
 
 def exact_cost(collection: Collection, n: int) -> float:
-    """About how many seconds of one core the exact scan of n images needs for a picture."""
+    """The approximate cost of the exact scan of n images for a picture, in seconds of one core."""
     area = 1.0
     c = collection
     for side, seen, p in zip(c.image, c.frame, c.window.shape, strict=True):
         shifts = np.arange(-max(seen - p, 0), max(side - p, 0) + 1)
         overlaps = np.minimum(seen, side - shifts) - np.maximum(0, -shifts)
         area *= int(overlaps.sum())
-    return 1e-9 * LOGIT * LANES * -(-n // LANES) * area * strips.cut(c, n)[1]  # by eights
+    return 1e-9 * LOGIT * LANES * -(-n // LANES) * area * strips.cut(c, n)[1]
 
 
 def searchable(collection: Collection) -> bool:
-    """Whether there are indexes for a collection."""
+    """Whether a collection can have indexes."""
     return (
         collection.source == "every"
         and collection.response == "pixel"
@@ -72,14 +72,14 @@ def searchable(collection: Collection) -> bool:
 
 
 class Record:
-    """For how many pixels a call relied on estimates; threads may add to it."""
+    """The number of pixels for which a call relied on estimates; thread-safe."""
 
     def __init__(self) -> None:
         self.estimated = 0
         self._lock = Lock()
 
     def add(self, pixels: int) -> None:
-        """So many more pixels."""
+        """Adds a number of pixels."""
         with self._lock:
             self.estimated += pixels
 
@@ -92,17 +92,17 @@ class Record:
 class Bounded:
     """An engine that searches indexes of the patches.
 
-    No channel of D is further than `error` from the exact one. What is said of that is of one of
-    two kinds:
+    No channel of D differs by more than `error` from the exact one. There are two kinds of
+    guarantee:
 
     - deterministic: a bound. The mass omitted from a pixel's posterior is at most error / 2,
       whatever the picture.
-    - statistical: an estimate with its level. For pictures whose noise is independent of the
-      images, at least `LEVEL` of all pixels are within it. The omitted mass is estimated from how
-      noise adds to distances; or the sums over all patches are estimated from a sample
-      (`scoremachine.search.sampling`), and the error from its standard error.
+    - statistical: an estimate with a confidence level. For pictures whose noise is independent of
+      the images, the errors of at least `LEVEL` of all pixels are within it. The omitted mass is
+      estimated from the effect of noise on distances; or the sums over all patches are estimated
+      from a sample (`engines.search.sampling`), and the error from its standard error.
 
-    Where both would cost more than the exact scan, the picture is compared with everything.
+    If both would cost more than the exact scan, the exact scan is used.
 
     Arguments:
         corpus: The images.
@@ -110,7 +110,7 @@ class Bounded:
         error: The largest error of a pixel, > 0, in units of x.
         bound: The kind: "deterministic", "statistical", or "auto": deterministic where few patches
             matter to a pixel and have up to `DETERMINISTIC` numbers, statistical elsewhere.
-        patience: How many times the cost of the exact scan the search for a picture may cost.
+        patience: The budget of the search for a picture, as a multiple of the exact scan's cost.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Bounded:
         self._lock = Lock()
 
     def recorded(self, record: Record) -> Bounded:
-        """The same engine, with the same caches, that records what it estimates."""
+        """The same engine, with the same caches, that counts its estimates in `record`."""
         other = copy(self)
         other.record = record
         return other
@@ -142,11 +142,11 @@ class Bounded:
         return self.exact.batch(collection, channels, leaders)
 
     def tiles(self, n: int, collection: Collection) -> Iterator[slice]:
-        """The source whole."""
+        """The whole source as one tile."""
         yield slice(0, n)
 
     def _kinds(self, collection: Collection) -> tuple[str, ...]:
-        """The kinds of bound to try, one after the other."""
+        """The kinds of guarantee to try, in this order."""
         if self.bound != "auto":
             return (self.bound,)
         D = math.prod(collection.window.shape) * self.corpus.shape[0]
@@ -157,16 +157,16 @@ class Bounded:
         return self._sources.get(index.tobytes(), lambda: Source.of(self.corpus, index))
 
     def missing(self, index: np.ndarray, collection: Collection) -> list[Patches]:
-        """The patches of a collection that have no index yet; opens those that have one."""
+        """The patches of a collection that have no index yet; opens existing indexes."""
         source = self.source(index)
         needed = dict.fromkeys(c.patches for c in indexed(collection))
         return [p for p in needed if self._open(source, p) is None]
 
     def check_space(self, index: np.ndarray, collection: Collection) -> tuple[list[Patches], float]:
-        """The patches that have no index yet, and the bytes that their indexes will need.
+        """The patches that have no index yet, and the size of their indexes in bytes.
 
         Raises:
-            OSError: If the disk has less.
+            OSError: If the disk does not have enough space.
             ValueError: For more patches than an index can number.
         """
         missing = self.missing(index, collection)
@@ -184,7 +184,7 @@ class Bounded:
         return missing, size
 
     def prepare(self, index: np.ndarray, collection: Collection) -> list[Path]:
-        """Builds the indexes of a collection that are missing; returns the folders of all.
+        """Builds the missing indexes of a collection; returns the folders of all.
 
         Raises:
             OSError, ValueError: See `check_space`.
@@ -235,7 +235,7 @@ class Bounded:
                 "middle of one: call prepare(index, collection) first"
             )
         self._readahead.reached([source.folder / each.patches.name for each in searched])
-        pictures = [  # each for itself: what is omitted may not depend on the others
+        pictures = [  # separately: the result for a picture must not depend on the others
             replace(
                 request,
                 y=request.y[b : b + 1].detach(),
@@ -244,7 +244,7 @@ class Bounded:
             )
             for b in range(len(request.y))
         ]
-        first = self._picture(pictures[0], leaders)  # alone: it may have to read what all need
+        first = self._picture(pictures[0], leaders)  # alone: it may read the index from disk
         others = side_by_side(lambda picture: self._picture(picture, leaders), pictures[1:])
         return Fold.batch([first, *others])
 
@@ -265,7 +265,7 @@ class Bounded:
         budget = Budget(self.patience * exact_cost(c, len(request.index)))
         searched = indexed(c)
         found: list[tuple[Class, Fold]] = []
-        for each in sorted(searched, key=lambda c: -c.patches.per_image):  # the costliest first
+        for each in sorted(searched, key=lambda c: -c.patches.per_image):  # most expensive first
             result = self._class(request, source, each, leaders, budget)
             if result is None:
                 self._report(request)
@@ -273,23 +273,23 @@ class Bounded:
             found.append((each, result))
         fold = self._corners(request, leaders, searched)
         half = float(1 / (2 * request.sigma[0] ** 2))
-        energy = c.window_sum((request.y**2).sum(1)) * half  # which the logits of a fold lack
+        energy = c.window_sum((request.y**2).sum(1)) * half  # omitted from an engine's logits
         for each, result in found:
             _enter(fold, each, result, energy, request, source)
         return fold
 
     def _corners(self, request: ScanRequest, leaders: int, searched: list[Class]) -> Fold:
-        """The exact fold of the sites that no class is searched for; nothing for all others."""
+        """The exact fold of the sites whose classes are not searched; empty for all others."""
         c = request.collection
         fold = blank(1, request.y.shape[1], leaders, c.grid)
         if len(searched) == len(classes(c)):
             return fold
-        for each in searched:  # no source is within reach of what they know
+        for each in searched:  # a leader that no source can reach, so all sources are skipped
             fold.m[..., each.rows, each.columns] = -NOTHING
         return self._exact(replace(request, collection=replace(c, source="same")), leaders, fold)
 
     def _report(self, request: ScanRequest) -> None:
-        """Says that a picture is compared with everything, once for each noise level."""
+        """Reports that a picture is compared with all patches, once for each noise level."""
         if exact_cost(request.collection, len(request.index)) < REPORTED:
             return
         sigma = round(float(request.sigma[0]), 6)
@@ -306,11 +306,11 @@ class Bounded:
     def _class(
         self, request: ScanRequest, source: Source, of: Class, leaders: int, budget: Budget
     ) -> Fold | None:
-        """The fold of the sites of a class; None if it costs more than the budget.
+        """The fold of the sites of a class; None if it exceeds the budget.
 
-        Flat posteriors are sampled; the others searched for, up to a cost; if that is not enough,
-        their heaviest patches are enumerated and the others sampled; and if that is not enough
-        either, they are searched for at any cost.
+        Flat posteriors are sampled; the others are searched, up to a limit of the cost. If that is
+        not enough, their heaviest patches are enumerated and the others sampled; and if that is not
+        enough either, they are searched without a limit.
         """
         kinds = self._kinds(request.collection)
         index = self._indexes[source.key, of.patches.name]
@@ -345,7 +345,7 @@ class Bounded:
     def _certify(
         self, search: Search, at: np.ndarray, kind: str, budget: Budget, limit: float
     ) -> np.ndarray:
-        """Searches for the queries `at`, and returns those whose omitted mass is not certified."""
+        """Searches for the queries `at`; returns those whose omitted mass is still too large."""
         done = search.certify(at, self.error, budget, limit)
         if kind == "statistical":
             self._estimated(len(done))
@@ -359,7 +359,7 @@ class Bounded:
         budget: Budget,
         stratum: sampling.Stratum | None = None,
     ) -> np.ndarray:
-        """Samples for the queries `at`, and returns those whose estimated error is too large."""
+        """Samples for the queries `at`; returns those with an estimated error that is too large."""
         if not len(at) or budget.seconds <= 0:
             return at
         result, cost = sampling.sampled(targets, at, self.error, budget.seconds, stratum)
@@ -369,12 +369,12 @@ class Bounded:
         found.m[done] = torch.from_numpy(-search.best[done] * search.queries.half[done])
         for have, new in zip((found.Z, found.Z2, found.S), result, strict=False):
             have[done] = torch.from_numpy(new[enough])
-        # as much mass as would make that much of an error, were it omitted
+        # the mass whose omission would cause this error
         error = torch.from_numpy(result.error[enough])
         found.omitted[done] = found.Z[done] * error / (2 - error)
         self._estimated(len(done))
-        met = np.isfinite(result.Z) & (result.Z > 1)
-        search.log_mass[at[met]] = np.log(result.Z[met])
+        usable = np.isfinite(result.Z) & (result.Z > 1)
+        search.log_mass[at[usable]] = np.log(result.Z[usable])
         return at[~enough]
 
     def _estimated(self, pixels: int) -> None:
@@ -389,7 +389,7 @@ def _duration(seconds: float) -> str:
 def _enter(
     fold: Fold, of: Class, found: Fold, energy: Tensor, request: ScanRequest, source: Source
 ) -> None:
-    """Writes what was found for a class where its sites are in the fold of a picture."""
+    """Writes the fold of a class to its sites in the fold of a picture."""
     at = ..., of.rows, of.columns
     more = energy[at]
     for name, value in vars(found).items():

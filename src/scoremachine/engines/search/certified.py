@@ -1,8 +1,8 @@
-"""The certified search of one class of windows: passes over the tree until no mass can be missing.
+"""The certified search of one class of windows: passes over the tree until the error is certain.
 
-A pass skips what is further away than some radius, and adds up an upper bound of the mass that is
-skipped: the omitted mass. Where that is more than the error allows, a second pass has a radius
-which suffices by arithmetic.
+A pass skips patches further away than some radius, and sums an upper bound of their mass: the
+omitted mass. If that is more than the error allows, a second pass has a radius that is provably
+sufficient.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from scoremachine.engines.search.patches import Windows
 from scoremachine.engines.search.range_search import COSTS, range_search
 
 BOXES, PATCHES = 23.0, 19.0  # nats below the nearest known patch at which the first pass skips
-PROPAGATIONS = 2  # of the first guess, to windows that overlap
-PER_CHUNK = 0.125  # of what a query may cost, in each of the first chunks
-SURVEYED = 2  # chunks of the index that are searched first, to see what all will cost
-PER_NUMBER = 0.35  # ns of one core for a number of a patch that is compared
+PROPAGATIONS = 2  # rounds of propagation of the initial guess to overlapping windows
+PER_CHUNK = 0.125  # the largest share of a query's budget in each of the first chunks
+SURVEYED = 2  # chunks of the index that are searched first, to extrapolate the total cost
+PER_NUMBER = 0.35  # ns of one core for a value of a patch that is compared
 
 Chunks = tuple[np.ndarray, ...]
 
 
 @dataclass
 class Budget:
-    """What the search for a picture may cost: seconds of one core; below 0 when overspent."""
+    """The cost budget of a picture's search, in seconds of one core; below 0 if overspent."""
 
     seconds: float
 
@@ -50,7 +50,7 @@ class Search:
         index, windows: The index, and its patches in the images.
         queries: The queries.
         best: |q - s|^2 of the nearest patch known, float64 (Q,).
-        log_mass: A guess at log Z, mostly too small, in units of the weight of that patch, (Q,).
+        log_mass: An estimate of log Z, relative to that patch, mostly too small, (Q,).
         found: The fold of the queries, filled in by `certify`.
     """
 
@@ -63,7 +63,7 @@ class Search:
 
     @classmethod
     def begin(cls, index: Index, w: Windows, q: Queries, of: Class, leaders: int) -> Search:
-        """From an initial guess: some nodes, and what is near windows that overlap."""
+        """Starts with an initial guess from some nodes, propagated to overlapping windows."""
         Q = len(q.half)
         best, known, places = np.zeros(Q), np.zeros(Q), np.zeros(Q, np.int64)
         fill(initial_guess, (index.tree, w, q, best, known, places))
@@ -79,12 +79,12 @@ class Search:
 
     @property
     def chunks(self) -> int:
-        """In how many chunks the index is searched."""
+        """The number of chunks in which the index is searched."""
         return min(PARTS, -(-len(self.index.tree.widest) // LANES))
 
     @property
     def prices(self) -> np.ndarray:
-        """Nanoseconds for a node, a leaf, a second look and a comparison."""
+        """Nanoseconds for a node, a leaf, a second bound and a comparison."""
         return COSTS + np.array([0, 0, 0, PER_NUMBER * len(self.index.embedding.mean)])
 
     def certify(
@@ -95,38 +95,38 @@ class Search:
         Arguments:
             at: Which queries.
             error: The largest error of a pixel.
-            budget: What all may cost; the cost is taken from it.
-            per_query: Seconds that a query may take; those that would take longer are left out.
+            budget: The budget of all queries, from which the cost is subtracted.
+            per_query: The budget of each query, in seconds; queries above it are left out.
 
         Returns:
             Those of `at` that are certified.
         """
         q, found = self.queries, self.found
         Z, omitted = found.Z.numpy(), found.omitted.numpy()
-        allowed = error / 2  # of the mass
-        log_cutoff = math.log(self.index.total / allowed) + 0.1  # which is always enough
+        allowed = error / 2  # the largest omitted mass
+        log_cutoff = math.log(self.index.total / allowed) + 0.1  # always sufficient
         boxes, radius = (
             np.maximum(min(log_cutoff, nats) - self.log_mass, 1) for nats in (BOXES, PATCHES)
         )
         at = self._pass(at, boxes, radius, budget, per_query)
         again = at[(~(omitted <= allowed * Z) & (Z > 0))[at]]
         radius[again] = log_cutoff - np.log(Z[again])
-        across = (q.fuzz / ROUNDING) ** 2 * q.half  # nats: more than any patch is away
+        across = (q.fuzz / ROUNDING) ** 2 * q.half  # nats: no patch is further away
         while len(again):
             done = self._pass(again, radius, radius, budget, per_query)
             at = np.setdiff1d(at, np.setdiff1d(again, done))
-            again = at[(~self._met(radius) & (radius <= across))[at]]
+            again = at[(~self._complete(radius) & (radius <= across))[at]]
             radius[again] *= 4
-        met = self._met(radius) | (radius > across)
-        return at[(met & (omitted <= allowed * Z))[at]]
+        complete = self._complete(radius) | (radius > across)
+        return at[(complete & (omitted <= allowed * Z))[at]]
 
-    def _met(self, radius: np.ndarray) -> np.ndarray:
-        """Whether the nearest patch known has been met, and all leaders within the radius."""
+    def _complete(self, radius: np.ndarray) -> np.ndarray:
+        """Whether the nearest patch known was found, and all leaders are within the radius."""
         m = self.found.m.numpy()
-        met = m >= -self.best * self.queries.half * (1 + 1e-12)
+        complete = m >= -self.best * self.queries.half * (1 + 1e-12)
         if self.found.logits.shape[1]:
-            met &= self.found.logits.numpy()[:, -1] >= m - radius
-        return met
+            complete &= self.found.logits.numpy()[:, -1] >= m - radius
+        return complete
 
     def _pass(
         self,
@@ -136,9 +136,9 @@ class Search:
         budget: Budget,
         per_query: float,
     ) -> np.ndarray:
-        """One pass within radii in nats: fills `found`, and returns for which of the queries.
+        """One pass with radii in nats: fills `found` for some of the queries, and returns these.
 
-        Left out are those that cost more than `per_query`, and all if the budget is not enough.
+        Queries that cost more than `per_query` are left out, and all if the budget is exceeded.
         """
         if not len(at) or budget.seconds <= 0:
             return at[:0]
@@ -175,12 +175,12 @@ class Search:
         """The fold of the patches that weigh at least e^-nats as much as the nearest one known.
 
         Arguments:
-            at: For which queries.
+            at: Which queries.
             nats: float64 (Q,).
-            budget: What it may cost; the cost is taken from it.
+            budget: The budget, from which the cost is subtracted.
 
         Returns:
-            The fold of all queries, nothing where they are not in `at`; None if it costs more.
+            The fold of all queries, empty for those not in `at`; None if the budget is exceeded.
         """
         chunks, reach, limit = self._blank(0), nats / self.queries.half, 1e9 * budget.seconds
         arguments = (
@@ -201,7 +201,7 @@ class Search:
         return found
 
     def _blank(self, leaders: int) -> Chunks:
-        """What the chunks of a search fill; see `range_search`."""
+        """The output arrays of the chunks of a search; see `range_search`."""
         n, Q = self.chunks, len(self.best)
         best = np.repeat(self.best[None], n, 0)
         return (
@@ -219,7 +219,7 @@ class Search:
         )
 
     def _merge(self, chunks: Chunks, at: np.ndarray, into: Fold) -> np.ndarray:
-        """Merges what the chunks found for the queries `at`; returns |q - s|^2 of the nearest."""
+        """Merges the chunks' folds of the queries `at`; returns |q - s|^2 of the nearest."""
         n, half = len(chunks[0]), self.queries.half[at]
         near, ref, omitted, *totals = (
             a[:, at] for a in (*chunks[:2], chunks[2].reshape(n, -1, LANES), *chunks[3:7])
@@ -230,14 +230,14 @@ class Search:
             have[at] = new
         with np.errstate(over="ignore"):
             scale = np.exp(-ref * half - fold.m.numpy())
-        # a thousandth more than the weights of what is skipped: they are sums in float32
+        # a thousandth more than the sums of skipped weights, which are computed in float32
         mass = 1.001 * (omitted.astype(np.float64).sum(2) * scale).sum(0)
         into.omitted[at] = torch.from_numpy(mass)
         return near.min(0)
 
 
 def blank(B: int, C: int, leaders: int, sites: tuple[int, ...]) -> Fold:
-    """The fold of nothing, to be filled in or merged into."""
+    """An empty fold, to be filled in or merged into."""
 
     def full(value: float, *k: int) -> Tensor:
         return torch.full((B, *k, *sites), value, dtype=torch.float64)

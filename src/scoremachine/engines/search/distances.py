@@ -1,7 +1,7 @@
-"""What compiled code knows of an index and of queries, and how far one is from the other.
+"""The form of an index and of queries in compiled code, and their distances.
 
-A distance is exact, from the bytes of the images; or bounded from below by that of embeddings, from
-boxes or codes.
+A distance is computed exactly from the bytes of the images, or bounded from below by the distance
+of embeddings, from boxes or codes.
 """
 
 from __future__ import annotations
@@ -26,25 +26,28 @@ from scoremachine.engines.search.floats import (
 )
 from scoremachine.engines.search.tree import LEAF
 
-FAR = np.float32(1e15)  # where boxes of nothing lie
+FAR = np.float32(1e15)  # the position of empty boxes
 LOG2E = 1.4426950408889634
 
 
 class Tree(NamedTuple):
-    """An index as compiled code takes it, arrays flat where lanes are read from them.
+    """An index in the form of compiled code; arrays that are read in vectors are flat.
+
+    A leaf has 16 patches, a node 16 leaves, a super-node 16 nodes, a group 16 super-nodes.
 
     Attributes:
-        m, first: How many numbers an embedding has, and how many bound a distance by themselves.
+        m, first: The dimension of an embedding, and of its first part, which alone bounds a
+            distance.
         codes: uint8 (nodes, 16 leaves, m / 4, 16 patches, 4).
         boxes: uint8 (nodes, low and high, first, 16 leaves), in the units of codes.
-        ids, times: uint32 (nodes, 256): the patches' places, and how often each is there.
-        frames: float32 (nodes, 2, m): what code 0 stands for, and a step.
-        radii: float32 (nodes): no patch is further from its code.
+        ids, times: uint32 (nodes, 256): the places of the patches, and their counts.
+        frames: float32 (nodes, 2, m): the value of code 0, and the step between codes.
+        radii: float32 (nodes): an upper bound of the distance of a patch from its code.
         node_boxes: float32 (supers, low and high, first, 16 nodes).
         super_boxes: float32 (groups, low and high, first, 16 supers).
         widest: float32 (supers): the largest radius of its nodes.
         leaf_counts, node_counts, super_counts: float32 (nodes, 16), (supers, 16), (groups, 16):
-            how many patches each holds, copies counted.
+            the number of patches in each, copies counted.
     """
 
     m: int
@@ -64,18 +67,18 @@ class Tree(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """What is searched for.
+    """The queries of a search: noisy windows.
 
     Attributes:
         E: Embeddings, float32 (Q, m) flat.
-        y: The windows, float64 (Q, h, row) flat, rows filled up to whole vectors.
-        mask: Ones, and zeros where filled up, float64 (row).
+        y: The windows, float64 (Q, h, row) flat, rows padded to whole vectors.
+        mask: Ones, and zeros in the padding, float64 (row).
         half: 1 / (2 sigma^2), float64 (Q).
-        fuzz: What rounding may do to a distance between embeddings, float32 (Q).
-        tails: What the components that are not looked at add to a squared distance beyond the
+        fuzz: The largest rounding error of a distance between embeddings, float32 (Q).
+        tails: What components that are summarized by norms add to a squared distance beyond the
             differences of their norms, in the first bound and in the second, float32 (Q, 2).
-        fixed: Whether radii are from the nearest patch known at first, and only what is within
-            them enters the fold; otherwise they are from the nearest patch met.
+        fixed: If true, radii are relative to the nearest patch known at the start, and only patches
+            within them enter the fold; otherwise relative to the nearest patch found so far.
     """
 
     E: np.ndarray
@@ -104,7 +107,7 @@ def distance(w, q, query, start):
 
 @njit(fastmath=FLAGS, inline="always")
 def to_boxes(rows, r, boxes, o, first):
-    """The squared distances of `first` numbers at rows[r] to sixteen boxes."""
+    """The squared distances of the `first` coordinates at rows[r] to sixteen boxes."""
     even, odd = splat(float32(0)), splat(float32(0))
     for j in range(0, first, 2):
         x, y = broadcast(rows, r + j), broadcast(rows, r + j + 1)
@@ -117,8 +120,10 @@ def to_boxes(rows, r, boxes, o, first):
 
 @njit(fastmath=FLAGS, inline="always")
 def decode(t, node, leaf, lo, hi, codes):
-    """Writes the numbers lo to hi of the patches of a leaf, from the origin of their node, to codes
-    (m, 16) flat; returns the sums of their squares."""
+    """Decodes the coordinates lo to hi of the patches of a leaf, relative to their node's origin.
+
+    Writes them to codes (m, 16) flat; returns the sums of their squares.
+    """
     total, o = splat(float32(0)), (node * LEAF + leaf) * t.m * LANES
     for j in range(lo, hi):
         x = load_every(t.codes, o + j // 4 * 4 * LANES, j % 4)

@@ -1,13 +1,13 @@
-"""A map of patches to few numbers that never makes a distance longer.
+"""An embedding of patches in few dimensions that never makes a distance longer.
 
-The leading principal components of a patch are an orthogonal projection, which shortens distances.
-So does the norm of any other group of components: | |a| - |b| | <= |a - b|. Components and norms of
-disjoint groups together are e(s), and
+The leading principal components of a patch are an orthogonal projection, which lengthens no
+distance. Neither does the norm of any other group of components: | |a| - |b| | <= |a - b|. The
+embedding e(s) consists of leading components and norms of disjoint groups of others, so
 
     |e(q) - e(s)| <= |q - s|
 
-whatever q and s are: no assumption about noise. What the groups lose is the angle between the
-parts of q and s that lie in them, so there are several, of components with about equal variance.
+for all q and s, without any assumption about noise. A norm discards the angle between the parts of
+q and s in its group, so there are several groups, each of components with about equal variance.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from scoremachine.engines.chunks import fill, side_by_side
 from scoremachine.engines.search.floats import by_fours
 from scoremachine.engines.search.patches import Windows, extract
 
-SAMPLE, LEAST, ONE_OF = 30_000, 5_000, 60  # patches that the components are computed from
-LEADING, MORE = 16, 28  # components that with all the norms bound a distance by themselves
-WIDE = 60  # kept components from which on these are more, and fewer others have norms of their own
-ROUNDING = 1e-6  # what rounding may do to e(s), relative to |s - mean|
-CHUNK = 2**23  # numbers of patches that are embedded together
+SAMPLE, LEAST, ONE_OF = 30_000, 5_000, 60  # size of the sample that components are computed from
+LEADING, MORE = 16, 28  # components in the first bound, in addition to all norms
+WIDE = 60  # kept components from which on MORE are used, and fewer components are in norms
+ROUNDING = 1e-6  # the largest rounding error of e(s), relative to |s - mean|
+CHUNK = 2**23  # values of patches that are embedded together
 
 
 def sampled(n: int) -> int:
-    """From how many of n patches components are computed."""
+    """The number of patches, of n, from which components are computed."""
     return min(n, SAMPLE, max(LEAST, n // ONE_OF))
 
 
 def computed(D: int, kept: int) -> int:
-    """K: how many components are computed, for the norms of some that are not kept."""
+    """K: how many components are computed; those that are not kept are used for norms."""
     return min(D, 3 * kept if kept < WIDE else kept + 32)
 
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """The map e of patches of D numbers to m.
+    """The map e of patches of D values to m coordinates.
 
-    The `first` numbers bound a distance by themselves: leading components, norms of the groups of
-    trailing ones, and, last, the norm of the remaining kept components. These follow, and stand in
-    the place of their norm where the bound is to be better. Both are filled up with zeros to
+    The `first` coordinates alone bound a distance: leading components, norms of the groups of
+    trailing ones, and, last, the norm of the remaining kept components. These components follow,
+    and replace their norm in the second, tighter bound. Both parts are padded with zeros to
     multiples of four, before the last of the first ones, and at the end.
 
     Attributes:
-        mean: That of the patches, float64 (D).
-        V: Columns, leading components first, |V| <= 1, float64 (D, K), K <= D.
-        kept: How many components are numbers of e.
+        mean: The mean of the patches, float64 (D).
+        V: The components as columns, leading ones first, |V| <= 1, float64 (D, K), K <= D.
+        kept: The number of components that are coordinates of e.
     """
 
     mean: np.ndarray
@@ -72,34 +72,34 @@ class Embedding:
 
     @property
     def leading(self) -> int:
-        """How many components are among the `first`."""
+        """The number of components among the `first` coordinates."""
         return min(LEADING if self.kept < WIDE else MORE, self.kept)
 
     @cached_property
     def edges(self) -> np.ndarray:
-        """Where the groups of trailing components begin and end; the last ends at D."""
+        """The boundaries of the groups of trailing components; the last is D."""
         D, K = self.V.shape
         return np.unique([min(n * self.kept, K) for n in (1, 2)] + [K, D])
 
     @property
     def first(self) -> int:
-        """How many numbers bound a distance by themselves."""
+        """The number of coordinates of the first bound."""
         return by_fours(self.leading + len(self.edges) - 1 + (self.kept > self.leading))
 
     @property
     def m(self) -> int:
-        """How many numbers e has."""
+        """The number of coordinates of e."""
         return self.first + by_fours(self.kept - self.leading)
 
     def __call__(self, centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """e of windows less the mean, float64 (n, D), as float32 (n, m); and their |s|^2, (n,)."""
+        """e of windows minus the mean, float64 (n, D), as float32 (n, m); and their |s|^2, (n,)."""
         z, squares, at = centred @ self.V, (centred**2).sum(1), self.leading
         E = np.zeros((len(z), self.m), np.float32)
         E[:, :at] = z[:, :at]
         for lo, hi in pairwise(self.edges):
             if hi <= z.shape[1]:
                 within = (z[:, lo:hi] ** 2).sum(1)
-            else:  # what the others leave, by Pythagoras
+            else:  # the remainder, by Pythagoras
                 within = squares - (z[:, :lo] ** 2).sum(1)
             E[:, at] = np.sqrt(np.maximum(within, 0))
             at += 1
@@ -110,14 +110,14 @@ class Embedding:
         return E, squares
 
     def centred(self, w: Windows, places: np.ndarray) -> np.ndarray:
-        """The patches at some places of images less the mean, float64 (n, D)."""
+        """The patches at some places minus the mean, float64 (n, D)."""
         s = np.empty((len(places), len(self.mean)))
         fill(extract, (w, places, s))
         s -= self.mean
         return s
 
     def of_patches(self, w: Windows, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """e of the patches at some places of images, and their |s - mean|^2."""
+        """e of the patches at some places, and their |s - mean|^2."""
         E, squares = np.zeros((len(places), self.m), np.float32), np.empty(len(places))
 
         def embed(piece: slice) -> None:
@@ -127,6 +127,6 @@ class Embedding:
         return E, squares
 
     def pieces(self, n: int) -> list[slice]:
-        """n patches in pieces of about `CHUNK` numbers."""
+        """n patches in pieces of about `CHUNK` values."""
         step = max(1, CHUNK // len(self.mean))
         return [slice(k, min(k + step, n)) for k in range(0, n, step)]

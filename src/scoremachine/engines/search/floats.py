@@ -1,6 +1,6 @@
-"""Sixteen floats at once: the few operations that a scan of an index needs.
+"""SIMD vectors of sixteen floats, and the operations that a scan of an index needs.
 
-The searching twin of `kernels.simd`, in float32 and over bytes:
+Like `engines.simd`, but in float32 and with loads of bytes:
 
     load(a, i)             a[i : i + LANES], from a flat contiguous float32 array
     load_bytes(a, i)       the same of a uint8 array, as floats
@@ -10,13 +10,13 @@ The searching twin of `kernels.simd`, in float32 and over bytes:
     splat(x), broadcast(a, i)
     u + v, u - v, u * v    with vectors or floats
     larger(u, v), smaller(u, v)    lane by lane
-    floor(v)               whole numbers
-    hsum(v), hmax(v)       the sum of the lanes, and the largest
-    prefetch(a, i)         has a[i] brought into the cache
-    reaching(u, v)         a bit for every lane of u that is at most v's, as an integer
-    weights(x, bits)       2^x or a little more in the lanes whose bit is 0, and 0 in the others
+    floor(v)               lane by lane
+    hsum(v), hmax(v)       the sum of the lanes, and the largest lane
+    prefetch(a, i)         prefetches a[i] into the CPU cache
+    reaching(u, v)         a mask as an integer, with bit k set if u[k] <= v[k]
+    weights(x, bits)       an upper bound of 2^x in the lanes whose bit is 0, and 0 in the others
     exp2(x)                2^x
-    lowest(bits)           the place of the lowest bit that is 1
+    lowest(bits)           the position of the lowest bit that is 1
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BORROWED: dict[str, Any] = {
     "nogil": True,
     "_nrt": False,
     "error_model": "numpy",
-}  # counts no references to arrays
+}  # options without reference counting of arrays
 LANES = 16
 
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
@@ -92,13 +92,13 @@ def smaller(typing: Any, u: Any, v: Any) -> Any:
 
 @register_jitable
 def by_fours(n):
-    """n, or the next multiple of four."""
+    """n rounded up to a multiple of four."""
     return (n + 3) // 4 * 4
 
 
 @intrinsic
 def load_every(typing: Any, array: Any, i: Any, k: Any) -> Any:
-    """Every fourth of 64 bytes from array[i] on, the k-th and so on, as floats."""
+    """Of the 64 bytes from array[i] on, those at k, k + 4, k + 8, ..., as floats."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         words = builder.load(
@@ -116,7 +116,7 @@ def load_every(typing: Any, array: Any, i: Any, k: Any) -> Any:
 
 @intrinsic
 def reaching(typing: Any, u: Any, v: Any) -> Any:
-    """A bit for every lane of u that is at most v's."""
+    """A mask as an integer: bit k is set if u[k] <= v[k]."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         mask = builder.bitcast(builder.fcmp_ordered("<=", *args), BITS)
@@ -139,10 +139,10 @@ def _powers(typing: Any, x: Any, bits: Any) -> Any:
 
 @njit(inline="always")
 def weights(x, bits):
-    """An upper bound of 2^x, at most 6.2% above, where a lane's bit is 0; 0 where it is 1.
+    """An upper bound of 2^x, at most 6.2% above it, where a lane's bit is 0; 0 where it is 1.
 
-    Read as an integer, a float is its logarithm with straight lines between the powers of two, and
-    a chord of 2^x lies above it.
+    The bits of a float, read as an integer, are its logarithm, interpolated linearly between powers
+    of two. So the inverse interpolates 2^x linearly, which is above 2^x since 2^x is convex.
     """
     y = smaller(larger(x, splat(types.float32(-126.0))), splat(types.float32(126.0)))
     return _powers(y * types.float32(8388608.0) + types.float32(1065353216.0), bits)
@@ -150,7 +150,7 @@ def weights(x, bits):
 
 @njit(inline="always")
 def exp2(x):
-    """2^x, at most 1e-5 off, relatively; of x below -126, 2^-126."""
+    """2^x with a relative error of at most 1e-5; 2^-126 for x below -126."""
     x = smaller(larger(x, splat(types.float32(-126.0))), splat(types.float32(126.0)))
     whole = floor(x)
     f = x - whole
@@ -163,7 +163,7 @@ def exp2(x):
 
 @intrinsic
 def lowest(typing: Any, bits: Any) -> Any:
-    """The place of the lowest bit that is 1."""
+    """The position of the lowest bit that is 1."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
@@ -173,7 +173,7 @@ def lowest(typing: Any, bits: Any) -> Any:
 
 @intrinsic
 def prefetch(typing: Any, array: Any, i: Any) -> Any:
-    """Has an element of a flat array brought into the cache, for it will be read."""
+    """Prefetches an element of a flat array into the CPU cache."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         where, number = ir.IntType(8).as_pointer(), ir.IntType(32)

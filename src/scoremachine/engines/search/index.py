@@ -1,9 +1,9 @@
-"""An index of patches on disk: built once, resumed where it was interrupted, mapped ever after.
+"""An index of patches on disk: built once, resumable after an interruption, then memory-mapped.
 
 An index is a folder: the arrays of `distances.Tree`, one file each, its embedding, and a record of
-what it was built from. While it is being built it has another name, and a journal: a line for every
-piece whose bytes are on disk. Whoever goes on after an interruption cuts the files to what the
-last line says.
+the images it was built from. During a build the folder has another name, and a journal with a line
+for every piece whose bytes are on disk. A build that resumes after an interruption truncates the
+files to the sizes of the last line.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from scoremachine.engines.search.tree import LEAF, NODE
 from scoremachine.runtime.files import write_text, written
 from scoremachine.runtime.progress import Bar, bar, say
 
-VERSION = 4  # of the format; another number is another index
+VERSION = 4  # of the format; indexes of other versions are built again
 BUCKET = 12_000  # patches that are arranged together
 MEMORY = 2**28  # bytes of patches in memory at once
-SHORT = 300  # numbers of a patch up to which the components that are kept say most
-LONG = 1_200  # numbers from which on more are worth their space, for such patches are fewer
-SPARE = 64  # bytes behind the images, since rows are read up to 64 bytes at a time
-LARGEST = 2**32 - 1  # patches that an index can number
+SHORT = 300  # values of a patch up to which few components suffice
+LONG = 1_200  # values from which on more components are kept, since such patches are fewer
+SPARE = 64  # bytes of padding behind the images, since up to 64 bytes are read at a time
+LARGEST = 2**32 - 1  # the most patches of an index
 ARRAYS: dict[str, Any] = {
     "codes": np.uint8,
     "boxes": np.uint8,
@@ -53,7 +53,7 @@ ARRAYS: dict[str, Any] = {
 
 
 def check_number(patches: Patches, N: int) -> None:
-    """ValueError for more patches in N images than an index can number."""
+    """ValueError if N images have more patches than an index can have."""
     n = N * patches.per_image
     if n > LARGEST:
         raise ValueError(
@@ -63,7 +63,7 @@ def check_number(patches: Patches, N: int) -> None:
 
 
 def components(patches: Patches, channels: int) -> int:
-    """How many components an index of them keeps: more make it larger and a search shorter."""
+    """The number of components in an index: more make it larger and a search shorter."""
     D = patches.numbers(channels)
     if min(patches.tops[1], patches.lefts[1]) == 1:  # along a side
         return min(D, 32 if D < LONG / 2 else 60)
@@ -73,18 +73,19 @@ def components(patches: Patches, channels: int) -> int:
 
 
 def indexed(collection: Collection) -> list[Class]:
-    """The classes that are searched: not those of one place in every image, as corners are."""
+    """The classes that are searched: those with several positions in an image, not corners."""
     return [c for c in classes(collection) if collection.wraps or c.patches.per_image > 1]
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Images as an index sees them.
+    """The images of an index, laid out for comparing patches.
 
     Attributes:
-        pixels: uint8, shape (N, H, W, C), followed by `SPARE` bytes of nothing.
-        key: What identifies them.
-        folder: Where their indexes are.
+        pixels: uint8, shape (N, H, W, C).
+        flat: The same bytes, followed by `SPARE` zeros.
+        key: A hash that identifies them.
+        folder: The folder of their indexes.
     """
 
     pixels: np.ndarray
@@ -112,12 +113,12 @@ class Source:
         return cls(flat[:size].reshape(N, H, W, C), flat, key, folder)
 
     def identity(self, patches: Patches) -> dict[str, Any]:
-        """What an index of some patches of these images says of itself."""
+        """The identifying record of an index of some patches of these images."""
         shape = list(self.pixels.shape)
         return {"version": VERSION, "images": self.key, "shape": shape, "patches": patches.name}
 
     def windows(self, patches: Patches, middle: tuple[int, int] = (0, 0)) -> Windows:
-        """Some patches of the images that answer with one of their pixels, for compiled code."""
+        """Patches of the images whose value is their pixel `middle`, for compiled code."""
         _, H, W, C = self.pixels.shape
         size, tops, lefts = patches
         return Windows(self.flat, (H, W, C), tops, lefts, size, middle)
@@ -131,7 +132,7 @@ class Index:
         embedding: The map e.
         tree: The arrays, mapped from disk.
         furthest: The largest |s - mean| of its patches.
-        total: How many patches it is of, copies counted.
+        total: The number of its patches, copies counted.
     """
 
     embedding: Embedding
@@ -145,7 +146,7 @@ class Index:
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If it is of other images, of another version, or cut short.
+            ValueError: If it is of other images, of another version, or truncated.
         """
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -177,7 +178,7 @@ class Index:
 
 
 def _shapes(nodes: int, embedding: Embedding) -> dict[str, tuple[int, ...]]:
-    """The shapes of the arrays of so many nodes."""
+    """The shapes of the arrays for a number of nodes."""
     m, first = embedding.m, embedding.first
     return {
         "codes": (nodes, NODE // LEAF, m // 4, LEAF, 4),
@@ -190,13 +191,13 @@ def _shapes(nodes: int, embedding: Embedding) -> dict[str, tuple[int, ...]]:
 
 
 def _sizes(nodes: int, embedding: Embedding) -> dict[str, int]:
-    """The bytes of the arrays of so many nodes."""
+    """The sizes in bytes of the arrays for a number of nodes."""
     shapes = _shapes(nodes, embedding)
     return {name: math.prod(shapes[name]) * np.dtype(ARRAYS[name]).itemsize for name in ARRAYS}
 
 
 def _upper(arrays: dict[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
-    """What is above the leaves: boxes of each node and of every sixteen, and what they hold."""
+    """The upper levels: boxes of nodes and super-nodes, and the numbers of their patches."""
     frames = arrays["frames"]
     counts = arrays["times"].reshape(-1, NODE // LEAF, LEAF).sum(2, dtype=np.float32)
     in_nodes = _in_sixteens(counts.sum(1)[:, None], np.float32(0))[..., 0]
@@ -218,7 +219,7 @@ def _upper(arrays: dict[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
 
 
 def _in_sixteens(a: np.ndarray, missing: np.float32) -> np.ndarray:
-    """(n, k) -> (n / 16 rounded up, 16, k), filled up."""
+    """(n, k) -> (n / 16 rounded up, 16, k), padded with `missing`."""
     n, k = a.shape
     full = np.full((-(-n // LANES) * LANES, k), missing, np.float32)
     full[:n] = a
@@ -226,20 +227,20 @@ def _in_sixteens(a: np.ndarray, missing: np.float32) -> np.ndarray:
 
 
 def estimate(patches: Patches, N: int, channels: int) -> tuple[int, float]:
-    """About how many bytes an index has, and how many seconds two cores need to build it."""
+    """The approximate bytes of an index, and seconds to build it on two cores."""
     n, D = N * patches.per_image, patches.numbers(channels)
     size = n * (components(patches, channels) + 20)
     return size, n * (5e-7 + 1.2e-9 * D) + 1.7e-7 * D**2
 
 
 def build(source: Source, patches: Patches, folder: Path, progress: Bar | None = None) -> None:
-    """Builds an index in a folder, or goes on with what an interrupted call left there.
+    """Builds an index in a folder, or resumes a build that was interrupted.
 
     Memory needed: 4 bytes for every patch and about 1 GB.
 
     Raises:
-        ValueError: For more patches than an index can number.
-        OSError: Where the disk is full.
+        ValueError: For more patches than an index can have.
+        OSError: If the disk is full.
     """
     n = len(source.pixels) * patches.per_image
     check_number(patches, len(source.pixels))
@@ -250,7 +251,7 @@ def build(source: Source, patches: Patches, folder: Path, progress: Bar | None =
             return
         except FileNotFoundError:
             pass
-        except ValueError:  # `Bounded` has told that it is damaged
+        except ValueError:  # damaged; `Bounded` has reported it
             shutil.rmtree(folder, ignore_errors=True)
         part = folder.with_name(folder.name + ".part")
         if not _begun(part, source.identity(patches), n):
@@ -275,7 +276,7 @@ def build(source: Source, patches: Patches, folder: Path, progress: Bar | None =
 
 
 def _begun(part: Path, identity: dict[str, Any], n: int) -> bool:
-    """Whether a folder holds the whole plan of an index of n patches, and of this one."""
+    """Whether a folder has a complete plan of this index of n patches."""
     try:
         with np.load(part / "plan.npz", allow_pickle=False) as plan:
             same = json.loads(str(plan["identity"])) == identity
@@ -285,7 +286,7 @@ def _begun(part: Path, identity: dict[str, Any], n: int) -> bool:
 
 
 def _plan(source: Source, patches: Patches, part: Path) -> None:
-    """What the rest follows: the embedding, and the patches sorted into buckets."""
+    """The first step of a build: the embedding, and the patches sorted into buckets."""
     w, C = source.windows(patches), source.pixels.shape[3]
     n, D = len(source.pixels) * patches.per_image, patches.numbers(C)
     depth = max(0, math.ceil(math.log2(n / BUCKET)))
@@ -336,7 +337,7 @@ def _write(
     starts: np.ndarray,
     progress: Bar | None,
 ) -> tuple[int, float]:
-    """Writes the arrays, bucket after bucket, from where the journal ends."""
+    """Writes the arrays, bucket after bucket, from the end of the journal on."""
     order = np.memmap(part / "order", np.uint32, "r")
     buckets, nodes, furthest = _resume(part, embedding)
     if progress is not None:
@@ -366,7 +367,7 @@ def _write(
 
 
 def _resume(part: Path, embedding: Embedding) -> tuple[int, int, float]:
-    """Cuts the files to what the journal says: (buckets, nodes, furthest patch)."""
+    """Truncates the files to the journal's last entry: (buckets, nodes, furthest patch)."""
     buckets, nodes, furthest = 0, 0, 0.0
     journal = part / "journal"
     text = journal.read_text(encoding="utf-8") if journal.exists() else ""
@@ -423,7 +424,7 @@ def _encoded(
 
 
 def build_all(source: Source, missing: list[Patches]) -> None:
-    """Builds several indexes under one bar."""
+    """Builds several indexes with one progress bar."""
     N, C = len(source.pixels), source.pixels.shape[3]
     if missing:
         needed = sum(estimate(p, N, C)[0] for p in missing)
@@ -434,5 +435,5 @@ def build_all(source: Source, missing: list[Patches]) -> None:
             for p in missing:
                 build(source, p, source.folder / p.name, progress)
         except KeyboardInterrupt:
-            say("what is indexed is kept: the same command goes on from there")
+            say("the finished part of the index is kept: the same command resumes from there")
             raise

@@ -1,9 +1,9 @@
-"""A first guess, compiled: a patch near every query, before anything is skipped.
+"""The initial guess of a search, compiled: a patch near every query, before the range search.
 
-What is known of a query decides how far it is searched. So some nodes are looked into; and since
-windows side by side share most of their pixels, what is near one is, moved alike, mostly near the
-other, and what one of them finds by luck helps all (PatchMatch: Barnes, Shechtman, Finkelstein and
-Goldman 2009).
+The nearest patch known determines the radius of the search. So some nodes are searched first. Since
+adjacent windows share most of their pixels, a patch near one of them, shifted by the same offset,
+is mostly near the other, so a good match spreads to its neighbours (PatchMatch: Barnes, Shechtman,
+Finkelstein and Goldman 2009).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from scoremachine.engines.search.floats import (
 from scoremachine.engines.search.patches import origin
 from scoremachine.engines.search.tree import LEAF, NODE
 
-NODES = 64  # that are searched
-COMPARED, NEAR = 2_000, 2.0  # patches compared for it at most, and within how many nats
-ENOUGH = 200.0  # patches as heavy as the nearest known, from which on it need not be known better
-FURTHEST = 2  # pixels from one window to another that is beside it, at most
+NODES = 64  # nodes that are searched for a query
+COMPARED, NEAR = 2_000, 2.0  # the most patches compared, and within how many nats of the nearest
+ENOUGH = 200.0  # total weight, relative to the nearest patch, at which the guess is good enough
+FURTHEST = 2  # the largest offset, in pixels, of windows that propagate their matches
 
 
 @njit(fastmath=FLAGS, **BORROWED)
@@ -53,10 +53,10 @@ def _nearest(values, count, chosen, most):
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
 def initial_guess(part, parts, t, w, q, best, known, places):
-    """The nearest nodes are searched for near patches.
+    """Searches the nearest nodes for near patches.
 
-    Fills `best` with the smallest |q - s|^2 met, `places` with where that is, and `known` with the
-    weight of the patches that were compared, the nearest's being 1.
+    Fills `best` with the smallest |q - s|^2 found, `places` with the place of that patch, and
+    `known` with the total weight of the compared patches, relative to that of the nearest.
     """
     Q, values = len(q.half), np.empty(max(len(t.widest), NODES * LANES) + LANES, np.float32)
     codes = np.empty(t.m * LANES, np.float32)
@@ -73,7 +73,7 @@ def _to_codes(t, q, query, node, leaf, codes):
     decode(t, node, leaf, 0, t.m, codes)
     total = splat(float32(0))
     for j in range(t.m):
-        if t.m > t.first and j == t.first - 1:  # the norm of those that follow
+        if t.m > t.first and j == t.first - 1:  # the norm of the components that follow
             continue
         x = broadcast(q.E, query * t.m + j) - t.frames[node * 2 * t.m + j]
         d = x - load(codes, j * LANES)
@@ -94,7 +94,7 @@ def _guess(t, w, q, query, values, codes, near, found):
     n = _nearest(values, some * LANES, found, NODES)
     for k in range(n):
         found[k] = near[found[k] // LANES] * LANES + found[k] % LANES
-    # compared are the patches whose codes are about as near as the nearest yet
+    # only patches whose codes are about as near as the nearest so far are compared
     best, bound, place = np.inf, np.float32(np.inf), np.int64(0)
     known, compared = 0.0, 0
     half = q.half[query]
@@ -123,10 +123,10 @@ def _guess(t, w, q, query, values, codes, near, found):
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
 def propagate(part, parts, w, q, columns, best, places, nearer, there):
-    """What is near a window is compared with those beside it, moved as far as they are.
+    """Compares a window with the nearest patches of adjacent windows, shifted by their offset.
 
-    Fills `nearer` and `there` as `initial_guess` fills `best` and `places`. Queries come in rows of
-    `columns`.
+    Fills `nearer` and `there` as `initial_guess` fills `best` and `places`. The queries are a grid
+    with `columns` columns.
     """
     Q = len(best)
     for query in range(part * Q // parts, (part + 1) * Q // parts):
@@ -135,7 +135,7 @@ def propagate(part, parts, w, q, columns, best, places, nearer, there):
 
 @njit(fastmath=FLAGS, **BORROWED)
 def _propagate(w, q, query, columns, best, places):
-    """What `propagate` does for a query."""
+    """`propagate` for one query."""
     nearest, place = best[query], places[query]
     rows, i, j = len(best) // columns, query // columns, query % columns
     for k in range(max(i - FURTHEST, 0), min(i + FURTHEST + 1, rows)):

@@ -12,14 +12,14 @@ from scoremachine.engines.search.floats import BORROWED, prefetch
 
 
 class Windows(NamedTuple):
-    """Where the patches of an index are.
+    """The positions of the patches of an index in the images.
 
     Attributes:
         flat: The images' bytes, uint8 (N H W C + 64).
         shape: (H, W, C).
-        tops, lefts: First and number of their rows, and columns.
+        tops, lefts: (first, count) of the positions of their top rows, and of their left columns.
         size: (h, w).
-        middle: What a patch answers with: this pixel of it.
+        middle: The position (row, column) in a patch of the pixel that is its value.
     """
 
     flat: np.ndarray
@@ -32,7 +32,7 @@ class Windows(NamedTuple):
 
 @njit(fastmath=FLAGS, inline="always")
 def origin(w, place):
-    """Where in `flat` a patch begins."""
+    """The offset in `flat` of the first byte of a patch."""
     H, W, C = w.shape
     rest = place // w.lefts[1]
     row = rest // w.tops[1] * H + rest % w.tops[1] + w.tops[0]
@@ -41,19 +41,19 @@ def origin(w, place):
 
 @njit(inline="always")
 def centre_of(w, start):
-    """The place (n H + row) W + column of the middle of a patch that begins at `start`."""
+    """The position (n H + row) W + column of the middle of a patch that begins at `start`."""
     return start // w.shape[2] + w.middle[0] * w.shape[1] + w.middle[1]
 
 
 @njit(inline="always")
 def strides_of(w):
-    """How far it is from row to row of an image, and how many bytes a row of a patch has."""
+    """The number of bytes in a row of an image, and in a row of a patch."""
     return w.shape[1] * w.shape[2], w.size[1] * w.shape[2]
 
 
 @njit(fastmath=FLAGS, inline="always")
 def prefetch_patch(w, start):
-    """Has the rows of a patch that begins there brought into the cache."""
+    """Prefetches the rows of the patch that begins at `start` into the CPU cache."""
     line, row = strides_of(w)
     for a in range(w.size[0]):
         prefetch(w.flat, start + a * line)
@@ -74,7 +74,7 @@ def extract(part, parts, w, places, out):
 
 @njit(inline="always", **BORROWED)
 def _word(flat, o):
-    """Eight bytes as a number, the first the lowest."""
+    """Eight bytes as an integer, little-endian."""
     word = np.uint64(0)
     for byte in range(8):
         word |= np.uint64(flat[o + byte]) << np.uint64(8 * byte)
@@ -83,7 +83,7 @@ def _word(flat, o):
 
 @njit(cache=True, **BORROWED)
 def hashes(part, parts, w, places, out):
-    """A number for every patch at `places`, the same for equal patches."""
+    """A hash of every patch at `places`."""
     n, (line, row) = len(places), strides_of(w)
     last = (np.uint64(1) << np.uint64(8 * (row % 8))) - np.uint64(1)  # the bytes after whole words
     for k in range(part * n // parts, (part + 1) * n // parts):
@@ -102,7 +102,7 @@ def hashes(part, parts, w, places, out):
 
 @njit(**BORROWED)
 def _equal(w, p, q):
-    """Whether the patches that begin at p and q are the same."""
+    """Whether the patches that begin at p and q are equal."""
     line, row = strides_of(w)
     for a in range(w.size[0]):
         for b in range(a * line, a * line + row):
@@ -113,8 +113,11 @@ def _equal(w, p, q):
 
 @njit(cache=True, **BORROWED)
 def count_equal(w, places, order, h, unique, times):
-    """Of patches sorted by their hashes h: fills `unique` with their places, and how often each is
-    there; returns how many."""
+    """Finds equal patches among patches sorted by their hashes h.
+
+    Fills `unique` with the places of the different patches and `times` with their counts; returns
+    how many there are.
+    """
     n, last = 0, np.int64(0)
     for k in range(len(order)):
         start = origin(w, np.int64(places[order[k]]))

@@ -1,4 +1,4 @@
-"""The queries of a search: windows of a picture, embedded, and in whole numbers."""
+"""The queries of a search: windows of a picture and their embeddings."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from scoremachine.engines.search.distances import Queries
 from scoremachine.engines.search.embedding import ROUNDING, Embedding
 from scoremachine.engines.search.index import Index
 
-DEVIATIONS = 0.75  # of the noise, that a statistical bound allows for in a group of components
+DEVIATIONS = 0.75  # standard deviations of the noise in a statistical bound, per group
 
 
 def queries(
     request: ScanRequest, opened: Index, of: Class, kind: str
 ) -> tuple[Queries, np.ndarray]:
-    """The windows of a picture at the sites of a class; and less the mean, float64 (Q, D)."""
+    """The windows of a picture at the sites of a class; and minus the mean, float64 (Q, D)."""
     (h, w), y = of.patches.size, request.y[0].numpy()
     C = len(y)
     y = y[:, of.seen[0], of.seen[1]].transpose(1, 2, 0)
@@ -39,13 +39,13 @@ def queries(
 
 
 def _expected(E: np.ndarray, e: Embedding, sigma: float) -> np.ndarray:
-    """Replaces norms of the queries by what a patch may have in common with them, statistically.
+    """Replaces norms of the queries by estimates of what a patch may have in common with them.
 
-    In a group of components that are not looked at that is not all of |q_g|, but the content that
-    q_g seems to have besides noise, and some standard deviations of the noise. Returns what the
-    rest adds to squared distances, float32 (Q, 2): see `Queries.tails`.
+    In a group g of components that is summarized by its norm, this is not all of |q_g|, but the
+    content that q_g seems to have besides noise, plus some standard deviations of the noise.
+    Returns what the rest adds to squared distances, float32 (Q, 2): see `Queries.tails`.
     """
-    sizes = np.zeros(e.first - e.leading)  # of what is filled up: nothing
+    sizes = np.zeros(e.first - e.leading)  # 0 in the padding
     sizes[: len(e.edges) - 1] = np.diff(e.edges)
     if e.kept > e.leading:
         sizes[-1] = e.kept - e.leading

@@ -1,8 +1,8 @@
 """The range search of an index, compiled: patches within some distance enter the fold.
 
-A box, or a code, bounds the distance of a patch from below by that of its embedding. What is
-further from the query than the radius is skipped, and an upper bound of its weight is added to the
-omitted mass; what is left is compared exactly, from the bytes of the images.
+Boxes and codes bound the distance of a patch from below by that of its embedding. Patches further
+from the query than the radius are skipped, and an upper bound of their weight is added to the
+omitted mass; the others are compared exactly, from the bytes of the images.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from scoremachine.engines.search.floats import (
 from scoremachine.engines.search.patches import centre_of, origin, prefetch_patch
 from scoremachine.engines.search.tree import LEAF, NODE
 
-SLACK = 1e-6  # what rounding may do to a squared distance in float32, relatively, per 8 numbers
-BATCH = 64  # patches that are compared together, at least: most of the time goes into memory
+SLACK = 1e-6  # relative rounding error of a squared distance in float32, per 8 coordinates
+BATCH = 64  # the least number of patches that are compared together, to hide memory latency
 COSTS = np.array([40.0, 16.0, 25.0, 40.0])  # ns of a node, a leaf, a second bound, a comparison
 # Columns of `Workspace.bounds_of`: the bound of a query is SCALE norms + START - TWICE products;
 # SECOND takes the place of START where all kept components are known.
@@ -43,21 +43,21 @@ SCALE, TWICE, START, SECOND, LIMIT = range(5)
 
 
 class Workspace(NamedTuple):
-    """What a thread writes on, for A queries."""
+    """The workspace of a thread, for A queries."""
 
-    boxes: np.ndarray  # of the leaves of a node, from its origin (low and high, first, 16)
-    codes: np.ndarray  # of the patches of a leaf, from there (m, 16)
-    rows: np.ndarray  # of the queries, from there (A, m)
-    bounds_of: np.ndarray  # what turns products into bounds: see the names of columns (A, 5)
-    in_leaves: np.ndarray  # who reaches each leaf, filled up to fours (leaves, A + 3)
+    boxes: np.ndarray  # of the leaves of a node, relative to its origin (low and high, first, 16)
+    codes: np.ndarray  # of the patches of a leaf, relative to it (m, 16)
+    rows: np.ndarray  # of the queries, relative to it (A, m)
+    bounds_of: np.ndarray  # factors that turn products into bounds, see the columns above (A, 5)
+    in_leaves: np.ndarray  # queries that reach each leaf, padded to fours (leaves, A + 3)
     numbers: np.ndarray  # how many do (leaves)
-    close: np.ndarray  # those to which something in a leaf can matter (A + 4)
-    reached: np.ndarray  # which of its patches can matter, a bit for each (A + 4)
-    products: np.ndarray  # of the first numbers of its patches with those of queries (A + 4, 16)
+    close: np.ndarray  # queries within reach of some patch of a leaf (A + 4)
+    reached: np.ndarray  # a bit mask of these patches for each such query (A + 4)
+    products: np.ndarray  # inner products of first coordinates, patches with queries (A + 4, 16)
     waiting: np.ndarray  # how many patches are to be compared (1)
-    places: np.ndarray  # where they are in the tree
-    starts: np.ndarray  # where they begin in the images
-    owners: np.ndarray  # the queries
+    places: np.ndarray  # their positions in the tree
+    starts: np.ndarray  # the offsets of their first bytes in the images
+    owners: np.ndarray  # their queries
 
 
 @njit
@@ -81,7 +81,7 @@ def _workspace(t, A):
 
 @njit(fastmath=FLAGS, inline="always")
 def _decode_boxes(t, node, work):
-    """The boxes of a node's leaves from where the node begins."""
+    """Decodes the boxes of a node's leaves, relative to the node's origin."""
     o = node * 2 * t.first * LEAF
     for side in range(2):
         for j in range(t.first):
@@ -91,9 +91,9 @@ def _decode_boxes(t, node, work):
 
 @njit(fastmath=FLAGS, inline="always")
 def _shrunk(limit, radius, m):
-    """(a, b) such that (sqrt(x) - radius)^2 >= a x - b for x >= 0, tight where it is `limit`.
+    """(a, b) such that (sqrt(x) - radius)^2 >= a x - b for x >= 0, tight where that is `limit`.
 
-    By 2 radius sqrt(x) <= c x + radius^2 / c for any c. Allows for x summed up in float32.
+    By 2 radius sqrt(x) <= c x + radius^2 / c for any c. Allows for rounding of x in float32.
     """
     c = min(0.5, radius / (math.sqrt(max(limit, 0.0)) + radius + 1e-30))
     slack = 1 - SLACK * (m / 8 + 1)
@@ -109,7 +109,7 @@ def _bound(x, a, b):
 
 @njit(fastmath=FLAGS, inline="always")
 def _absorb(w, q, query, start, times, reach, best, ref, omitted, m, Z, Z2, S, logits, places):
-    """A patch enters the fold of a query, with the logit -|q - s|^2 / 2 sigma^2."""
+    """Adds a patch to the fold of a query, with the logit -|q - s|^2 / (2 sigma^2)."""
     d2 = distance(w, q, query, start)
     half = q.half[query]
     if q.fixed:
@@ -117,7 +117,7 @@ def _absorb(w, q, query, start, times, reach, best, ref, omitted, m, Z, Z2, S, l
             return
     elif d2 < best[query]:
         best[query] = d2
-        if (ref[query] - d2) * half > 20:  # keep the weights of what is skipped in range
+        if (ref[query] - d2) * half > 20:  # keep skipped weights in float32's range
             scale = float32(math.exp((d2 - ref[query]) * half))
             store(omitted, query * LANES, load(omitted, query * LANES) * scale)
             ref[query] = d2
@@ -142,7 +142,7 @@ def _absorb(w, q, query, start, times, reach, best, ref, omitted, m, Z, Z2, S, l
 
 @njit(fastmath=FLAGS, **BORROWED)
 def _compare(t, w, q, work, patch_reach, best, ref, omitted, m, Z, Z2, S, logits, places):
-    """Compares the patches that wait."""
+    """Compares the waiting patches."""
     for k in range(work.waiting[0]):
         work.starts[k] = origin(w, int64(t.ids[work.places[k]]))
         prefetch_patch(w, work.starts[k])
@@ -156,7 +156,7 @@ def _compare(t, w, q, work, patch_reach, best, ref, omitted, m, Z, Z2, S, logits
 
 @njit(fastmath=FLAGS, inline="always")
 def _skipped(lower, bits, ref, half):
-    """An upper bound of the weights of lanes whose bit is 0, and that are at least as far as."""
+    """An upper bound of weights from lower bounds of squared distances; 0 if a lane's bit is 1."""
     x = (splat(float32(ref * (1 + SLACK))) - lower) * float32(half * LOG2E)
     return weights(x, bits)
 
@@ -166,10 +166,10 @@ def _narrow(
     boxes, counts, g, t, q, active, count, reach, radius,
     best, ref, omitted, cost, most, who, numbers,
 ):  # fmt: skip
-    """Of the queries active[:count]: which of sixteen boxes they reach.
+    """Finds which of the queries active[:count] reach each of sixteen boxes.
 
-    Fills who[box, : numbers[box]]. Leaves out those that have cost more than `most`. The boxes are
-    the g-th sixteen, and `counts` says how many patches each holds.
+    Fills who[box, : numbers[box]]. Queries that have cost more than `most` are left out. The boxes
+    are the g-th sixteen, and `counts` has the number of patches in each.
     """
     for box in range(LANES):
         numbers[box] = 0
@@ -201,11 +201,10 @@ def _node(
     t, w, q, node, active, count, reach, patch_reach, pace, work,
     best, ref, omitted, m, Z, Z2, S, logits, places, cost,
 ):  # fmt: skip
-    """The queries active[:count] look at the patches of a node.
+    """Compares the queries active[:count] with the patches of a node.
 
     A squared distance from codes c is |x|^2 + |c|^2 - 2 x c, where x is the query, and both are
-    from the origin of the node. Adds to `cost` what each query takes, and returns what they take
-    together.
+    relative to the origin of the node. Adds the cost of each query to `cost`, and returns the sum.
     """
     _decode_boxes(t, node, work)
     exact = 1 - SLACK * (t.m / 8 + 1)
@@ -232,7 +231,7 @@ def _node(
         store(omitted, query * LANES, total)
         of[SCALE], of[TWICE] = a * exact, 2 * a
         of[START] = of[SCALE] * first - (b - tails[0])
-        if t.first < t.m:  # the others take the place of their norm
+        if t.first < t.m:  # the other components replace their norm
             norm = work.rows[o + t.first - 1]
             of[SECOND] = of[SCALE] * (first - norm * norm + others) - (b - tails[1])
         of[LIMIT] = (best[query] + patch_reach[query]) * (1 + SLACK)
@@ -255,7 +254,7 @@ def _node(
 
 @njit(fastmath=FLAGS, inline="always")
 def _products(t, work, lo, hi, who, i):
-    """The products of the numbers lo to hi of sixteen patches with those of four queries."""
+    """The inner products of the coordinates lo to hi of sixteen patches and four queries."""
     a, b = int64(who[i]) * t.m, int64(who[i + 1]) * t.m
     c, d = int64(who[i + 2]) * t.m, int64(who[i + 3]) * t.m
     x, y, u, v = splat(float32(0)), splat(float32(0)), splat(float32(0)), splat(float32(0))
@@ -268,16 +267,16 @@ def _products(t, work, lo, hi, who, i):
 
 @njit(fastmath=FLAGS, inline="always")
 def _fill_up(who, n):
-    """Fills the first n of `who` up to fours; what is filled in is ignored."""
+    """Pads the first n of `who` to a multiple of four; results of the padding are ignored."""
     for i in range(n, by_fours(n)):
         who[i] = 0
 
 
 @njit(fastmath=FLAGS, inline="always")
 def _screen(q, active, i, norms, products, copies, n, leaf, work, ref, omitted):
-    """Bounds the patches of a leaf for the i-th query that reaches it, from their first numbers.
+    """The first bound of the patches of a leaf, for the i-th query that reaches it.
 
-    Those within reach are in `work.reached`; returns n, and one more if there are any.
+    Records the patches within reach in `work.reached`; returns n, plus one if there are any.
     """
     if i >= work.numbers[leaf]:
         return n
@@ -294,7 +293,7 @@ def _screen(q, active, i, norms, products, copies, n, leaf, work, ref, omitted):
 
 @njit(fastmath=FLAGS, inline="always")
 def _leaf(t, q, node, leaf, active, pace, work, ref, omitted, cost):
-    """Has those patches of a leaf compared that can matter to the queries that reach it."""
+    """Queues the patches of a leaf that are within reach of its queries for comparison."""
     norms = decode(t, node, leaf, 0, t.first, work.codes)
     copies = load_counts(t.times, node * NODE + leaf * LEAF)
     who, n = work.in_leaves[leaf], 0
@@ -341,7 +340,7 @@ def _refine(t, q, node, leaf, norms, active, n, copies, work, ref, omitted):
 
 @njit(fastmath=FLAGS, inline="always")
 def _reach(t, q, active, i, n, norms, norm, products, copies, work, ref, omitted):
-    """What `_refine` does for the i-th query when it knows the products of the others."""
+    """`_refine` for the i-th query, from the products of the remaining components."""
     if i >= n:
         return
     k = int64(work.close[i])
@@ -361,7 +360,7 @@ def _search_groups(
     in_supers, of_supers, in_nodes, of_nodes,
     best, ref, omitted, m, Z, Z2, S, logits, places, cost,
 ):  # fmt: skip
-    """What `range_search` does once there is work; returns whether it did everything."""
+    """`range_search` with a workspace; returns whether it is complete."""
     nodes, supers = len(t.radii), len(t.widest)
     spent = 0.0
     for g in range(start, (supers + LANES - 1) // LANES, parts):
@@ -397,14 +396,14 @@ def range_search(
     part, _, begun, parts, t, w, q, active, reach, patch_reach, pace, budget, most,
     best, ref, omitted, m, Z, Z2, S, logits, places, cost, whole,
 ):  # fmt: skip
-    """The fold of the queries `active` over the groups of part begun + `part` of `parts`.
+    """The fold of the queries `active` over the groups of chunk begun + `part` of `parts`.
 
-    What may be more than `reach` (a box) or `patch_reach` (a patch) further than the nearest patch
-    known, in squared distance, is skipped; an upper bound of its weight, in units of
-    exp(-ref / 2 sigma^2), is added to `omitted`. `best` is |q - s|^2 of the nearest patch known.
-    `cost` is what each query has cost at the prices `pace` (see `COSTS`); stops where that is more
-    than `budget` in all, and `whole` says if it has not. A query goes no further where it has cost
-    more than `most`.
+    Boxes and patches whose squared distance may exceed that of the nearest patch known by more than
+    `reach` or `patch_reach` are skipped; an upper bound of their weight, in units of
+    exp(-ref / (2 sigma^2)), is added to `omitted`. `best` is |q - s|^2 of the nearest patch known.
+    `cost` is the cost of each query at the prices `pace` (see `COSTS`). The search stops if the
+    total is more than `budget`; `whole` says whether it is complete. It stops for a query that has
+    cost more than `most`.
     """
     A = len(active)
     whole[0] = _search_groups(

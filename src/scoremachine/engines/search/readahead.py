@@ -1,4 +1,4 @@
-"""Reading ahead: indexes are read from disk before a search looks at them."""
+"""Reading ahead: indexes are read from disk before a search needs them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 from threading import Thread
 
-STEP = 2**21  # bytes that are asked for at once
+STEP = 2**21  # bytes of one request
 
 
 class Readahead:
     """Groups of files that are needed one after the other.
 
-    A search jumps about in mapped files, and each jump waits for the disk where the system does not
-    have the page yet. It is a hint: nothing depends on it.
+    A search has random access to mapped files, and waits for the disk whenever a page is not in
+    memory. Reading ahead is only a hint: no result depends on it.
     """
 
     def __init__(self) -> None:
@@ -21,12 +21,12 @@ class Readahead:
         self._now: tuple[Path, ...] = ()
 
     def expect(self, folders: list[Path]) -> None:
-        """The files in these folders will be needed, after those that were expected before."""
+        """Announces that the files in these folders will be needed after those announced before."""
         if tuple(folders) not in self._groups:
             self._groups.append(tuple(folders))
 
     def reached(self, folders: list[Path]) -> None:
-        """They are needed now, and soon those that follow."""
+        """Starts reading the files in these folders, which are needed now, and the next ones."""
         now = tuple(folders)
         if now == self._now or not hasattr(os, "posix_fadvise"):
             return
@@ -37,12 +37,12 @@ class Readahead:
 
 
 def _prefetch(folders: list[Path]) -> None:
-    """Asks for all files in some folders, the largest of each first."""
+    """Requests all files in some folders, the largest of each first."""
     for folder in folders:
         try:
             for path in sorted(folder.iterdir(), key=lambda file: -file.stat().st_size):
                 with open(path, "rb") as file:
                     for start in range(0, path.stat().st_size, STEP):
                         os.posix_fadvise(file.fileno(), start, STEP, os.POSIX_FADV_WILLNEED)
-        except OSError:  # whoever needs them will say so
+        except OSError:  # the code that needs them will raise
             return

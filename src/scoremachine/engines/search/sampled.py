@@ -32,20 +32,20 @@ from scoremachine.engines.search.floats import (
 from scoremachine.engines.search.patches import centre_of, origin, prefetch_patch, strides_of
 from scoremachine.engines.search.tree import LEAF, NODE
 
-REPLICATES = 32  # parts of a sample whose spread gives the standard error
+REPLICATES = 32  # replicates of a sample, whose spread gives the standard error
 BATCH = 64  # sampled patches that are read from memory together
 
 
 class Surrogate(NamedTuple):
-    """A Gaussian for every node at one noise level, flat: sixteen nodes side by side.
+    """A Gaussian for every node at one noise level, flat, in vectors of sixteen nodes.
 
     Attributes:
-        leading: How many components it has.
+        leading: The number of its components.
         mean: float32 (supers, leading, 16).
         precision: log2 e / (2 (sigma^2 + variance)), float32 (supers, leading, 16).
-        offset: What is added to log2 of a node's weight, float32 (supers, 16).
-        widening: How much more a node is sampled because the weights of its patches vary, float32
-            (supers, 16).
+        offset: An addend of log2 of a node's weight, float32 (supers, 16).
+        widening: A factor of a node's sampling weight for the variation of its patches' weights,
+            float32 (supers, 16).
     """
 
     leading: int
@@ -57,7 +57,7 @@ class Surrogate(NamedTuple):
 
 @njit(fastmath=FLAGS, nogil=True, cache=True)
 def moments(part, parts, t, mean, variance):
-    """Fills `Moments` for a part of the nodes."""
+    """Fills `Moments` for a chunk of the nodes."""
     nodes = len(t.radii)
     for node in range(part * nodes // parts, (part + 1) * nodes // parts):
         _moments_of_node(t, node, mean, variance)
@@ -82,8 +82,8 @@ class Group(NamedTuple):
 
     Attributes:
         members: Which queries they are (G).
-        E: Their components, float32 (G, kept) flat; times 2 `unit`, as `windows` are.
-        windows: Their windows less the mean, float32 (G, D) flat, D filled up to whole vectors.
+        E: Their components, float32 (G, kept) flat, multiplied by 2 `unit` like `windows`.
+        windows: Their windows minus the mean, float32 (G, D) flat, D padded to whole vectors.
         constant: float32 (G).
         total: log2 of the sum of the weights of the surrogates, float32 (G).
         cut: log2 of the weight above which patches are in the enumerated stratum, float32 (G).
@@ -102,17 +102,17 @@ class Group(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """What a thread writes on."""
+    """The workspace of a thread."""
 
     proposal: np.ndarray  # of all nodes
     codes: np.ndarray  # the components of the patches of a leaf, decoded (kept, 16)
     score: np.ndarray  # the mean share of each in the posteriors of the group (16)
-    row: np.ndarray  # a patch less the mean (D and more)
-    log: np.ndarray  # inner products of that with the queries (G)
-    places: np.ndarray  # of the sampled patches in the tree
-    starts: np.ndarray  # and in the images
-    factors: np.ndarray  # inverse inclusion probabilities, copies counted
-    replicates: np.ndarray  # to which the samples are dealt
+    row: np.ndarray  # a patch minus the mean (D and more)
+    log: np.ndarray  # its inner products with the queries (G)
+    places: np.ndarray  # positions of the sampled patches in the tree
+    starts: np.ndarray  # offsets of their first bytes in the images
+    factors: np.ndarray  # inverse inclusion probabilities, times the number of copies
+    replicates: np.ndarray  # their replicates
 
 
 @njit(fastmath=FLAGS, **BORROWED)
@@ -145,7 +145,7 @@ def _propose(t, q, s, g, log, weight, proposal):
 
 @njit(fastmath=FLAGS, **BORROWED)
 def _score(t, s, g, node, leaf, work):
-    """Fills `work.score` with the mean shares of the patches of a leaf, as their codes tell."""
+    """Fills `work.score` with the mean shares of the patches of a leaf, from their codes."""
     G, n = len(g.members), 0
     norm, score = splat(float32(0)), splat(float32(0))
     for j in range(t.m):
@@ -169,7 +169,7 @@ def _score(t, s, g, node, leaf, work):
 
 @njit(fastmath=FLAGS, inline="always")
 def _read(w, start, mean, row):
-    """Writes a patch less the mean to `row`; returns the sum of its squares."""
+    """Writes a patch minus the mean to `row`; returns the sum of its squares."""
     (line, width), D = strides_of(w), len(row) - LANES
     for a in range(w.size[0]):
         for b in range(0, width, LANES):
@@ -184,7 +184,7 @@ def _read(w, start, mean, row):
 
 @njit(fastmath=FLAGS, **BORROWED)
 def _compare(t, w, g, count, work, sums):
-    """Adds what the first `count` sampled patches weigh under the queries of a group to `sums`."""
+    """Adds the first `count` sampled patches to the sums of the queries of a group."""
     G, C, D = len(g.members), w.shape[2], len(work.row) - LANES
     for k in range(count):
         work.starts[k] = origin(w, int64(t.ids[work.places[k]]))
@@ -221,7 +221,7 @@ def _sample_leaves(t, w, s, g, size, start, work, sums, spent):
     of_leaves, of_patches, dealt, count = start, start, 0, 0
     for node in range(len(t.radii)):
         chance = min(1.0, size[0] / LEAF * work.proposal[node])
-        if of_leaves + LEAF * chance < 1:  # no leaf of it is sampled
+        if of_leaves + LEAF * chance < 1:  # none of its leaves is sampled
             of_leaves += LEAF * chance
             continue
         for leaf in range(LEAF):
@@ -259,8 +259,9 @@ def sample(
     """The sums of a group of queries over a sample of about size[0] leaves and size[1] patches.
 
     Fills `sums`, float32 (REPLICATES + 1, 3 + C, G) flat, with the sums of weights, of their
-    squares, of the squares of what samples add, and of weights times values; the last replicate has
-    what was taken for certain. `spent` says how many leaves and patches that took.
+    squares, of the squares of the samples' contributions, and of weights times values; the last
+    replicate has the patches with inclusion probability 1. Fills `spent` with the numbers of leaves
+    and patches.
     """
     nodes, G, most = len(t.widest) * LANES, len(members), BATCH + NODE
     g = Group(members, E, windows, constant, total, cut, unit, mean)

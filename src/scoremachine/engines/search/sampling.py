@@ -1,7 +1,7 @@
-"""Importance sampling of patches, for posteriors that are too flat to be enumerated.
+"""Importance sampling of patches, for posteriors that are too flat for enumeration.
 
 Every node of the index has a surrogate: a Gaussian in the leading components of its patches, whose
-weight under a query is known in closed form. Similar queries form a group and share one proposal,
+weight under a query has a closed form. Similar queries form a group and share one proposal,
 the mean of their normalized surrogate weights. A sample is drawn in two stages, both systematic in
 the order of the tree (Madow 1949), so that similar patches are sampled evenly:
 
@@ -10,9 +10,9 @@ the order of the tree (Madow 1949), so that similar patches are sampled evenly:
                queries by the codes of their embedding
 
 Sampled patches are compared from the bytes of the images. The sums over all patches are estimated
-with inverse inclusion probabilities (Horvitz and Thompson 1952); where a probability would exceed
-1, the patch is taken for certain. The rest of the sample is dealt to `REPLICATES` replicates,
-whose spread gives the standard error of S / Z.
+with inverse inclusion probabilities (Horvitz and Thompson 1952); patches whose probability would
+exceed 1 are always included. The rest of the sample is divided into `REPLICATES` replicates, whose
+spread gives the standard error of S / Z.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from scoremachine.engines.search.sampled import REPLICATES, Surrogate, moments, 
 GROUP = 32  # queries that share their samples
 WIDEST = 3.0  # the largest log of a relative variance that a proposal allows for
 PILOT = np.array([4_000.0, 8_000.0])  # leaves and patches of a first sample
-GROWTH = 32.0  # how much larger than the pilot a sample may be
-STANDARD_ERRORS = 3.0  # of the estimated error: about 99% of a t distribution, for three channels
-ROUNDS, START = 3, (0.3, 0.7, 0.1)  # samples of a query, and where they begin
-CAUTION = 1.2  # how much smaller an error the second sample aims at
+GROWTH = 32.0  # the largest size of a sample, as a multiple of the pilot
+STANDARD_ERRORS = 3.0  # in the estimated error: about 99% of a t distribution, for three channels
+ROUNDS, START = 3, (0.3, 0.7, 0.1)  # the most samples of a query, and their systematic starts
+CAUTION = 1.2  # factor by which the target error of the next sample is smaller
 EFFECTIVE = 200.0  # the least effective sample size that is trusted
-LIGHT = 0.05  # of the largest error: the mass of the heaviest patch outside the stratum
-FLAT = 8.0  # effective number of sources, from which on a sample alone is trusted
-ROUNDED = 1e-6  # of a weight, by which the nearest patch may seem not to be the nearest known
+LIGHT = 0.05  # the largest mass of a patch outside the stratum, as a share of the largest error
+FLAT = 8.0  # effective number of sources above which a sample alone is trusted
+ROUNDED = 1e-6  # relative rounding error of the weight of the nearest patch known
 COSTS = np.array([7e-7, 4e-7])  # seconds of one core for a leaf and a patch of a group
-PER_NUMBER = 2e-9  # seconds of one core for a number of a sampled patch and a group
+PER_NUMBER = 2e-9  # seconds of one core for a value of a sampled patch and a group
 
 
 class Moments(NamedTuple):
-    """Means and variances of the first numbers of the patches of every node.
+    """Means and variances of the first coordinates of the patches of every node.
 
     Attributes:
         mean, variance: float32 (supers, first, 16).
-        counts: How many patches a node has, copies counted, float32 (supers, 16).
-        leading: How many of these numbers are components.
+        counts: The number of patches of a node, copies counted, float32 (supers, 16).
+        leading: How many of these coordinates are components.
     """
 
     mean: np.ndarray
@@ -61,14 +61,14 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, index: Index) -> Moments:
-        """Those of the nodes of an index."""
+        """The moments of the nodes of an index."""
         t = index.tree
         mean, variance = np.zeros((2, len(t.widest), t.first, LANES), np.float32)
         fill(moments, (t, mean, variance))
         return cls(mean, variance, t.node_counts.reshape(-1, LANES), index.embedding.leading)
 
     def surrogate(self, noise: float) -> Surrogate:
-        """The surrogates at the noise level whose variance is `noise`."""
+        """The surrogates at a noise level with variance `noise`."""
         n, some = np.float32(noise), slice(None, self.leading)
         variance = n + self.variance[:, some]
         with np.errstate(divide="ignore"):
@@ -80,11 +80,11 @@ class Moments(NamedTuple):
 
 
 class Stratum(NamedTuple):
-    """All patches of some queries up to some distance, enumerated.
+    """The exactly enumerated stratum of some queries: all patches up to some distance.
 
     Attributes:
-        reach: |q - s|^2 of the furthest, float64 (Q).
-        Z, Z2, S: Their sums in units of the weight of the nearest patch known, float64 (Q), (Q)
+        reach: The largest |q - s|^2, float64 (Q).
+        Z, Z2, S: Their sums, relative to the weight of the nearest patch known, float64 (Q), (Q)
             and (Q, C).
     """
 
@@ -95,15 +95,15 @@ class Stratum(NamedTuple):
 
     @classmethod
     def of(cls, fold: Fold, best: np.ndarray, half: np.ndarray, nats: np.ndarray) -> Stratum:
-        """From the fold of what weighs at least e^-nats as much as the nearest patch known."""
+        """From the fold of the patches with at least e^-nats of the weight of the nearest known."""
         m, Z, Z2, S = (a.numpy() for a in (fold.m, fold.Z, fold.Z2, fold.S))
-        with np.errstate(over="ignore", invalid="ignore"):  # then nothing is estimated
+        with np.errstate(over="ignore", invalid="ignore"):  # then there is no estimate
             scale = np.exp(m + best * half)
-            scale[scale < 1 - ROUNDED] = np.nan  # nor where the nearest known has been missed
+            scale[scale < 1 - ROUNDED] = np.nan  # nor if the nearest known was missed
             return cls(best + nats / half, Z * scale, Z2 * scale**2, S * scale[:, None])
 
     def at(self, some: np.ndarray) -> Stratum:
-        """That of some of the queries."""
+        """The stratum of some of the queries."""
         return Stratum(*(a[some] for a in self))
 
 
@@ -114,7 +114,7 @@ class Targets(NamedTuple):
         index, windows: The index, and its patches in the images.
         surrogate: Its surrogates at the noise level.
         queries: All queries of a class.
-        centred: Their windows less the mean, float64 (Q, D).
+        centred: Their windows minus the mean, float64 (Q, D).
         best: |q - s|^2 of the nearest patch known, float64 (Q).
     """
 
@@ -127,12 +127,12 @@ class Targets(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Estimated sums of some queries, in units of the weight of the nearest patch known.
+    """Estimated sums of some queries, relative to the weight of the nearest patch known.
 
     Attributes:
         Z, Z2, S: As in a fold, (Q), (Q) and (Q, C).
-        error: `STANDARD_ERRORS` standard errors of the channel of S / Z that has the largest.
-        effective: The effective sample size, Kish's, of what was left to chance.
+        error: `STANDARD_ERRORS` standard errors of S / Z, in the channel where they are largest.
+        effective: Kish's effective sample size of the randomly sampled patches.
     """
 
     Z: np.ndarray
@@ -143,12 +143,12 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, sums: np.ndarray, stratum: Stratum | None) -> Estimate:
-        """From sums of float64 (REPLICATES + 1, 3 + C, Q) over what is not in the stratum."""
+        """From sums over the patches outside the stratum, float64 (REPLICATES + 1, 3 + C, Q)."""
         Z, Z2, _, *S = sums.sum(0)
         S, sampled = np.stack(S), sums[:REPLICATES]
         if stratum is not None:
             Z, Z2, S = Z + stratum.Z, Z2 + stratum.Z2, S + stratum.S.T
-        with np.errstate(all="ignore"):  # nothing was met: then the error is not finite
+        with np.errstate(all="ignore"):  # if no patch was found, the error is not finite
             S = np.clip(S, -Z, Z)  # values are in [-1, 1]
             off = (sampled[:, 3:] - sampled[:, :1] * (S / Z)) / Z
             variance = np.square(off - off.mean(0)).sum(0).max(0)
@@ -160,7 +160,7 @@ class Estimate(NamedTuple):
 def grouped(E: np.ndarray) -> np.ndarray:
     """Groups of similar queries by their components (Q, leading): int64 (groups, `GROUP`).
 
-    They are halved along the component that varies most; the last group is filled up.
+    They are halved along the component of most variance; the last group is padded.
     """
     order, pieces = np.arange(len(E)), [slice(0, len(E))]
     while pieces:
@@ -187,11 +187,12 @@ def estimate(
         x: The queries.
         members: Which of them form the groups, int64 (groups, `GROUP`).
         size: How many leaves and patches to sample, float64 (groups, 2).
-        start: Where the systematic samples begin, in [0, 1).
-        stratum: What is enumerated of all queries.
+        start: The start of the systematic samples, in [0, 1).
+        stratum: The enumerated stratum of all queries.
 
     Returns:
-        The estimate for `members`, flat, and the leaves and patches sampled, (groups, 2).
+        The estimate for `members`, flat, and the numbers of sampled leaves and patches,
+        (groups, 2).
     """
     t, s, C, n = x.index.tree, x.surrogate, x.windows.shape[2], len(members)
     unit, at = LOG2E * float(x.queries.half[0]), members.reshape(-1)
@@ -224,19 +225,19 @@ def estimate(
 def sampled(
     x: Targets, at: np.ndarray, error: float, seconds: float, stratum: Stratum | None = None
 ) -> tuple[Estimate, float]:
-    """Estimates the sums of the queries `at`, with errors of at most `error` where that can be.
+    """Estimates the sums of the queries `at`, with errors of at most `error` if possible.
 
-    A pilot sample tells how large the next one has to be, and so on for `ROUNDS` samples. An
-    estimate that is not to be trusted has an infinite error: its effective sample size is small; or
-    the sample has missed the nearest patch known, where no others are as heavy; or a patch outside
-    the stratum may weigh too much.
+    A pilot sample determines the size of the next one, and so on for up to `ROUNDS` samples. An
+    estimate that is not trusted gets an infinite error: its effective sample size or its effective
+    number of sources is small; or the sample has missed the nearest patch known, and no others are
+    as heavy; or a patch outside the stratum may have too much weight.
 
     Arguments:
         x: All queries of a class.
         at: Some of them.
         error: The largest error of a pixel.
-        seconds: What it may cost, of one core.
-        stratum: What is enumerated of all queries.
+        seconds: The budget, in seconds of one core.
+        stratum: The enumerated stratum of all queries.
 
     Returns:
         The estimate, and the seconds of one core that it cost.
@@ -247,7 +248,7 @@ def sampled(
     result = Estimate(*(np.full((len(x.best), *shape), np.inf) for shape in shapes))
     scale, cost, pending = np.ones(len(x.best)), 0.0, at
     for step in range(ROUNDS):
-        levels = np.ceil(np.log2(scale[pending]) / 2)  # those that need about as large a sample
+        levels = np.ceil(np.log2(scale[pending]) / 2)  # queries with samples of similar size
         alike = [pending[levels == level] for level in np.unique(levels)]
         groups = np.concatenate([some[grouped(E[some])] for some in alike])
         size = scale[groups].max(1)
@@ -260,9 +261,9 @@ def sampled(
         new, spent = estimate(x, groups, size, START[step], stratum)
         cost += float((spent @ prices).sum())
         trusted = new.effective >= EFFECTIVE
-        if stratum is None:  # the nearest patch known has been met, or many are as heavy
+        if stratum is None:  # the nearest patch known was found, or many are as heavy
             trusted &= new.Z2 >= 1 - ROUNDED
-            # of a posterior that a few patches decide, a sample may have missed the others
+            # if a few patches dominate a posterior, a sample may have missed others
             trusted &= (new.Z > FLAT) & (new.Z**2 > FLAT * new.Z2)
         else:
             nats = (stratum.reach - x.best)[members] * x.queries.half[0]

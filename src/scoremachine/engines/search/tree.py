@@ -1,4 +1,4 @@
-"""The tree of an index: patches halved by the number that varies most, down to sixteen."""
+"""The tree of an index: patches are split in halves along the coordinate of most variance."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from scoremachine.engines.caching import njit
 from scoremachine.engines.compiled import FLAGS
 from scoremachine.engines.search.floats import BORROWED
 
-LEAF = 16  # patches that are looked at together
-NODE = 256  # patches that share a frame for their codes
+LEAF = 16  # patches that are compared together
+NODE = 256  # patches whose codes have the same origin and steps
 
 
 @njit(**BORROWED)
 def _select(values, order, lo, hi, k):
-    """Orders order[lo:hi] by values so that nothing before k is larger than what is after."""
+    """Partitions order[lo:hi] so that no value before k is larger than one from k on."""
     hi -= 1
     while lo < hi:
         a, b, c = values[order[lo]], values[order[(lo + hi) // 2]], values[order[hi]]
@@ -39,7 +39,7 @@ def _select(values, order, lo, hi, k):
 
 @njit(**BORROWED)
 def _widest(E, order, lo, hi, axes, sums, squares):
-    """The number of most variance among the first `axes`."""
+    """The coordinate with the largest variance among the first `axes`."""
     origin = order[lo]
     for j in range(axes):
         sums[j], squares[j] = 0, 0
@@ -109,7 +109,7 @@ def top_of(E, axes, depth, split_axes, split_values):
 
 @njit(cache=True, **BORROWED)
 def descend(z, depth, axes, values, bucket):
-    """The bucket at the end of the top of the tree for patches with the leading numbers z."""
+    """The bucket, at the bottom of the top levels, of patches with leading coordinates z."""
     for k in range(len(z)):
         node = 0
         for _ in range(depth):
@@ -119,7 +119,7 @@ def descend(z, depth, axes, values, bucket):
 
 @njit(cache=True, **BORROWED)
 def grouped(bucket, at, order):
-    """Fills order with the positions of every bucket's patches; `at`: where each bucket begins."""
+    """Fills `order` with the positions of the patches, bucket by bucket; `at`: their starts."""
     for k in range(len(bucket)):
         b = bucket[k]
         order[at[b]] = k
@@ -153,7 +153,7 @@ def _encode_node(
     E, order, places, counts, start, stop, node, first, rounding,
     rows, low, high, off, lines, codes, boxes, ids, times, frames, radii,
 ):  # fmt: skip
-    """The arrays of one node, of the patches order[start:stop]; the last fills it up."""
+    """The arrays of one node of the patches order[start:stop], padded with the last patch."""
     m = E.shape[1]
     for k in range(NODE):
         row = order[min(start + k, stop - 1)]

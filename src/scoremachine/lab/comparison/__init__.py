@@ -1,4 +1,4 @@
-"""Machines against trained networks."""
+"""Comparison of machines with trained networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How alike two pictures are: each number by its right name."""
+"""Measures of agreement between two pictures."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DRAWS = 2000  # of a bootstrap
+DRAWS = 2000  # resamples of a bootstrap
 
 
 def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
-    """How alike pictures b are to pictures a, (n, C, H, W), one by one, over all their values.
+    """Agreement of pictures b with pictures a, (n, C, H, W), one by one, over all their values.
 
         mse     mean (a - b)^2
         cosine  a.b / |a| |b|
         r       Pearson's correlation of a and b
-        r2      its square, which codes of the field report; blind to scale and offset of b
+        r2      its square, which published codes report; invariant to scale and offset of b
         R2      coefficient of determination, 1 - sum (a - b)^2 / sum (a - mean a)^2
 
-    A picture of one value has no correlation: r, r2 and R2 are not a number there, unless b equals
-    it, where they are 1.
+    A constant picture has no correlation: r, r2 and R2 are NaN, or 1 if b equals a.
     """
     a, b = (np.asarray(v, dtype=np.float64).reshape(len(v), -1) for v in (a, b))
     mse = ((a - b) ** 2).mean(1)
@@ -38,7 +37,7 @@ def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
 
 @dataclass
 class Summary:
-    """Of the values of some pictures: median, quartiles, a 95% interval of the median."""
+    """Summary of values of some pictures: median, quartiles, a 95% interval of the median."""
 
     median: float
     low: float  # quartile
@@ -48,7 +47,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Summary:
-        """Values that are not a number are left out, and not counted."""
+        """From values; those that are not finite are left out, and not counted."""
         known = np.asarray(values, dtype=np.float64)
         known = known[np.isfinite(known)]
         if len(known) == 0:
@@ -56,7 +55,7 @@ class Summary:
         low, median, high = np.quantile(known, [0.25, 0.5, 0.75])
         interval = (float(known[0]), float(known[0]))
         if len(known) > 1 and np.ptp(known) > 0:
-            from scipy.stats import bootstrap  # half a second that other commands do without
+            from scipy.stats import bootstrap  # takes half a second to import
 
             found = bootstrap(
                 (known,), np.median, n_resamples=DRAWS, method="percentile", rng=0

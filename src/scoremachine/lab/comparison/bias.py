@@ -1,7 +1,8 @@
-"""The shared bias: how denoisers differ from the ideal one, and how alike they are in that.
+"""The shared bias: how denoisers differ from the ideal one, and how similar these differences are.
 
-Niedoba et al. 2411.19339 find that networks of any architecture err alike: D less the ideal D has
-much the same size and the same look. Here that is a number for every pair, machines included.
+Niedoba et al. 2411.19339 find that networks of all architectures have similar errors: D minus the
+ideal D has about the same size and appearance. Here the similarity is measured for every pair of
+denoisers, machines included.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Bias:
     Attributes:
         labels: Of the n denoisers, networks first.
         networks: How many of them are networks.
-        sigmas: The K noise levels, falling.
+        sigmas: The K noise levels, in descending order.
         sizes: Root mean square of the differences, of each picture: (n, K, R).
         cosines: Between the differences of two denoisers, mean over pictures: (K, n, n).
         spread: Its standard error, (K, n, n).
@@ -54,7 +55,7 @@ class Bias:
     pictures: np.ndarray
 
     def among_networks(self) -> np.ndarray:
-        """(K,): the mean cosine of pairs of networks; not a number with fewer than two."""
+        """(K,): the mean cosine of pairs of networks; NaN with fewer than two."""
         n = self.networks
         pairs = np.triu_indices(n, 1)
         if n < 2:
@@ -78,8 +79,8 @@ def shared_bias(
 ) -> Bias:
     """Measures how networks and machines differ from the ideal denoiser.
 
-    Arguments are `compare`'s; the networks should have been trained on the same images of the same
-    corpus, with the same ones held out.
+    For the arguments see `compare`. The networks should have been trained on the same images of the
+    same corpus, with the same images held out.
 
     Raises:
         ValueError: As `compare`, and for fewer than two denoisers.
@@ -88,7 +89,7 @@ def shared_bias(
     check_integer("max_images_els", max_images_els)
     levels = np.sort(np.asarray(sigmas, dtype=float))[::-1].tolist()
     if not networks:
-        raise ValueError("there is no network to look for a bias in; give at least one")
+        raise ValueError("there is no network to measure the bias of; give at least one")
     for network in networks:
         network.check_corpus(corpus)
         for sigma in levels:
@@ -105,9 +106,9 @@ def shared_bias(
         denoisers[label] = network
     denoisers |= built
     if len(denoisers) < 2:
-        raise ValueError("there is one denoiser; two or more can be alike: give another")
+        raise ValueError("there is only one denoiser; expected at least two: give another")
     pieces = Pieces(kept, [corpus.key, seed, held.tolist(), ideal.settings()])
-    # before "auto" is replaced by what it stands for
+    # before "auto" is resolved
     asked = [d.key if isinstance(d, Network) else d.settings() for d in denoisers.values()]
     differences: list[np.ndarray] = []
     shown = []

@@ -1,4 +1,4 @@
-"""When does the theory hold? How well a machine predicts networks that differ in one thing."""
+"""A study of when the theory holds: how well machines predict networks that differ in one thing."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from scoremachine.runtime.progress import bar, say
 from scoremachine.runtime.records import differing, other_versions, versions
 from scoremachine.runtime.validation import check_integer, options_of
 
-HELD_OUT = 64  # images that no cell trains on
+HELD_OUT = 64  # images that no cell is trained on
 LEVELS = (5.0, 2.0, 1.0, 0.5, 0.2)  # of the forward process
 MEMORY = 0.5  # the noise level at which errors on seen and unseen images are compared
-LAYOUT = 2  # of compared.json
-DRAWS = 2000  # of a bootstrap
+LAYOUT = 2  # version of compared.json
+DRAWS = 2000  # resamples of a bootstrap
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Cell:
     """A network of the study.
 
     Attributes:
-        group: Which question it is for: "images", "steps" or "network".
-        label: What differs, in words.
-        images, steps: How many it is trained on, and how long.
+        group: The property that varies: "images", "steps" or "network".
+        label: Its value, in words.
+        images, steps: The numbers of training images and steps.
         network, settings: Of `train`.
     """
 
@@ -52,7 +52,7 @@ class Cell:
 
 @dataclass
 class Row:
-    """What was found of a cell and a machine.
+    """The results of a cell and a machine.
 
     Attributes:
         cell: The cell.
@@ -61,9 +61,9 @@ class Row:
         forward: Median R2 on held-out images, at each of `LEVELS`.
         seen, unseen: The network's mean squared errors at noise level `MEMORY`, one by one, on up
             to 64 images that it was trained on, and on as many others. They are the same images in
-            every cell (fewer seen ones where it was trained on fewer), and one lot may be harder
-            than the other: so a cell says little by itself, see `memorization`.
-        nearest: How far its samples are from the images it was trained on, root mean square.
+            every cell (fewer seen ones if it was trained on fewer), and one set may be harder than
+            the other, so a single cell says little; see `memorization`.
+        nearest: Root mean square distance of its samples to the nearest training images.
     """
 
     cell: Cell
@@ -77,7 +77,7 @@ class Row:
 
 
 def cells(N: int, steps: int, sides: Sequence[int]) -> list[Cell]:
-    """The study of a corpus of N images: sizes of the set, times, and kinds of networks."""
+    """The cells for a corpus of N images: numbers of images, training times, and networks."""
     most = N - min(HELD_OUT, N // 4)
     sizes = [n for n in (100, 300, 1_000, 3_000, 10_000) if n < most]
     found = [Cell("images", f"{n:,} images", n, steps) for n in [*sizes, most]]
@@ -106,13 +106,13 @@ def cells(N: int, steps: int, sides: Sequence[int]) -> list[Cell]:
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """How a study is made.
+    """The options of a study.
 
     Attributes:
-        steps: How long a network is trained, where the time is not what differs.
+        steps: The number of training steps, in cells that differ in something else.
         chosen: The cells; None: `cells`.
-        count, pictures, max_images_els, seed: As `compare`'s.
-        training: How, apart from steps and seed.
+        count, pictures, max_images_els, seed: As in `compare`.
+        training: The training settings, apart from steps and seed.
     """
 
     steps: int = 2000
@@ -133,17 +133,17 @@ def study(
 ) -> list[Row]:
     """Trains the cells' networks and compares machines of the same images with each.
 
-    What is finished stays in `out`, and the same call goes on after it.
+    Finished cells are kept in `out`, and the same call resumes after them.
 
     Arguments:
-        corpus: The images; 64 are held out of everything, and so are copies of them.
-        out: A folder for networks and what was found of each.
-        machines: As `compare`'s.
+        corpus: The images; 64 of them and all their copies are held out in all cells.
+        out: A folder for networks and their results.
+        machines: As in `compare`.
         options: Those of `StudyOptions`, by name.
 
     Raises:
         ValueError: For a corpus of fewer than 8 images.
-        TypeError: For an option that there is not.
+        TypeError: For an unknown option.
     """
     o = options_of(StudyOptions, options, EARLIER)
     N = len(corpus)
@@ -156,7 +156,7 @@ def study(
     rows: list[Row] = []
     todo = list(o.chosen if o.chosen is not None else cells(N, o.steps, corpus.shape[1:]))
     with bar("Studying", total=len(todo)) as progress:
-        # longer trainings of the same network go on from shorter ones
+        # longer training of the same network resumes from shorter training
         for cell in sorted(todo, key=lambda c: c.steps):
             part = corpus.subset(np.concatenate([held, different[: cell.images]]))
             how = replace(
@@ -174,7 +174,7 @@ def study(
 
 
 def _trained(cell: Cell, part: Corpus, how: Training, out: Path) -> tuple[Network, Path]:
-    """The cell's network, from its folder where it is finished."""
+    """The cell's network, from its folder if it is finished."""
     what = "-".join([cell.network, *(f"{k}={v}" for k, v in cell.settings), str(cell.images)])
     folder = out / what
     finished = folder / f"{cell.steps}"
@@ -253,13 +253,14 @@ def _errors(network: Network, corpus: Corpus, index: np.ndarray, seed: int) -> l
 
 
 def memorization(row: Row, reference: Row) -> tuple[float, float, float]:
-    """Error on seen images over that on unseen ones, in units of another cell's ratio.
+    """Error on seen images divided by that on unseen ones, relative to another cell's ratio.
 
         (seen / unseen) / (seen / unseen of the reference, on the same images)
 
-    The reference, trained on all images, hardly knows any of them by heart: what its ratio differs
-    from 1 is that one lot of images is harder. So below 1, with an interval that leaves 1 out, a
-    network does better on its own images than on others, by more than that explains: it overfits.
+    The reference, trained on all images, hardly memorizes any of them: its ratio differs from 1
+    only because one set of images is harder. So if the result is below 1, with an interval that
+    excludes 1, the network is better on its training images by more than that explains: it
+    overfits.
 
     Returns:
         The ratio, and its 95% interval by bootstrap over images, paired between the two cells.
@@ -278,7 +279,7 @@ def memorization(row: Row, reference: Row) -> tuple[float, float, float]:
 
 
 def markdown_rows(rows: Sequence[Row], group: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table of one request; by images also `memorization`."""
+    """Header and rows of the table of one group; for "images" with `memorization`."""
     some = [row for row in rows if row.cell.group == group]
     header = ["", "machine", "r² of samples", "95% interval", "R² of samples"]
     header += [*(f"R² at {s:g}" for s in LEVELS), "error on seen", "on unseen", "to nearest"]

@@ -1,4 +1,4 @@
-"""Machines against a trained network: denoising, along its sampling trajectory, in its samples."""
+"""Comparison of machines with a network: held-out images, its trajectory, and final samples."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from scoremachine.sampling.samplers import SAMPLERS
 from scoremachine.sampling.schedules import times_of
 from scoremachine.sampling.trajectory import Sampling, trajectory
 
-ERROR = 1e-2  # the largest of a pixel that els may make where it searches; networks are further
-LEVELS = 10  # noise levels of the forward process, unless others are asked for
+ERROR = 1e-2  # the largest error of a pixel in searches of els; networks differ by more
+LEVELS = 10  # the default number of noise levels of the forward process
 SHOWN = {"forward": "R2", "reverse": "R2", "samples": "r2"}  # the measure of the tables
-BATCH = 8  # pictures that go together
-TRAJECTORIES = 16  # of the network, at most, that machines follow
-MAX_IMAGES_ELS = 2000  # images that machines which look at every position are made of
+BATCH = 8  # pictures in a batch
+TRAJECTORIES = 16  # the most trajectories of the network that machines follow
+MAX_IMAGES_ELS = 2000  # the most images of machines that compare all positions
 EARLIER = {"everywhere": "max_images_els", "ways": "trajectories"}  # names of arguments
 
 
 @dataclass
 class MachineSpec:
-    """A machine as it is compared.
+    """The specification of a machine in a comparison.
 
     Attributes:
-        label: What it is called in tables: "els:kamb-mnist-resnet", "ls+h", "els:network".
+        label: Its label in tables: "els:kamb-mnist-resnet", "ls+h", "els:network".
         name: The machine's name.
         settings: Of `build`.
         towards: Whether its locality is the one that agrees best with the network, and its
@@ -63,8 +63,8 @@ class MachineSpec:
     def of(cls, text: str) -> MachineSpec:
         """From NAME[:LOCALITY][+WINDOW][+circular][+h], as in `machines.spelled`.
 
-        The locality "network" stands for what agrees best with the network
-        (`calibration.towards`); of a composite, the weights do (`stacking.weights_towards`).
+        The locality "network" means the one that agrees best with the network
+        (`heldout.towards`); for a composite, the weights (`stacking.weights_towards`).
 
         Raises:
             ValueError: For an unknown name, or a locality of a machine that has none.
@@ -80,10 +80,10 @@ class MachineSpec:
         return cls(text, name, settings, towards)
 
     def built(self, corpus: Corpus, network: Network | None, everything: Corpus | None) -> Machine:
-        """The machine of a corpus, that is cut out of `everything` that the network knows.
+        """The machine on a corpus, which is a part of the network's corpus `everything`.
 
         Raises:
-            ValueError: Without a network to choose towards.
+            ValueError: If the settings need a network, and there is none.
         """
         search = {"error": ERROR} if kind_of(self.name).equivariant else {}
         machine = build(self.name, corpus, **search, **self.settings)
@@ -91,8 +91,8 @@ class MachineSpec:
             return machine
         if network is None or everything is None:
             raise ValueError(
-                f"{self.label} is chosen towards a network, which compare and study do; here, give "
-                "a size, a schedule, or nothing"
+                f"{self.label} is chosen by agreement with a network, which only compare and study "
+                "support; here, give a size, a schedule, or nothing"
             )
         if isinstance(machine, Composite):
             return machine.clone_with(corpus, weights=weights_towards(network, machine, everything))
@@ -105,14 +105,15 @@ class MachineSpec:
 
 @dataclass
 class Part:
-    """What was measured of one machine in one part, at the K noise levels of it.
+    """The measures of one machine in one part, at its K noise levels.
 
     Attributes:
         part: "forward", "reverse" or "samples".
         label: The machine's.
-        sigmas: The noise levels, falling; of samples [0].
-        measures: By name ("mse", "cosine", "r", "r2", "R2": to the network; "truth": mean squared
-            error to the clean picture, forward only) float64 (K, n): of every picture.
+        sigmas: The noise levels, in descending order; [0] for samples.
+        measures: By name ("mse", "cosine", "r", "r2", "R2": agreement with the network; "truth":
+            mean squared error to the clean picture, forward only) the values of every picture,
+            float64 (K, n).
     """
 
     part: str
@@ -122,7 +123,7 @@ class Part:
 
     @functools.cached_property
     def summaries(self) -> list[dict[str, Summary]]:
-        """Of every noise level, by measure."""
+        """The summaries of every noise level, by measure."""
         return [
             {name: Summary.of(values[k]) for name, values in self.measures.items()}
             for k in range(len(self.sigmas))
@@ -131,16 +132,16 @@ class Part:
 
 @dataclass
 class Comparison:
-    """What `compare` finds.
+    """The result of `compare`.
 
     Attributes:
-        settings: What was compared, as JSON can hold it.
-        parts: Every machine in every part; the network itself is in "forward" with "truth" alone.
+        settings: The settings of the comparison, as JSON values.
+        parts: Every machine in every part; the network itself is in "forward" with "truth" only.
         samples: Final pictures by label, the network's as "network": float32 (n, C, H, W).
         nearest: The training image nearest to each, uint8 (n, C, H, W).
-        distances: How far that is, root mean square, (n,).
-        path: The network's x_t along its trajectory in units of y, its D and the machines', of the
-            first picture: float32 (K, C, H, W) by label, "y" and "network".
+        distances: Their root mean square distances, (n,).
+        path: Of the first picture, y = x_t / alpha_t along the network's trajectory as "y", the
+            network's D as "network", and the machines' by label: float32 (K, C, H, W).
     """
 
     settings: dict[str, Any]
@@ -152,33 +153,32 @@ class Comparison:
 
     @property
     def labels(self) -> list[str]:
-        """The machines'."""
+        """The labels of the machines."""
         return [label for label in self.samples if label != "network"]
 
     def of(self, part: str) -> list[Part]:
-        """The machines in a part."""
+        """The measures of the machines in a part."""
         return [p for p in self.parts if p.part == part and p.label != "network"]
 
     def best(self, part: str) -> np.ndarray:
-        """(machines, K): whether its median is the highest, or not distinguishable from that.
+        """(machines, K): whether a machine's median is the highest, or tied with it.
 
-        The median over pictures of what the tables show (`SHOWN`); see `highest_or_tied`.
+        The median over pictures of the measure in the tables (`SHOWN`); see `highest_or_tied`.
         """
         return highest_or_tied(np.stack([p.measures[SHOWN[part]] for p in self.of(part)]))
 
 
 class Pieces:
-    """What is dear to measure, kept in a folder until all is done.
+    """Expensive intermediate results, kept in a folder until everything is finished.
 
-    So the same command, after an interruption, goes on after what is finished, by the same versions
-    of everything.
+    So after an interruption the same command resumes, with the same versions of all packages.
     """
 
     def __init__(self, folder: Path | None, of: Any) -> None:
         self.folder, self.of = folder, [of, versions()]
 
     def get(self, key: list[Any], make: Callable[[], Tensor]) -> Tensor:
-        """A tensor by what decides it."""
+        """A tensor by a key of all that determines it."""
         if self.folder is None:
             return make()
         digest = hashlib.sha256(json.dumps([self.of, key], default=str).encode()).hexdigest()[:20]
@@ -196,18 +196,18 @@ class Pieces:
 
 @dataclass(frozen=True)
 class ComparisonOptions:
-    """How machines are compared with a network.
+    """The options of `compare`.
 
     Attributes:
         sigmas: Noise levels of the forward process; None: ten from 0.05 to 20.
-        pictures: How many images are held out.
-        count: How many samples.
-        steps, sampler, schedule: Of these, and of the trajectories; schedule None: the network's
-            own.
+        pictures: The number of held-out images.
+        count: The number of samples.
+        steps, sampler, schedule: Of samples and trajectories; schedule None: the network's own.
         seed: Of all noise.
-        max_images_els: How many images at most machines are made of that look at every position.
-        kept: A folder where finished pieces wait in case of an interruption.
-        trajectories: How many of the network's are followed: the first of its samples.
+        max_images_els: The most images of machines that compare all positions.
+        kept: A folder for finished intermediate results, in case of an interruption.
+        trajectories: The number of the network's trajectories that machines follow: those of its
+            first samples.
 
     Raises:
         ValueError: For numbers out of their range, or an unknown sampler.
@@ -231,7 +231,7 @@ class ComparisonOptions:
         check_seed(self.seed)
 
     def levels(self) -> np.ndarray:
-        """The noise levels of the forward process, falling."""
+        """The noise levels of the forward process, in descending order."""
         known = np.geomspace(20, 0.05, LEVELS) if self.sigmas is None else self.sigmas
         return np.sort(np.asarray(known, dtype=float))[::-1]
 
@@ -241,28 +241,28 @@ def compare(
 ) -> Comparison:
     """Measures how well machines predict a network.
 
-    Three parts. *Forward*: held-out images with noise, which both denoise. *Reverse*: the network's
-    sampling trajectory from noise to a picture; both denoise every x_t of it. *Samples*: each
-    follows its own trajectory from the same noise.
+    There are three parts. *Forward*: network and machine denoise held-out images with noise.
+    *Reverse*: both denoise every x_t along the network's sampling trajectory. *Samples*: each
+    follows its own sampling trajectory from the same noise.
 
     Arguments:
         network: The network.
-        machines: "NAME[:LOCALITY][+h]" (see `MachineSpec.of`; LOCALITY "network" agrees best with
-            this one), or machines, which are used as they are.
-        corpus: What the network was trained on, or one like it. Images that the network's card
-            says it has not seen are held out, or else some at random.
+        machines: "NAME[:LOCALITY][+h]" (see `MachineSpec.of`; LOCALITY "network" means the one
+            that agrees best with this network), or machines, which are used as they are.
+        corpus: The images that the network was trained on, or similar ones. The images that the
+            network has not seen according to its card are held out, or else random ones.
         options: Those of `ComparisonOptions`, by name.
 
     Raises:
-        ValueError: For pictures of another shape, unknown names, or noise levels that the network
-            does not know.
-        TypeError: For an option that there is not.
+        ValueError: For pictures of another shape, unknown names, or noise levels outside the range
+            of the network.
+        TypeError: For an unknown option.
     """
     o = options_of(ComparisonOptions, options, EARLIER)
     network.check_corpus(corpus)
     levels = o.levels()
     for sigma in levels:
-        network.time(float(sigma))  # refuses what it does not know
+        network.time(float(sigma))  # raises outside its range
     network = network.under(o.schedule)
     walk = Walk(*network.on_noise_levels(o.steps), o.sampler, o.seed)
     held, source = held_out_and_source([network], corpus, o.pictures, o.seed)
@@ -299,9 +299,9 @@ def built_machines(
     network: Network | None = None,
     corpus: Corpus | None = None,
 ) -> dict[str, Machine]:
-    """Machines by label, made of the source where they are named.
+    """Machines by label; those given by name are built on the source.
 
-    `network`, trained on `corpus`, is what NAME:network is chosen towards.
+    The settings of NAME:network are those that agree best with `network`, trained on `corpus`.
     """
     built: dict[str, Machine] = {}
     whole = source.indices()
@@ -314,7 +314,7 @@ def built_machines(
             part = source if len(some) == len(whole) else source.subset(some)
             label, machine = spec.label, spec.built(part, network, corpus)
         if label in built:
-            raise ValueError(f"{label} is there twice; give every machine once")
+            raise ValueError(f"{label} appears twice; give every machine once")
         built[label] = machine
     return built
 
@@ -322,20 +322,20 @@ def built_machines(
 def held_out_and_source(
     networks: Sequence[Network], corpus: Corpus, pictures: int, seed: int
 ) -> tuple[np.ndarray, Corpus]:
-    """Positions of images that neither the networks nor the machines see, and the machines' source.
+    """Positions of images held out from networks and machines, and the machines' source.
 
-    Neither sees a copy of them, exactly or nearly (`calibration.copies`): images that a network has
-    not seen are passed over where it was trained on a copy, and copies are left out of the source.
+    Exact and near copies of them (`calibration.copies`) are held out too: if a network was trained
+    on a copy of an unseen image, the image is skipped, and copies are left out of the source.
 
     Raises:
-        ValueError: For a mixture, or where nothing can be held out.
+        ValueError: For a mixture, or if nothing can be held out.
     """
     check_images(corpus, "give the images")
     N = len(corpus)
     known = [network.unseen(corpus) for network in networks]
     common = _common(known) if known else None
     if common is not None and len(common) >= 2:
-        # the networks have seen none of them, so the machines do not either
+        # all images that the networks have not seen are left out of the source too
         held = single(corpus, common, min(pictures, len(common)))
         if len(held) >= min(2, pictures):
             return held, corpus.subset(np.setdiff1d(np.arange(N), common))
@@ -344,7 +344,7 @@ def held_out_and_source(
     if networks:
         names = ", ".join(network.name for network in networks)
         if common is None:
-            why = f"nobody knows which images of {corpus.name} {names} was trained on"
+            why = f"it is not known which images of {corpus.name} {names} was trained on"
         elif len(common) < 2:
             why = f"{names} left out too few images of {corpus.name} in common"
         else:
@@ -362,7 +362,7 @@ def held_out_and_source(
 
 
 def _common(positions: list[np.ndarray | None]) -> np.ndarray | None:
-    """What is in all of them; None where one is unknown."""
+    """Their intersection; None if one of them is unknown."""
     found = positions[0]
     for others in positions[1:]:
         found = None if found is None or others is None else np.intersect1d(found, others)
@@ -377,11 +377,11 @@ def forward_pictures(corpus: Corpus, held: np.ndarray, seed: int) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class Walk:
-    """How pictures go from noise to a sample.
+    """The settings of sampling trajectories.
 
     Attributes:
-        network: The network, on that part of its schedule that has noise levels.
-        steps, sampler, seed: Of its trajectories, and of the machines'.
+        network: The network, on the part of its schedule that has noise levels.
+        steps, sampler, seed: Of the trajectories of the network and of the machines.
     """
 
     network: Network
@@ -391,17 +391,17 @@ class Walk:
 
     @property
     def schedule(self) -> Schedule:
-        """Of the network and of the machines."""
+        """The schedule of the network and of the machines."""
         return self.network.schedule
 
     def key(self, count: int) -> list[Any]:
-        """What decides the trajectories of so many pictures, as JSON can hold it."""
+        """All that determines the trajectories of `count` pictures, as JSON values."""
         levels = [v.tolist() for v in self.schedule(times_of(self.schedule, self.steps))]
         return [name_of(self.schedule), levels, self.sampler, self.steps, self.seed, count]
 
 
 class _Comparing:
-    """The three parts, with what they have in common."""
+    """The three parts of a comparison."""
 
     progress: Any
 
@@ -415,7 +415,7 @@ class _Comparing:
     ) -> None:
         self.network, self.machines, self.corpus = network, machines, corpus
         self.pieces, self.walk = pieces, walk
-        # before "auto" is replaced by what it stands for
+        # before "auto" is resolved
         self.asked = {k: json.dumps(m.settings()) for k, m in machines.items()}
 
     def forward(self, levels: np.ndarray, held: np.ndarray) -> list[Part]:
@@ -460,7 +460,7 @@ class _Comparing:
         return parts, path
 
     def samples(self, count: int) -> tuple[list[Part], dict[str, np.ndarray]]:
-        """Everybody's own trajectory from the same noise."""
+        """The samples of each denoiser, from the same noise."""
         samples = {"network": self._samples("network", self.walk.network, count)}
         parts = []
         for label, machine in self.machines.items():
@@ -490,7 +490,7 @@ class _Comparing:
 
 
 def name_of(schedule: Schedule) -> str:
-    """What a schedule is called, that of a part of one being the whole one's."""
+    """The name of a schedule; a part of a schedule has the name of the whole one."""
     return type(schedule.schedule if isinstance(schedule, Within) else schedule).__name__
 
 

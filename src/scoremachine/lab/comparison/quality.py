@@ -1,4 +1,4 @@
-"""How good, how new and how varied pictures are, by features that need no download."""
+"""Quality, novelty and variety of pictures, by features that need no download."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from scoremachine.runtime.progress import bar
 from scoremachine.runtime.validation import check_integer
 from scoremachine.sampling.generate import generate
 
-SUBSETS = 100  # of pictures, that the distance is averaged over, as KID does
+SUBSETS = 100  # subsets of pictures over which the distance is averaged, as in KID
 UNSEEN = "held-out images"
 
 
 @dataclass
 class Quality:
-    """Of the pictures of one source.
+    """Measures of the pictures of one denoiser.
 
     Attributes:
-        label: Whose.
+        label: The denoiser's.
         kernel_distance, spread: To held-out images (see `kernel_distance`), and its standard
             deviation over subsets.
         nearest: Root mean square differences to the nearest training image, of each picture.
-        variety: Mean distance between two of the pictures' features, over that of held-out images:
-            1 is as varied as the data, 0 always the same.
+        variety: Mean squared distance between features of two pictures, divided by that of held-out
+            images: 1 is as varied as the data, 0 always the same.
         pictures: uint8 (n, C, H, W).
-        seconds: How long drawing them took.
+        seconds: The time for generating them.
     """
 
     label: str
@@ -54,7 +54,7 @@ def features(images: np.ndarray) -> np.ndarray:
 
     scikit-image's, on 8 x 8 cells over the picture, or as many as fit (Dalal & Triggs 2005).
     """
-    from skimage.feature import hog  # slow to import, and other commands do without
+    from skimage.feature import hog  # slow to import
 
     side = max(2, min(images.shape[2:]) // 8)
     settings = {"pixels_per_cell": (side, side), "cells_per_block": (2, 2), "channel_axis": 0}
@@ -65,8 +65,8 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float,
     """Squared maximum mean discrepancy of features a (n, F) and b (m, F), unbiased: mean, spread.
 
     With the kernel (x.y / F + 1)^3, averaged over random subsets: the kernel distance KID of
-    Binkowski et al. 1801.01401, in other features than Inception's. 0 where both are of one
-    distribution; it can be below.
+    Binkowski et al. 1801.01401, in other features than those of Inception. Its expectation is 0 if
+    both have the same distribution; the estimate can be negative.
     """
     from sklearn.metrics.pairwise import polynomial_kernel
 
@@ -86,7 +86,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float,
 
 
 def variety(f: np.ndarray) -> float:
-    """The mean squared distance between two of some features."""
+    """The mean squared distance between two different features."""
     n = len(f)
     return float(2 * n / (n - 1) * ((f - f.mean(0)) ** 2).sum(1).mean())
 
@@ -100,19 +100,19 @@ def qualities(
     seed: int = 0,
     max_images_els: int = ELS_IMAGES,
 ) -> list[Quality]:
-    """Draws pictures with networks (VAEs too) and machines, and judges them.
+    """Generates pictures with networks (including VAEs) and machines, and evaluates them.
 
     Arguments:
         networks: Trained on the corpus, with the same images held out, if any.
-        machines: As `compare`'s.
-        corpus: The images; held-out ones are what the pictures are held against.
-        count: How many pictures of each, >= 2.
-        steps: Noise levels that a picture visits, on the first network's schedule if there is one.
+        machines: As in `compare`.
+        corpus: The images; pictures are compared with held-out ones.
+        count: The number of pictures of each denoiser, >= 2.
+        steps: Noise levels of a trajectory, on the first network's schedule if there is one.
         seed: Of all noise.
-        max_images_els: Images, at most, of machines that look at every position.
+        max_images_els: The most images of machines that compare all positions.
 
     Returns:
-        The held-out images' own first: half of them against the other half.
+        The measures, first those of held-out images: one half compared with the other.
 
     Raises:
         ValueError: For too few pictures, or as `compare`.
@@ -130,7 +130,7 @@ def qualities(
         )
     built = built_machines(machines, source, max_images_els)
     levels = steps
-    if networks:  # everybody follows the same noise levels
+    if networks:  # all denoisers follow the same noise levels
         first, levels = networks[0].on_noise_levels(steps)
         schedule = first.schedule
         built = {label: m.clone_with(m.corpus, schedule=schedule) for label, m in built.items()}
@@ -152,8 +152,8 @@ def qualities(
 
     found = [judged(UNSEEN, real[one], known[other], math.nan)]
     with bar("Drawing", total=len(networks) + len(built)) as progress:
-        everybody: list[tuple[str, Network | Machine]] = [(n.name, n) for n in networks]
-        for label, denoiser in [*everybody, *built.items()]:
+        named: list[tuple[str, Network | Machine]] = [(n.name, n) for n in networks]
+        for label, denoiser in [*named, *built.items()]:
             start = time.perf_counter()
             if isinstance(denoiser, Network):
                 x = denoiser.draw(count, steps, seed)

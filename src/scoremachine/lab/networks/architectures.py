@@ -1,7 +1,7 @@
-"""Small reference networks b(x, log sigma), built from azula's blocks where they fit.
+"""Small reference networks b(x, log sigma), built from azula's blocks where possible.
 
-Each is made of the shape (C, H, W) of the pictures and a few numbers more, which a card keeps
-(`scoremachine.networks.network`), so that a network can be made again from its card.
+Each is determined by the shape (C, H, W) of the pictures and a few settings, which are stored in
+its card (`lab.networks.network`), so that it can be rebuilt from the card.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from scoremachine.runtime.validation import check_name, unknown
 
 Shape = tuple[int, int, int]
 
-RANGE = 4.0  # by which log sigma is multiplied before it is encoded: waves of 1.6 and longer
+RANGE = 4.0  # factor of log sigma before its encoding: wavelengths of 1.6 and longer
 
 
 class Level(nn.Module):
-    """The noise level as `features` numbers, that modulate a network."""
+    """An embedding of the noise level in `features` dimensions, which modulates a network."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -43,18 +43,19 @@ class Level(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual 3 x 3 convolutions and nothing else: no normalisation, no attention, full size.
+    """Residual 3 x 3 convolutions only: no normalisation, no attention, no downsampling.
 
-    What an output pixel sees is a box of 2 depth + 5 pixels: two convolutions lead in and out. This
-    is the kind of network that Kamb & Ganguli (2412.20292) explain best.
+    The receptive field has a side of 2 depth + 5 pixels, which includes the first and the last
+    convolution. This is the kind of network that Kamb & Ganguli (2412.20292) explain best.
 
     Arguments:
         shape: (C, H, W) of the pictures.
         width: Hidden channels.
         depth: Residual convolutions.
-        padding: "zeros", so that it knows where the border is, or "circular".
-        normalised: Whether groups of 8 channels are normalised before each convolution, which lets
-            every pixel hear of all others.
+        padding: "zeros", which makes the output depend on the distance from the border, or
+            "circular".
+        normalised: Whether groups of 8 channels are normalised before each convolution, which makes
+            every output pixel depend on all input pixels.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class ResNet(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention between all places of a picture, as the bottleneck of a U-Net."""
+    """Self-attention between all positions of a picture, as in the bottleneck of a U-Net."""
 
     def __init__(self, width: int, features: int, heads: int) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ class Attention(nn.Module):
 
 
 class Modulated(nn.Module):
-    """One of azula's networks, and the noise level that modulates it."""
+    """One of azula's networks, modulated by the noise level."""
 
     def __init__(self, network: nn.Module, features: int) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class Modulated(nn.Module):
 def unet(
     shape: Shape, width: int = 32, levels: int = 3, blocks: int = 2, attention: int = 0
 ) -> nn.Module:
-    """azula's U-Net of `levels` sizes, each half the one before and `width` channels wider.
+    """azula's U-Net with `levels` resolutions, each half the one before with `width` more channels.
 
     `attention`: heads of self-attention at the smallest size; 0: none.
     """
@@ -136,7 +137,7 @@ def unet(
 def unet_attention(
     shape: Shape, width: int = 32, levels: int = 3, blocks: int = 2, attention: int = 4
 ) -> nn.Module:
-    """`unet` with self-attention at its smallest size."""
+    """`unet` with self-attention at its lowest resolution."""
     return unet(shape, width, levels, blocks, attention)
 
 
@@ -161,7 +162,7 @@ def dit(
 
 
 class MLP(nn.Module):
-    """Residual layers over all pixels at once, which know nothing of where a pixel is."""
+    """Residual fully connected layers over all pixels, without spatial structure."""
 
     def __init__(self, shape: Shape, width: int = 512, depth: int = 4) -> None:
         super().__init__()
@@ -227,7 +228,7 @@ def architecture(name: str, shape: Shape, **settings: Any) -> tuple[nn.Module, d
     except (AssertionError, RuntimeError) as error:
         raise _no_such(name, chosen, error) from None
     except ValueError as error:
-        if "num_groups" in str(error):  # torch's own words
+        if "num_groups" in str(error):  # raised by torch
             raise _no_such(name, chosen, error) from None
         raise
 

@@ -1,4 +1,4 @@
-"""Networks of others: folders of diffusers, and why azula's plug-ins cannot be named here."""
+"""Networks from other packages: folders of diffusers, and errors for azula's plug-ins."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SCHEDULERS = (
     "DEISMultistepScheduler",
 )
 PICKLES = ("adm", "edm", "eldm", "jit", "vdm")  # azula's plug-ins whose weights are pickles
-LATENT = ("flux", "sana", "sd")  # those that denoise no pixels
+LATENT = ("flux", "sana", "sd")  # those that denoise latents, not pixels
 
 
 class DiscreteSchedule(Schedule):
-    """The noise levels of a network of T steps: t in [0, 1] is step t (T - 1), also in between.
+    """The noise levels of a network of T steps: t in [0, 1] is the fractional step t (T - 1).
 
-    alpha^2 is the cumulative product at a step; in between, log(alpha^2 / sigma^2) is linear.
+    alpha^2 is the cumulative product at a step; between steps, log(alpha^2 / sigma^2) is linear.
     """
 
     def __init__(self, alphas_cumprod: np.ndarray) -> None:
@@ -47,12 +47,12 @@ class DiscreteSchedule(Schedule):
         return alpha.to(kind), sigma.to(kind)
 
     def step(self, t: Tensor) -> Tensor:
-        """What the network calls the time t."""
+        """The network's time argument (a step) for the time t."""
         return t * (len(self.log_ratios) - 1)
 
 
 class Sample(nn.Module):
-    """What a model of diffusers returns, as a tensor."""
+    """A model of diffusers that returns a tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Sample(nn.Module):
 
 
 def refuse_plugin(name: str) -> None:
-    """Raises the ValueError that says why azula's PLUGIN[:CARD] is no network here."""
+    """Raises a ValueError that says why azula's PLUGIN[:CARD] is not supported."""
     plugin = name.split(":")[0]
     if plugin in PICKLES:
         why = "its weights are a pickle, which can run any code when it is read"
@@ -79,7 +79,7 @@ def refuse_plugin(name: str) -> None:
 
 
 def is_diffusers(folder: Path) -> bool:
-    """Whether a folder looks like one of diffusers."""
+    """Whether a folder looks like a model of diffusers."""
     return (folder / "model_index.json").exists() or (folder / "config.json").exists()
 
 
@@ -104,13 +104,13 @@ def read_diffusers(folder: Path) -> tuple[Sample, str, DiscreteSchedule, tuple[i
         )
     if config.get("num_class_embeds") or config.get("class_embed_type"):
         raise ValueError(
-            f"{home} holds a network that is told a class; only unconditional ones can be read"
+            f"{home} holds a class-conditional network; only unconditional ones can be read"
         )
     C, outs, side = config["in_channels"], config["out_channels"], config.get("sample_size")
     if outs != C:
         raise ValueError(
             f"{home} holds a network that returns {outs} channels for {C}: one that also predicts "
-            "a variance; only those that predict a mean alone can be read"
+            "a variance; only networks that predict just a mean can be read"
         )
     if side is None:
         raise ValueError(f"{home / 'config.json'} has no sample_size; add the side of its pictures")
@@ -132,7 +132,7 @@ def read_diffusers(folder: Path) -> tuple[Sample, str, DiscreteSchedule, tuple[i
          if (path / "scheduler_config.json").exists()), None
     )  # fmt: skip
     if noise is None:
-        say(f"{folder} does not say how it adds noise: taken to be as DDPM does, predicting noise")
+        say(f"{folder} has no scheduler: assuming that of DDPM, and that it predicts the noise")
         scheduler = scheduler_of()
     else:
         known = read_json(noise / "scheduler_config.json", "expected a scheduler of diffusers")
@@ -154,7 +154,7 @@ def read_diffusers(folder: Path) -> tuple[Sample, str, DiscreteSchedule, tuple[i
     left = scheduler.alphas_cumprod
     if not bool(((left > 0) & (left < 1)).all()):
         raise ValueError(
-            f"{noise} has a step of pure noise (zero terminal SNR); D has no place for it there"
+            f"{noise} has a step of pure noise (zero terminal SNR), where D(y, sigma) is undefined"
         )
     H, W = (side, side) if isinstance(side, int) else side
     schedule = DiscreteSchedule(scheduler.alphas_cumprod.double().numpy())

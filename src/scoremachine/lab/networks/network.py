@@ -1,4 +1,4 @@
-"""Trained networks behind the interface of machines: azula denoisers with D(y, sigma)."""
+"""Trained networks with the interface of machines: azula denoisers with D(y, sigma)."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from scoremachine.sampling.schedules import SCHEDULES, time_of
 
 BUILT_IN = Path(__file__).parent / "weights"
 WEIGHTS, CARD = "network.safetensors", "network.json"
-LAYOUT = 1  # of a card
+LAYOUT = 1  # version of a card
 NO_NETWORK = (
     f"a network is one of the bundled ones ({{}}), a folder with {WEIGHTS} and {CARD}, as "
     "scoremachine train writes it, or a folder of diffusers"
 )
-BATCH = 64  # pictures that go through a network together
+BATCH = 64  # pictures in a batch of a network
 PREDICTIONS = ("x0", "eps", "v")
-MOST = 1e3  # the noise level where a trajectory begins on a schedule that has higher ones
+MOST = 1e3  # the noise level at which a trajectory begins if the schedule has higher ones
 
 
 class Predicted(Denoiser):
@@ -57,11 +57,11 @@ class Predicted(Denoiser):
                                                                 (Salimans & Ho 2202.00512)
 
     Arguments:
-        f: Takes x_t (B, C, H, W) and what `times` makes of t (B,), in the type of its parameters
-            or float32; returns the shape of x_t.
+        f: Takes x_t (B, C, H, W) and `times` of t (B,), in the dtype of its parameters or float32;
+            returns a tensor of the shape of x_t.
         prediction: "x0", "eps" or "v".
         schedule: An azula schedule.
-        times: What f calls the time t in [0, 1]; None: t itself.
+        times: Maps the time t in [0, 1] to the time argument of f; None: t itself.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Predicted(Denoiser):
 
 
 class Under(Denoiser):
-    """A network under another schedule, wherever that goes through the same noise levels."""
+    """A network under another schedule, at noise levels that its own schedule contains."""
 
     def __init__(self, network: Network, schedule: Schedule) -> None:
         super().__init__()
@@ -139,13 +139,13 @@ class Limited(Denoiser):
 
 
 class Network(Denoiser):
-    """A trained denoiser and what is known of it.
+    """A trained denoiser and its card.
 
     Arguments:
         denoiser: An azula denoiser of pictures in [-1, 1].
         shape: (C, H, W) of its pictures.
-        name: What to call it in tables.
-        card: What else is known: how it was made and trained; see `save`.
+        name: Its name in tables.
+        card: Its architecture, settings and training; see `save`.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Network(Denoiser):
         schedule: Schedule | None = None,
         name: str = "network",
     ) -> Network:
-        """A callable f(x_t, t), a Module for one, that predicts "x0", "eps" or "v".
+        """From a callable f(x_t, t), such as a Module, that predicts "x0", "eps" or "v".
 
         See `Predicted`; schedule None: azula's VPSchedule().
         """
@@ -202,7 +202,7 @@ class Network(Denoiser):
         return torch.cat(parts).to(y) if parts else y.clone()
 
     def draw(self, count: int, steps: int = 20, seed: int = 0, sampler: str = "ddim") -> Tensor:
-        """New pictures, (count, C, H, W): `scoremachine.generate`, or what a VAE draws."""
+        """New pictures, (count, C, H, W): from `scoremachine.generate`, or samples of a VAE."""
         if isinstance(self.denoiser, Autoencoder):
             return self.denoiser.draw(count, seed)
         network, steps = self.on_noise_levels(steps)
@@ -229,8 +229,8 @@ class Network(Denoiser):
         reached = float(sigma_t / alpha)
         if not abs(reached / sigma - 1) <= 1e-3:
             raise ValueError(
-                f"the network {self.name!r} knows no noise level {sigma:g}; the nearest of its "
-                f"schedule is {reached:.4g}"
+                f"the schedule of the network {self.name!r} has no noise level {sigma:g}; the "
+                f"nearest is {reached:.4g}"
             )
         return t
 
@@ -241,11 +241,11 @@ class Network(Denoiser):
         return Network(Under(self, schedule), self.shape, self.name, self.card)
 
     def on_noise_levels(self, steps: int) -> tuple[Network, int]:
-        """The network on that part of its schedule where sigma / alpha is above 0, and its steps.
+        """The network on the part of its schedule with finite sigma / alpha > 0, and its steps.
 
-        A schedule as papers write it may end at sigma = 0, where there is nothing to denoise, and
-        begin at alpha = 0, where there is no picture: then a trajectory of `steps` times stops at
-        the last level above 0, and begins at sigma / alpha = 1,000 (`MOST`).
+        A published schedule may end at sigma = 0, where there is no noise, and begin at alpha = 0,
+        where there is no signal: then a trajectory of `steps` times stops at the last level above
+        0, and begins at sigma / alpha = 1,000 (`MOST`).
         """
         least, largest = self.levels()
         low, high = 0.0, 1.0
@@ -261,9 +261,9 @@ class Network(Denoiser):
 
     @property
     def key(self) -> str:
-        """A digest of all that decides its D: weights, card, prediction and schedule.
+        """A digest of all that determines D: weights, card, prediction and schedule.
 
-        A network without weights is known by a number drawn when it is made.
+        A network without weights is identified by a random number.
         """
         weights = self.state_dict()
         digest = hashlib.sha256(b"" if weights else self._drawn)
@@ -280,14 +280,14 @@ class Network(Denoiser):
         return digest.hexdigest()[:16]
 
     def levels(self) -> tuple[float, float]:
-        """The least and the largest noise level sigma / alpha that it knows."""
+        """The lowest and the highest noise level sigma / alpha of its schedule."""
         alpha, sigma = self.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64))
         least, largest = (sigma / alpha).tolist()
         return least, largest
 
     @property
     def parameters_count(self) -> int:
-        """How many numbers were trained."""
+        """The number of its parameters."""
         return sum(p.numel() for p in self.parameters())
 
     def unseen(self, corpus: Corpus) -> np.ndarray | None:
@@ -301,7 +301,7 @@ class Network(Denoiser):
     def made(cls, name: str, shape: tuple[int, int, int], **settings: Any) -> Network:
         """A network of `ARCHITECTURES`, untrained; denoisers are preconditioned as in EDM."""
         module, chosen = architecture(name, shape, **settings)
-        # convolutions are faster so
+        # faster for convolutions
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         card = {"layout": LAYOUT, "architecture": name, "shape": list(shape), "settings": chosen,
                 "schedule": "cosine"}  # fmt: skip
@@ -313,7 +313,7 @@ class Network(Denoiser):
         """Writes network.safetensors and network.json, the card."""
         if "architecture" not in self.card:
             raise ValueError(
-                f"{self.name!r} has no card to be made again from; networks of Network.made have"
+                f"{self.name!r} has no card to rebuild it from; only networks of Network.made have"
             )
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.backbone.state_dict().items()}
         with written(Path(folder) / WEIGHTS) as temporary:
@@ -329,14 +329,14 @@ class Network(Denoiser):
     def load(cls, name: str | Path) -> Network:
         """A network from a folder that `save` or diffusers wrote, or a bundled one.
 
-        It computes on the GPU where there is one, wherever the pictures are that it is asked.
+        It computes on the GPU if there is one, on whichever device its input is.
 
         Arguments:
-            name: A folder: `save`'s, or that of a UNet2DModel of diffusers or its pipeline, with
-                safetensors; or, where there is no folder of that name, one of `built_in()`.
+            name: A folder that `save` wrote, or of a UNet2DModel of diffusers or its pipeline, with
+                safetensors; or, if there is no such folder, one of `built_in()`.
 
         Raises:
-            ValueError: Where there is no such network, or a damaged one, or a pickle.
+            ValueError: If there is no such network, or it is damaged, or a pickle.
         """
         folder = Path(name)
         plugin = str(name).removeprefix("azula:")
@@ -375,5 +375,5 @@ class Network(Denoiser):
 
 
 def built_in() -> list[str]:
-    """The networks that come with the package."""
+    """The names of the bundled networks."""
     return sorted(path.parent.name for path in BUILT_IN.glob(f"*/{CARD}"))

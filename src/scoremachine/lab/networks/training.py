@@ -1,4 +1,4 @@
-"""Training of small reference networks: one seed is one result, however often it is interrupted."""
+"""Reproducible training of small reference networks, which may be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -30,26 +30,27 @@ from scoremachine.runtime.validation import check_integer, check_name, check_see
 
 CHECKPOINT = "training.safetensors"
 EVERY = 60.0  # seconds between checkpoints
-LOSSES = 50  # steps that a point of the loss curve is the mean of
+LOSSES = 50  # steps that are averaged for a point of the loss curve
 WARM_UP = 200  # steps
 AVERAGE = 6.94  # power of the average of weights: a width of 10% of the steps (2312.02696, eq. 125)
-HELD_OUT = 256  # images that are not trained on, at most a tenth
+HELD_OUT = 256  # images that are held out, at most a tenth
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass
 class Training:
-    """How a network is trained; all but `steps` and `seconds` decide the result step by step.
+    """The settings of a training; all but `steps` and `seconds` affect the result of every step.
 
     Attributes:
-        steps: When to stop: at this many steps, ...
-        seconds: ... or after this many seconds of training, whatever comes first.
-        batch: Pictures a step.
-        rate: Learning rate of Adam, after a warm-up; weights are averaged instead of it falling.
+        steps: Training stops after this number of steps,
+        seconds: or after this many seconds of training, whichever comes first.
+        batch: Pictures per step.
+        rate: Learning rate of Adam, constant after a warm-up; weights are averaged instead of a
+            decay.
         seed: Of weights, pictures, times and noise.
-        held_out: How many images are left out for comparisons, at most a tenth; or their positions;
-            None: 256, at most a tenth.
-        precision: Of products: "float32", "bfloat16", or "auto": bfloat16 where it is fast.
+        held_out: The number of images held out for comparisons, at most a tenth; or their
+            positions; None: 256, at most a tenth.
+        precision: Of products: "float32", "bfloat16", or "auto": bfloat16 if it is fast.
         device: "cpu", "cuda", or "auto".
     """
 
@@ -71,7 +72,7 @@ class Training:
         if self.steps is not None:
             check_integer("steps", self.steps)
         if self.steps is None and self.seconds is None:
-            raise ValueError("a training without steps or seconds never ends; give one of them")
+            raise ValueError("training without steps or seconds never ends; give one of them")
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"seconds are {self.seconds!r}; expected a number above 0")
         if not 0 < self.rate < 1:
@@ -95,7 +96,7 @@ class Training:
         return np.sort(np.random.default_rng(self.seed).permutation(N)[:count])
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result of a step."""
+        """The settings that affect the result of a step."""
         return {
             "batch": self.batch,
             "rate": self.rate,
@@ -114,7 +115,7 @@ def _bfloat16_is_fast(device: str) -> bool:
 
 @dataclass
 class State:
-    """Where a training stands."""
+    """The state of a training."""
 
     network: Network
     average: Network
@@ -122,11 +123,11 @@ class State:
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)  # of LOSSES steps each
-    recent: list[float] = field(default_factory=list)  # of the steps since
-    begun_with: list[dict[str, str]] = field(default_factory=list)  # other versions, before these
+    recent: list[float] = field(default_factory=list)  # of the steps after these
+    begun_with: list[dict[str, str]] = field(default_factory=list)  # earlier, other versions
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that goes on a disk."""
+        """All tensors of a checkpoint."""
         found = {f"network.{k}": v for k, v in self.network.backbone.state_dict().items()}
         found |= {f"average.{k}": v for k, v in self.average.backbone.state_dict().items()}
         for k, moments in self.optimizer.state_dict()["state"].items():
@@ -142,7 +143,7 @@ class State:
             save_file(self.tensors(), temporary, metadata={"training": json.dumps(note)})
 
     def load(self, path: Path, asked: dict[str, Any]) -> None:
-        """Goes on from a checkpoint.
+        """Resumes from a checkpoint.
 
         Raises:
             ValueError: If it is of another training, or damaged.
@@ -163,8 +164,8 @@ class State:
         self.begun_with = note.get("begun_with", [])
         if others_ran := other_versions(note.get("versions")):
             say(
-                f"going on with a training that was begun with {others_ran}: its result is not bit "
-                "for bit that of one without interruption"
+                f"resuming a training that was begun with {others_ran}: its result is not bit for "
+                "bit that of an uninterrupted one"
             )
             self.begun_with = [*self.begun_with, note.get("versions", {})]
 
@@ -193,21 +194,22 @@ def train(
     """Trains a small reference network on a corpus.
 
     It minimises the mean squared error of D, weighted as in EDM (Karras et al. 2206.00364), at
-    times that fall evenly on azula's CosineSchedule, and gives the average of the weights so
-    far (Karras et al. 2312.02696). Everything sampled at step k comes from (seed, k), so an
-    interrupted training that goes on ends bit for bit as one that was not, on a CPU.
+    times spread evenly over azula's CosineSchedule, and returns the network with averaged weights
+    (Karras et al. 2312.02696). All random numbers of step k come from (seed, k), so on a CPU a
+    training that was interrupted and resumed gives bit for bit the result of an uninterrupted one.
 
     Arguments:
         corpus: The images; some are held out, see `Training`.
-        architecture: "resnet", "unet", "unet-attention", "dit", "mlp", or "vae" for pictures alone.
+        architecture: "resnet", "unet", "unet-attention", "dit", "mlp", or "vae", which is no
+            denoiser.
         out: A folder for network.safetensors, network.json (its card), loss.csv and a checkpoint;
             None: nothing is written.
-        training: How; None: 600 seconds.
-        resume: Whether to go on from the folder's checkpoint.
-        settings: Of the network, as width and depth.
+        training: Its settings; None: 600 seconds.
+        resume: Whether to resume from the folder's checkpoint.
+        settings: Of the network, such as width and depth.
 
     Raises:
-        ValueError: For an unknown name or setting, a corpus all of which is held out, or a
+        ValueError: For an unknown name or setting, a corpus that is held out entirely, or a
             checkpoint of another training, or of more steps.
     """
     how = training or Training()
@@ -221,7 +223,7 @@ def train(
         network = Network.made(architecture, corpus.shape, **settings)
     network = network.to(how.device)
     average = deepcopy(network).requires_grad_(False)
-    # steps do not differ in kind, so that Adam can be told its rate each time
+    # the learning rate is set at every step
     state = State(network, average, torch.optim.Adam(network.parameters(), lr=how.rate))
     asked = {"architecture": architecture, "settings": network.card["settings"],
              "corpus": corpus.digest, "images": N, "held_out": unseen.tolist(),
@@ -244,7 +246,7 @@ def train(
         for _ in _steps(state, how, corpus, seen):
             if time.monotonic() - kept > EVERY:
                 _check(state, how)
-                with optional(Path(out or ".") / CHECKPOINT):  # training goes on without one
+                with optional(Path(out or ".") / CHECKPOINT):  # training continues without one
                     keep()
                 kept = time.monotonic()
     except KeyboardInterrupt:
@@ -269,7 +271,7 @@ def train(
 
 
 def _steps(state: State, how: Training, corpus: Corpus, seen: np.ndarray) -> Iterator[None]:
-    """Steps until it is time to stop."""
+    """Trains step by step until it is time to stop."""
     by_time = how.steps is None
     total = how.seconds if by_time else how.steps
     with bar("Training", total=total) as progress:
@@ -303,22 +305,22 @@ def _check(state: State, how: Training) -> None:
 
 @contextmanager
 def _whole() -> Iterator[None]:
-    """Ctrl-C waits until the block is done."""
+    """Delays Ctrl-C until the block is finished."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    met: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *frame: met.append(frame))
+    interrupts: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *frame: interrupts.append(frame))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if met:
+    if interrupts:
         raise KeyboardInterrupt
 
 
 def _step(state: State, how: Training, corpus: Corpus, seen: np.ndarray) -> Tensor:
-    """One step; all that is sampled comes from (seed, step)."""
+    """One step; all its random numbers come from (seed, step)."""
     words = np.random.SeedSequence([how.seed, state.step]).generate_state(2, np.uint64)
     picks = seen[np.random.default_rng(words[0]).integers(0, len(seen), how.batch)]
     x = torch.from_numpy(np.array(corpus.images[picks])).to(how.device).float() / 127.5 - 1
@@ -326,7 +328,7 @@ def _step(state: State, how: Training, corpus: Corpus, seen: np.ndarray) -> Tens
     low = torch.autocast(how.device, torch.bfloat16, enabled=how.precision == "bfloat16")
     with torch.random.fork_rng(), low:
         torch.manual_seed(int(words[1] >> 1))
-        # evenly spread over the levels, each picture at random in its own part
+        # stratified times: one random time in each of `batch` equal intervals
         t = (torch.arange(how.batch) + torch.rand(how.batch)) / how.batch
         loss = state.network.denoiser.loss(x, t.to(how.device))
     for group in state.optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""A variational autoencoder, for the pictures it draws: what the lecture holds machines against."""
+"""A variational autoencoder, whose samples are compared with those of machines."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SMALLEST = 4  # pixels of a side at which pictures are no longer halved
 
 
 class VAE(nn.Module):
-    """Convolutions down to about 4 x 4, a Gaussian of `latent` numbers, and convolutions back.
+    """Convolutions down to about 4 x 4, a Gaussian latent, and convolutions back to full size.
 
-    Kingma & Welling 1312.6114; the variance of the decoder is what fits best, so that nothing has
-    to weigh the two terms of the loss against each other (Rybkin et al. 2006.13202).
+    Kingma & Welling 1312.6114; the decoder has its optimal variance, so that the two terms of the
+    loss need no relative weight (Rybkin et al. 2006.13202).
 
     Arguments:
         shape: (C, H, W) of the pictures.
-        width: Channels at full size; 16 more at every half.
-        latent: Numbers a picture is made of.
+        width: Channels at full size; 16 more at every halving.
+        latent: Dimension of the latent.
     """
 
     def __init__(self, shape: tuple[int, int, int], width: int = 24, latent: int = 32) -> None:
@@ -58,7 +58,7 @@ class VAE(nn.Module):
         return torch.tanh(self.last(h))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A picture drawn from z given x, and the divergence of z from a standard normal, (B,)."""
+        """The decoded z, sampled given x, and its KL divergence from a standard normal, (B,)."""
         mean, log_variance = self.encode(x)
         z = mean + torch.exp(log_variance / 2) * torch.randn_like(mean)
         divergence = (mean**2 + log_variance.exp() - 1 - log_variance).sum(1) / 2
@@ -66,17 +66,17 @@ class VAE(nn.Module):
 
 
 class Autoencoder(Denoiser):
-    """A `VAE` where a denoiser is expected to be trained; it draws pictures and denoises none."""
+    """A `VAE` with the training interface of a denoiser; it generates pictures but has no D."""
 
     def __init__(self, backbone: VAE) -> None:
         super().__init__()
         self.backbone, self.schedule = backbone, CosineSchedule()
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> Posterior:
-        raise ValueError("a VAE draws pictures and denoises none: there is no D of it to ask for")
+        raise ValueError("a VAE generates pictures and does not denoise: it has no D")
 
     def loss(self, x: Tensor, t: Tensor) -> Tensor:
-        """The negative evidence bound in nats a number, with the best variance; t is no matter."""
+        """The negative ELBO in nats per pixel value, with the optimal variance; t is ignored."""
         D, divergence = self.backbone(x)
         square = (D.float() - x).square().mean()
         return torch.log(square) / 2 + divergence.float().mean() / x[0].numel()
