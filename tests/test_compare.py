@@ -248,7 +248,7 @@ def test_a_bias_needs_networks_and_a_pair(corpus):
     network = as_network(sm.build("gaussian", corpus))
     for networks, machines, options, words in [
         ([], ["ls:3"], {}, "no network"),
-        ([network], [], {}, "two or more"),
+        ([network], [], {}, "at least two"),
         ([network], ["ls:3"], {"pictures": 0}, "pictures is 0"),
         ([network], ["ls:3"], {"sigmas": [1e7]}, "no noise level"),
         ([network], ["ls:3", "ls:3"], {}, "twice"),

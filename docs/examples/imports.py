@@ -27,6 +27,7 @@ LAYERS = [
     "sources",
     "calibration",
     "machines",
+    "provenance",
     "sampling",
     "lab",
     "app",

@@ -33,8 +33,14 @@ from .machines import PCALocality as PCALocality
 from .machines import SmoothedScore as SmoothedScore
 from .machines import build as build
 from .machines import calibrate as calibrate
+from .provenance.attribute import Attribution as Attribution
+from .provenance.attribute import attribute as attribute
+from .provenance.audit import Audit as Audit
+from .provenance.audit import audit as audit
 from .provenance.explain import Trace as Trace
 from .provenance.explain import explain as explain
+from .provenance.risk import Risk as Risk
+from .provenance.risk import risk as risk
 from .sampling.generate import generate as generate
 from .sampling.schedules import EDMSchedule as EDMSchedule
 from .sources.compression import compress as compress

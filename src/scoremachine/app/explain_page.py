@@ -45,7 +45,7 @@ def page(trace: Trace, title: str) -> str:
         "classes": _classes(corpus, known),
         "pictures": [_picture(trace, picture, images[picture, :k], number) for picture in range(n)],
     }
-    text = resources.files("scoremachine.app").joinpath("explain.html").read_text("utf-8")
+    text = resources.files("scoremachine.app").joinpath("explain.html").read_text(encoding="utf-8")
     filled = text.replace("{{title}}", html.escape(title))
     return filled.replace("{{data}}", json.dumps(data).replace("</", "<\\/"))
 
@@ -56,13 +56,13 @@ def _picture(trace: Trace, p: int, images: np.ndarray, number: dict[int, int]) -
     best = to_uint8(trace.rebuilt()[p].clamp(-1, 1).numpy())
     colours = drawing.colours_of(trace, p)
     views = {
-        "picture": _png(drawing.enlarged(D, 1)[0]),
-        "leading images": _png(drawing.mosaic(trace, p)),
-        "rebuilt from single best pixels": _png(drawing.enlarged(best, 1)[0]),
-        "largest share": _png(drawing.heat(trace.weights[p, 0].numpy())),
+        "picture": png(drawing.enlarged(D, 1)[0]),
+        "leading images": png(drawing.mosaic(trace, p)),
+        "rebuilt from single best pixels": png(drawing.enlarged(best, 1)[0]),
+        "largest share": png(drawing.heat(trace.weights[p, 0].numpy())),
     }
     if trace.steps:
-        views["step when decided (dark: early)"] = _png(drawing.decided(trace, p))
+        views["step when decided (dark: early)"] = png(drawing.decided(trace, p))
     leading = trace.leading_images(p, 12)
     return {
         "size": list(D.shape[1:]),
@@ -95,10 +95,10 @@ def _atlas(images: np.ndarray) -> str:
     for i, image in enumerate(images):
         top, left = i // ACROSS * H, i % ACROSS * W
         canvas[top : top + H, left : left + W] = drawing.enlarged(np.asarray(image), 1)[0]
-    return _png(canvas)
+    return png(canvas)
 
 
-def _png(rgb: np.ndarray | Image.Image) -> str:
+def png(rgb: np.ndarray | Image.Image) -> str:
     image = rgb if isinstance(rgb, Image.Image) else Image.fromarray(rgb)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)

@@ -460,7 +460,7 @@ class Mixture:
         y = wrap(y, c) if c.wraps else y
         D = y.new_empty(B, C, *c.grid)
         K = min(k, len(clusters))
-        numbers = torch.empty(B, *c.grid, K, dtype=torch.int64)
+        numbers = y.new_empty(B, *c.grid, K, dtype=torch.int64)
         at = Leaders(y.new_empty(B, *c.grid, K), numbers, y.new_empty(B, *c.grid))
         together = max(1, ROOM // (C * P * P * math.prod(c.grid)))  # pictures
         for of in classes(c):

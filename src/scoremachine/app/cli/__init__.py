@@ -64,7 +64,12 @@ COMMANDS: dict[str, list[Callable[..., None]]] = {
         machines.compress,
         machines.ablation,
     ],
-    "Where pictures come from": [provenance.explain],
+    "Where pictures come from": [
+        provenance.explain,
+        provenance.attribute,
+        provenance.audit,
+        provenance.risk,
+    ],
     "Trained networks": [
         networks.train,
         networks.compare,

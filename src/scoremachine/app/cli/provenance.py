@@ -20,6 +20,7 @@ from scoremachine.app.cli.words import (
     MachineName,
     PatchSize,
     Quiet,
+    Seed,
     Settings,
     Size,
     Split,
@@ -27,7 +28,9 @@ from scoremachine.app.cli.words import (
     WindowName,
     corpus_of,
     interruptible,
+    levels_of,
     machine_of,
+    names_of,
     parts_of,
     settings_of,
 )
@@ -97,3 +100,110 @@ def explain(
                 built = machine_of(machine, corpus, "vp", settings)
                 explain_pictures(target, built, sigma, out, options, label)
     print(f"{out / 'explain.html'}")
+
+
+def audit(
+    images: Annotated[
+        str, typer.Option(help="The pictures: a folder, a .zip, an array file, one picture.")
+    ],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder for what is written.")] = Path("runs/audit"),
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Real images that are no copies, for p-values; images of --data, each compared "
+            "with all others, unless given."
+        ),
+    ] = None,
+    references: Annotated[
+        int, typer.Option(help="How many held-out images to compare with, at most.")
+    ] = 1000,
+    fail_below: Annotated[
+        float | None,
+        typer.Option(help="Exit with code 3 if the p-value of a picture is below this."),
+    ] = None,
+    seed: Seed = 0,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
+    quiet: Quiet = False,
+) -> None:
+    """Find pictures that are copies of training images, in whole or in part: audit.html, .csv."""
+    from scoremachine.app.runs.auditing import AuditOptions, audit_folder, tell
+    from scoremachine.runtime import progress
+
+    if fail_below is not None and not 0 < fail_below <= 1:
+        raise ValueError(f"--fail-below is {fail_below}; expected a p-value, above 0 and at most 1")
+    with progress.quiet(quiet):
+        corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
+        with interruptible(lambda: "the same command goes on after the pictures that are finished"):
+            options = AuditOptions(reference, references, seed)
+            report = audit_folder(images, corpus, out, options)
+    tell(report, out)
+    if fail_below is not None and bool((report.p_value < fail_below).any()):
+        raise SystemExit(3)
+
+
+def attribute(
+    images: Annotated[
+        str, typer.Option(help="The pictures: a folder, a .zip, an array file, one picture.")
+    ],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder for what is written.")] = Path(
+        "runs/attribute"
+    ),
+    machine: Annotated[
+        str, typer.Option(help="Machines by commas, as for compare: ls:7, els:5, pspc:7, ideal.")
+    ] = "ls:7",
+    sigma: Annotated[str, typer.Option(help="Noise levels by commas.")] = "0.1,0.2,0.4",
+    scales: Annotated[
+        str, typer.Option(help="Factors by which pictures are reduced, by commas, as 1,2.")
+    ] = "1",
+    top: Annotated[int, typer.Option(help="Training images of each picture.")] = 10,
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
+    quiet: Quiet = False,
+) -> None:
+    """Rank training images by how much they explain of each picture: attribute.csv and .png."""
+    from scoremachine.app.runs.attribution import attribute_pictures
+    from scoremachine.runtime import progress
+
+    with progress.quiet(quiet):
+        levels = levels_of(sigma)
+        factors = [number(word, int, 0) for word in parts_of(scales)]
+        corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
+        attribute_pictures(images, corpus, out, names_of(machine), levels, factors, top)
+    print(f"{out / 'attribute.png'}")
+
+
+def risk(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The folder for what is written.")] = Path("runs/risk"),
+    size: Size = None,
+    grayscale: Grayscale = False,
+    limit: Limit = None,
+    strict: Strict = False,
+    split: Split = None,
+    array: ArrayName = None,
+    quiet: Quiet = False,
+) -> None:
+    """Find copies within a data set, and isolated images: risk.csv, copies.csv and copies.png."""
+    from scoremachine.app.runs.attribution import risk_of
+    from scoremachine.runtime import progress
+
+    with progress.quiet(quiet):
+        corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
+        found = risk_of(corpus, out)
+    groups = found.groups()
+    copies = sum(map(len, groups))
+    print(
+        f"{len(groups):,} groups of copies with {copies:,} of {len(corpus):,} images: "
+        f"{out / 'copies.png'}"
+    )

@@ -1,0 +1,142 @@
+"""Training images that a picture may be a copy of, or may have copied a part of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from scoremachine.data.corpus import Corpus
+from scoremachine.provenance.alignment import Placement, mean_and_spread, resized
+from scoremachine.provenance.windows import TILE, WindowIndex, descriptors, units
+
+WHOLE, MIRRORED, PARTS = 10, 6, 12  # candidates: by the whole, mirrored, by windows
+SCALES = (0.8, 1.0, 1.25)  # by which pictures are resized before their windows are looked up
+DISTINCT = 0.2  # the least weight of a window that a region is made of
+
+
+@dataclass(frozen=True, eq=False)
+class WholeIndex:
+    """Whole images by what they look like at half their size, whatever brightness and contrast.
+
+    Attributes:
+        vectors: float32 (N, D), of length 1.
+    """
+
+    vectors: Tensor
+
+    @classmethod
+    def of(cls, corpus: Corpus) -> WholeIndex:
+        """That of a corpus."""
+        parts = (corpus.images[i : i + TILE] for i in range(0, len(corpus), TILE))
+        return cls(torch.cat([whole(units(part)) for part in parts]))
+
+    def nearest(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Cosines and positions of the nearest images of pictures x (n, C, H, W), (n, k)."""
+        k = min(k, len(self.vectors))
+        return torch.topk(whole(x) @ self.vectors.T, k, dim=1)
+
+
+def whole(x: Tensor) -> Tensor:
+    """Pictures (n, C, H, W) at half their size, without mean, of length 1, float32 (n, D)."""
+    H, W = x.shape[2:]
+    small = adaptive_avg_pool2d(x, (max(1, H // 2), max(1, W // 2))) if min(H, W) >= 16 else x
+    centred = (small - mean_and_spread(small)[0]).flatten(1)
+    return centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Placements of images whose windows agree with those of a picture.
+
+    Attributes:
+        placements: The placements.
+        votes: For each, how many windows, weighted by how distinct the agreement is.
+    """
+
+    placements: list[Placement]
+    votes: list[float]
+
+
+def parts(
+    x: Tensor, index: WindowIndex, leave_out: np.ndarray | None = None, most: int = PARTS
+) -> list[Parts]:
+    """For each picture (n, C, H, W), placements by windows, most votes first.
+
+    A window votes for each of the images whose nearest windows are d_1 <= ... <= d_5 away, with the
+    weight 1 - d_j / d_5: how much nearer it is than what windows of this kind are near to.
+
+    Arguments:
+        x: Pictures in [0, 1].
+        index: The images' windows.
+        leave_out: For each picture an image that is not looked at, or -1.
+        most: How many placements.
+    """
+    reduced, owners, rows = [], [], []
+    half = max(1, index.step // 2)
+    for mirrored in (False, True):
+        seen = x.flip(-1) if mirrored else x
+        for scale in SCALES:
+            scaled = resized(seen, scale)
+            if min(scaled.shape[2:]) < index.side:
+                continue
+            d, n, at = descriptors(scaled, index.side, half)
+            reduced.append(d)
+            owners.append(n.numpy())
+            kind = np.tile(np.array([[mirrored, scale]]), (len(d), 1))
+            rows.append(np.concatenate([kind, at.numpy()], 1))
+    picture, row = np.concatenate(owners), np.concatenate(rows)
+    distance, found = index.search(torch.cat(reduced))
+    image = np.where(found >= 0, index.owners[found], -1)
+    place = index.places[found].astype(np.int64)
+    if leave_out is not None:
+        mine = image == leave_out[picture][:, None]
+        distance = np.where(mine, np.inf, distance)
+        order = np.argsort(distance, axis=1, kind="stable")
+        distance = np.take_along_axis(distance, order, 1)
+        image = np.take_along_axis(np.where(mine, -1, image), order, 1)
+        place = np.take_along_axis(place, order[:, :, None], 1)
+    finite = np.isfinite(distance)
+    last = np.where(finite, distance, 0).max(1, keepdims=True)
+    weight = np.where(finite & (image >= 0), 1 - distance / np.maximum(last, 1e-6), 0.0)[:, :2]
+    return [
+        _of_picture(p, picture, row, weight, image[:, :2], place[:, :2], index, x.shape[2:], most)
+        for p in range(len(x))
+    ]
+
+
+def _of_picture(p, picture, row, weight, image, place, index, frame, most):  # type: ignore
+    mine = np.flatnonzero(picture == p)
+    who = np.repeat(mine, 2)
+    w, n, v = weight[mine].ravel(), image[mine].ravel(), place[mine].reshape(-1, 2)
+    good = w > 0
+    who, w, n, v = who[good], w[good], n[good], v[good]
+    if len(who) == 0:
+        return Parts([], [])
+    mirrored, q, u = row[who, 0].astype(np.int64), row[who, 1], row[who, 2:]
+    shift = (u - v) / q[:, None]  # where the image's first pixel lies in the picture
+    cell = np.round(shift / index.step).astype(np.int64)
+    keys = np.stack([n, mirrored, np.round(q * 100).astype(np.int64), cell[:, 0], cell[:, 1]], 1)
+    found, which = np.unique(keys, axis=0, return_inverse=True)
+    total = np.bincount(which, w, len(found))
+    placements, votes = [], []
+    for k in np.argsort(-total, kind="stable")[: 4 * most]:
+        of = which == k
+        some = of & (w >= min(DISTINCT, w[of].max()))
+        row_, column = (np.average(shift[some], axis=0, weights=w[some])).tolist()
+        top, left = (u[some] / q[some][:, None]).min(0)
+        bottom, right = ((u[some] + index.side) / q[some][:, None]).max(0)
+        H, W = frame
+        region = (
+            max(0, int(top)), max(0, int(left)),
+            min(H, int(np.ceil(bottom))), min(W, int(np.ceil(right))),
+        )  # fmt: skip
+        image_, m, hundredths = found[k, :3].tolist()
+        placements.append(Placement(image_, bool(m), 100 / hundredths, row_, column, region))
+        votes.append(float(total[k]))
+        if len(placements) == most:
+            break
+    return Parts(placements, votes)
