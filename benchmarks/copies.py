@@ -72,12 +72,12 @@ SCORES = {
 }
 
 
-def cifair(originals: Originals, half: int) -> Table:
+def cifair(originals: Originals, half: int, others: int) -> Table:
     names, images = queries()
     kind = np.array([name.split("/")[0] for name in names])
     with PAIRS.open(encoding="utf-8") as file:
         original = {row["query"]: row["train"] for row in csv.DictReader(file)}
-    kept = np.flatnonzero(kind == "others")
+    kept = np.random.default_rng(0).permutation(np.flatnonzero(kind == "others"))[:others]
     for which in ("copies", "found"):
         kept = np.concatenate([kept, np.flatnonzero(kind == which)[half::2]])
     start = time.perf_counter()
@@ -103,8 +103,10 @@ def cifair(originals: Originals, half: int) -> Table:
             row.append(f"{a:.2f} ({b:.2f})")
         table.add_row(*row)
     worst = np.argsort(-np.array([score_of(f) for f in found]))
-    others = [i for i in worst if kind[i] == "others"][:16]
-    print("others with the largest scores:", [names[kept[i]] for i in others])
+    for i in [i for i in worst if kind[i] == "others"][:24]:
+        at = found[i].placement
+        image = "" if at is None else originals.corpus.ids[at.image]
+        print(f"{names[kept[i]]} {score_of(found[i]):.2f} {image}")
     return table
 
 
@@ -174,6 +176,7 @@ def main() -> None:
     parser.add_argument("--planted", type=int, default=24)
     parser.add_argument("--references", type=int, default=1000)
     parser.add_argument("--half", type=int, default=1)
+    parser.add_argument("--others", type=int, default=1387)
     given = parser.parse_args()
     corpus = sm.Corpus.open(given.data, limit=given.images)
     start = time.perf_counter()
@@ -181,7 +184,7 @@ def main() -> None:
     print(f"index: {time.perf_counter() - start:.0f} s")
     console = Console(width=140)
     if "cifair" in given.only:
-        console.print(cifair(originals, given.half))
+        console.print(cifair(originals, given.half, given.others))
     if "planted" in given.only:
         reference, _ = reference_scores(originals, None, given.references, 0)
         console.print(planted(originals, reference, given.planted))

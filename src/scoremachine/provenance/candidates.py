@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from scoremachine.provenance.windows import TILE, WindowIndex, descriptors, unit
 
 WHOLE, MIRRORED, PARTS = 10, 6, 12  # candidates: by the whole, mirrored, by windows
 SCALES = (0.8, 1.0, 1.25)  # by which pictures are resized before their windows are looked up
-DISTINCT = 0.2  # the least weight of a window that a region is made of
+OF_ONE = 3  # placements of one image
+DISTINCT = 0.5  # of the largest weight: the least of a window that a region is made of
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,13 +104,33 @@ def parts(
     finite = np.isfinite(distance)
     last = np.where(finite, distance, 0).max(1, keepdims=True)
     weight = np.where(finite & (image >= 0), 1 - distance / np.maximum(last, 1e-6), 0.0)[:, :2]
-    return [
-        _of_picture(p, picture, row, weight, image[:, :2], place[:, :2], index, x.shape[2:], most)
-        for p in range(len(x))
-    ]
+    matches = _Matches(picture, row, weight, image[:, :2], place[:, :2])
+    return [_of_picture(p, matches, index, tuple(x.shape[2:]), most) for p in range(len(x))]
 
 
-def _of_picture(p, picture, row, weight, image, place, index, frame, most):  # type: ignore
+class _Matches(NamedTuple):
+    """Windows of pictures, and windows of images that they are alike.
+
+    Attributes:
+        picture: The picture of each, int64 (m,).
+        row: Whether it is mirrored, the scale, and the window's first row and column, (m, 4).
+        weight: How distinct the likeness to each of two images is, (m, 2).
+        image: The images, int64 (m, 2).
+        place: First rows and columns of their windows, int64 (m, 2, 2).
+    """
+
+    picture: np.ndarray
+    row: np.ndarray
+    weight: np.ndarray
+    image: np.ndarray
+    place: np.ndarray
+
+
+def _of_picture(
+    p: int, matches: _Matches, index: WindowIndex, frame: tuple[int, ...], most: int
+) -> Parts:
+    """The placements that the windows of picture p vote for."""
+    picture, row, weight, image, place = matches
     mine = np.flatnonzero(picture == p)
     who = np.repeat(mine, 2)
     w, n, v = weight[mine].ravel(), image[mine].ravel(), place[mine].reshape(-1, 2)
@@ -122,19 +144,24 @@ def _of_picture(p, picture, row, weight, image, place, index, frame, most):  # t
     keys = np.stack([n, mirrored, np.round(q * 100).astype(np.int64), cell[:, 0], cell[:, 1]], 1)
     found, which = np.unique(keys, axis=0, return_inverse=True)
     total = np.bincount(which, w, len(found))
-    placements, votes = [], []
+    placements: list[Placement] = []
+    votes: list[float] = []
     for k in np.argsort(-total, kind="stable")[: 4 * most]:
         of = which == k
-        some = of & (w >= min(DISTINCT, w[of].max()))
+        some = of & (w >= DISTINCT * w[of].max())
         row_, column = (np.average(shift[some], axis=0, weights=w[some])).tolist()
         top, left = (u[some] / q[some][:, None]).min(0)
         bottom, right = ((u[some] + index.side) / q[some][:, None]).max(0)
         H, W = frame
+        # windows at the edge of what agrees reach beyond it
+        inset = min(index.step // 2, int(min(bottom - top, right - left)) // 4)
         region = (
-            max(0, int(top)), max(0, int(left)),
-            min(H, int(np.ceil(bottom))), min(W, int(np.ceil(right))),
+            max(0, int(np.ceil(top)) + inset), max(0, int(np.ceil(left)) + inset),
+            min(H, int(bottom) - inset), min(W, int(right) - inset),
         )  # fmt: skip
         image_, m, hundredths = found[k, :3].tolist()
+        if sum(known.image == image_ for known in placements) == OF_ONE:
+            continue
         placements.append(Placement(image_, bool(m), 100 / hundredths, row_, column, region))
         votes.append(float(total[k]))
         if len(placements) == most:

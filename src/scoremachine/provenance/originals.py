@@ -186,7 +186,10 @@ class Originals:
         ours = same.double() @ torch.maximum(E, E_0[of])
         theirs = (~same).double() @ E + torch.maximum(Z - copies @ E_0, LEAST * Z)
         shares = (ours / (ours + theirs)).unflatten(1, (H, W))
-        which = int(shares.mean((1, 2)).argmax())
+        # of the group that explains most, the image that lies best
+        best = same[int(shares.mean((1, 2)).argmax())]
+        own = (E / (ours + theirs)).mean(1)
+        which = int(torch.where(best, own, -1.0).argmax())
         d, n = distance
         return Found(
             float(shares[which].mean()), votes, aligned.placements[which], shares[which].float(),

@@ -76,7 +76,8 @@ class Risk:
 
     def sheet(self, most: int = 24, columns: int = 6) -> Image.Image:
         """The groups with the most alike copies, a row each; up to six images of a group."""
-        tiles, shown = [], set()
+        tiles: list[tuple[np.ndarray, str]] = []
+        shown: set[int] = set()
         for a, _ in self.pairs.tolist():
             g = int(self.group[a])
             if g in shown or len(shown) == most:

@@ -30,7 +30,6 @@ from scoremachine.app.cli.words import (
     interruptible,
     levels_of,
     machine_of,
-    names_of,
     parts_of,
     settings_of,
 )
@@ -179,7 +178,7 @@ def attribute(
         levels = levels_of(sigma)
         factors = [number(word, int, 0) for word in parts_of(scales)]
         corpus = corpus_of(data, size, grayscale, limit, strict, split, array)
-        attribute_pictures(images, corpus, out, names_of(machine), levels, factors, top)
+        attribute_pictures(images, corpus, out, parts_of(machine), levels, factors, top)
     print(f"{out / 'attribute.png'}")
 
 
