@@ -16,9 +16,9 @@ from torch import Tensor
 
 import scoremachine as sm
 from scoremachine import engines as kernels
-from scoremachine.core.collection import Collection
+from scoremachine.core.collection import Boundary, Collection
 from scoremachine.core.posterior import posterior
-from scoremachine.core.windows import Boundary, Box, Window
+from scoremachine.core.windows import Box, Window
 from scoremachine.runtime.progress import quiet
 
 CIFAR10 = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10-train.zip"

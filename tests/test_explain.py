@@ -233,3 +233,12 @@ def test_the_command_explains_runs_and_pictures(tmp_path):
     assert (tmp_path / "p" / "explain.html").exists()
     with pytest.raises(ValueError, match="other images"):
         run("explain", tmp_path / "run", "--data", "digits", "--limit", 41)
+
+
+def test_one_source_alone():
+    """A single candidate of windows, as where the whole picture is one training image."""
+    corpus = random_corpus(5)
+    machine = sm.build("pspc", corpus, patch_size=5)
+    trace = sm.explain(machine, torch.from_numpy(corpus.images[3:4] / 127.5 - 1), 0.01, k=1)
+    assert bool((trace.images == 3).all())
+    torch.testing.assert_close(trace.contributions, trace.D, rtol=0, atol=1e-5)

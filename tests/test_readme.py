@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,11 @@ def test_schedules_and_files_it_names_exist():
             assert (page.parent / path).exists(), path
     for picture in (ROOT / "docs" / "pictures").iterdir():
         assert picture.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name
+)
+def test_benchmarks_find_what_they_import(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(script.parent))
+    runpy.run_path(str(script), run_name="imported")

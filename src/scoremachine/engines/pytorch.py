@@ -105,7 +105,7 @@ def source_weights(
         shift: Their displacement.
     """
     c, N, y = request.collection, len(request.keys), request.y[p]
-    x = units_of_x(request.keys[n % N])
+    x = units_of_x(request.keys[(n % N).numpy()])
     s = torch.empty_like(x)
     for v in torch.unique(n // N).tolist():
         s[n // N == v] = c.variants[v].of(x[n // N == v])
