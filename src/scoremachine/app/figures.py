@@ -53,13 +53,17 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 def save_film(frames: np.ndarray, path: Path, columns: int | None = None) -> None:
     """Writes a GIF of frames uint8 (T, n, C, H, W), each drawn as a grid; the last is held."""
-    drawn = [grid(frame, columns) for frame in frames]
+    save_gif([grid(frame, columns) for frame in frames], path, 150, 2000)
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path, each: int, last: int) -> None:
+    """Writes a GIF whose frames are shown for `each` milliseconds, and the last one for `last`."""
     with written(path) as temporary:
-        drawn[0].save(
+        frames[0].save(
             temporary,
             save_all=True,
-            append_images=drawn[1:],
-            duration=[150] * (len(drawn) - 1) + [2000],
+            append_images=frames[1:],
+            duration=[each] * (len(frames) - 1) + [last],
             loop=0,
         )
 

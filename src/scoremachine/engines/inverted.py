@@ -28,9 +28,7 @@ def _search(queries, probes, starts, codes, owners, distances, found):
                     far += by * by
                 if far >= distances[q, k - 1]:
                     continue
-                at = (
-                    k - 1
-                )  # where it goes; the image's own earlier place, if it has one, is dropped
+                at = k - 1  # its place; an earlier one of the same image is dropped
                 for j in range(k):
                     if found[q, j] >= 0 and owners[found[q, j]] == owners[i]:
                         at = j

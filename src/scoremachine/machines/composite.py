@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from scoremachine.core.shares import Shares, mixed
 from scoremachine.core.windows import Variant
 from scoremachine.data.corpus import Corpus
 from scoremachine.machines.build import build, spelled
-from scoremachine.machines.machine import Batch, Label, Machine, apply_bandwidth
+from scoremachine.machines.machine import Batch, Label, Machine, apply_bandwidth, source_share
 
 Members = str | Sequence["str | Machine"] | Mapping[str, Machine]
 
@@ -105,12 +105,16 @@ class Composite(Machine):
 
     def each(self, batch: Batch) -> list[Tensor]:
         """D_m of every machine, with its own bandwidth."""
-        found = []
+        return [
+            apply_bandwidth(member.mean(wider), batch.y, batch.sigma, h)
+            for member, wider, h in self._with_bandwidths(batch)
+        ]
+
+    def _with_bandwidths(self, batch: Batch) -> Iterator[tuple[Machine, Batch, Tensor]]:
+        """Every machine, the pictures at its bandwidths, and these."""
         for member in self.members.values():
             h = member.bandwidths(batch.level)
-            wider = replace(batch, sigma=torch.sqrt(batch.sigma**2 + h**2))
-            found.append(apply_bandwidth(member.mean(wider), batch.y, batch.sigma, h))
-        return found
+            yield member, replace(batch, sigma=torch.sqrt(batch.sigma**2 + h**2)), h
 
     @property
     def has_sources(self) -> bool:  # type: ignore[override]
@@ -128,13 +132,11 @@ class Composite(Machine):
 
     def shares(self, batch: Batch, k: int) -> Shares:
         w = torch.tensor(np.stack([self.weights_at(float(s)) for s in batch.level]))
-        parts = []
-        for member in self.members.values():
-            h = member.bandwidths(batch.level)
-            wider = replace(batch, sigma=torch.sqrt(batch.sigma**2 + h**2))
-            # what leads in one machine may be further down in another
-            part = member.shares(wider, 2 * k)
-            parts.append(part.with_own(batch.y, batch.sigma**2 / (batch.sigma**2 + h**2)))
+        # what leads in one machine may be further down in another
+        parts = [
+            member.shares(wider, 2 * k).with_own(batch.y, source_share(batch.sigma, h))
+            for member, wider, h in self._with_bandwidths(batch)
+        ]
         return mixed(batch.y / self.source.scale, w, parts, k)
 
     def answers(self, y: Tensor, sigma: Tensor, index: np.ndarray) -> list[Tensor]:

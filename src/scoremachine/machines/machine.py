@@ -614,9 +614,14 @@ def checked(
     return pictures, levels.expand(len(y)).contiguous()
 
 
+def source_share(sigma: Tensor, h: Tensor) -> Tensor:
+    """The share of the sources in D with a bandwidth h; the rest is the noisy picture's."""
+    return sigma**2 / (sigma**2 + h**2)
+
+
 def apply_bandwidth(D: Tensor, y: Tensor, sigma: Tensor, h: Tensor) -> Tensor:
     """D of sources with bandwidth h, from D = D_0(y, sqrt(sigma^2 + h^2)) of point sources."""
-    a = (sigma**2 / (sigma**2 + h**2))[:, None, None, None]
+    a = source_share(sigma, h)[:, None, None, None]
     return torch.where(a == 1, D, a * D + (1 - a) * y)
 
 

@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 SCALES = (0.8, 0.87, 0.93, 1.0, 1.07, 1.15, 1.25)
 NEAR_SCALES = 1.1  # ratio of scales that are tried around one that is supposed
 SHIFT = 2  # pixels up to which places around the supposed one are tried
+FAINT = 4 / 255  # the least spread, in units of white, by which pictures are divided
 GAIN = 0.5, 2.0  # contrasts that a copy may have of its original
 
 
@@ -86,10 +87,10 @@ def align(picture: Tensor, supposed: list[Placement], images: dict[int, Tensor])
 
     Arguments:
         picture: float32 (C, H, W), in [0, 1].
-        supposed: Where images may lie.
+        supposed: Where images may lie, at least one.
         images: float32 (C, H, W) in [0, 1], by position.
     """
-    C, H, W = picture.shape
+    H, W = picture.shape[1:]
     tried: list[tuple[int, Placement]] = []
     canvases, covers = [], []
     for k, p in enumerate(supposed):
@@ -130,8 +131,6 @@ def align(picture: Tensor, supposed: list[Placement], images: dict[int, Tensor])
         covered.append(c)
         row, column = at.row + SHIFT - a, at.column + SHIFT - b
         placements.append(Placement(at.image, at.mirrored, at.scale, row, column, at.region))
-    if not pixels:
-        return Aligned([], picture.new_zeros(0, C, H, W), torch.zeros(0, H, W, dtype=torch.bool))
     return Aligned(placements, torch.stack(pixels), torch.stack(covered))
 
 

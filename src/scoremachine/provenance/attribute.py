@@ -23,6 +23,7 @@ from scoremachine.machines.machine import Machine
 from scoremachine.provenance import pictures as drawing
 from scoremachine.provenance.audit import path_of, pictures_of
 from scoremachine.provenance.explain import explain
+from scoremachine.runtime.files import csv_text
 from scoremachine.runtime.progress import bar
 from scoremachine.runtime.validation import check_integer
 
@@ -63,14 +64,13 @@ class Attribution:
     def csv(self, k: int = 10) -> str:
         """A line for each picture and image: picture, rank, image, its number, its share."""
         images, shares = self.top(k)
-        lines = ["picture,rank,training_image,number,share"]
+        rows: list[Sequence[object]] = [("picture", "rank", "training_image", "number", "share")]
         for p, name in enumerate(self.names):
             for rank, (n, share) in enumerate(zip(images[p], shares[p], strict=True), 1):
                 if n >= 0:
                     path = path_of(self.corpus, int(n))
-                    cells = _quoted(name), str(rank), _quoted(path), str(n), f"{share:.5f}"
-                    lines.append(",".join(cells))
-        return "\n".join(lines) + "\n"
+                    rows.append((name, rank, path, n, f"{share:.5f}"))
+        return csv_text(rows)
 
     def sheet(self, k: int = 8, most: int = 16) -> Image.Image:
         """The first pictures, each beside the images that explain most of it."""
@@ -154,7 +154,3 @@ def _machines(
 
 def _reduced(x: Tensor, factor: int) -> Tensor:
     return x if factor == 1 else torch.nn.functional.avg_pool2d(x, factor)
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text

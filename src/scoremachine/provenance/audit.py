@@ -9,12 +9,14 @@ score, and how well it finds copies.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
 from scoremachine.data.corpus import Corpus
+from scoremachine.data.pixels import with_channels
 from scoremachine.data.store import Record
 from scoremachine.provenance.alignment import Placement
 from scoremachine.provenance.originals import Found, Originals
@@ -73,7 +75,7 @@ class Audit:
     def __len__(self) -> int:
         return len(self.found)
 
-    @property
+    @cached_property
     def score(self) -> np.ndarray:
         """How much each looks like a copy, float64 (n,); 1% of CIFAR-10 test images reach 1."""
         return np.array([score_of(each) for each in self.found])
@@ -101,7 +103,7 @@ class Audit:
         """
         return adjusted(self.p_value)
 
-    @property
+    @cached_property
     def regions(self) -> list[Region]:
         """The largest part of each picture that its training image explains."""
         shape = self.images.shape[2:]
@@ -188,10 +190,7 @@ def audit(
     Raises:
         ValueError: For a corpus of fewer than two images, or pictures that cannot be read.
     """
-    if len(corpus) < 2:
-        raise ValueError(
-            "the corpus has one image, so there is nothing to tell a copy from: give all images"
-        )
+    check_integer("references", references)
     check_seed(seed)
     names, images = pictures_of(pictures, corpus)
     originals = Originals.of(corpus)
@@ -200,9 +199,7 @@ def audit(
         for each in originals.find(images):
             found.append(each)
             progress.advance()
-    scores, copies = reference_scores(
-        originals, reference, check_integer("references", references), seed
-    )
+    scores, copies = reference_scores(originals, reference, references, seed)
     return Audit(names, images, corpus, found, scores, copies)
 
 
@@ -263,14 +260,14 @@ def pictures_of(pictures: Any, corpus: Corpus) -> tuple[list[str], np.ndarray]:
         opened = pictures
     else:
         opened = Corpus.open(pictures, size=(H, W), grayscale=C == 1)
-    images = np.asarray(opened.images)
+    images = np.array(opened.images)  # which can be written to, as PyTorch wants
     if opened.shape[1:] != (H, W):
         size = f"{opened.shape[1]} x {opened.shape[2]}"
         say(f"the pictures have {size} pixels, and are resized to {H} x {W}")
         images = _fitted(images, H, W)
     if images.shape[1] != C:
         say(f"the pictures have {images.shape[1]} channels, and are converted to {C}")
-        images = _converted(images, C)
+        images = with_channels(images, C)
     names = (
         list(opened.ids) if opened.ids is not None else [f"picture {i}" for i in range(len(images))]
     )
@@ -288,19 +285,6 @@ def _fitted(images: np.ndarray, H: int, W: int) -> np.ndarray:
         ]
         found.append(np.stack(planes))
     return np.stack(found)
-
-
-def _converted(images: np.ndarray, C: int) -> np.ndarray:
-    if images.shape[1] == 1:
-        return np.repeat(images, C, axis=1)
-    if C == 1:
-        weights = np.array([0.299, 0.587, 0.114])
-        gray = np.tensordot(weights, images[:, :3].astype(np.float64), axes=(0, 1))
-        return np.rint(gray).astype(np.uint8)[:, None]
-    if images.shape[1] > C:
-        return images[:, :C]
-    full = np.full_like(images[:, :1], 255)
-    return np.concatenate([images, full], axis=1)
 
 
 def path_of(corpus: Corpus, n: int) -> str:

@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from scoremachine.data.corpus import Corpus
 from scoremachine.provenance.alignment import Placement, mean_and_spread, resized
-from scoremachine.provenance.windows import TILE, WindowIndex, descriptors, units
+from scoremachine.provenance.windows import WindowIndex, descriptors, tiles
 
 WHOLE, MIRRORED, PARTS = 10, 6, 12  # candidates: by the whole, mirrored, by windows
 SCALES = (0.8, 1.0, 1.25)  # by which pictures are resized before their windows are looked up
@@ -33,8 +33,7 @@ class WholeIndex:
     @classmethod
     def of(cls, corpus: Corpus) -> WholeIndex:
         """That of a corpus."""
-        parts = (corpus.images[i : i + TILE] for i in range(0, len(corpus), TILE))
-        return cls(torch.cat([whole(units(part)) for part in parts]))
+        return cls(torch.cat([whole(x) for x in tiles(corpus)]))
 
     def nearest(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Cosines and positions of the nearest images of pictures x (n, C, H, W), (n, k)."""

@@ -20,7 +20,14 @@ from torch import Tensor
 from scoremachine.core.noise import PictureNoise
 from scoremachine.core.processes import Process
 from scoremachine.core.shares import Shares
-from scoremachine.machines.machine import Bandwidth, Batch, Label, Machine, apply_bandwidth
+from scoremachine.machines.machine import (
+    Bandwidth,
+    Batch,
+    Label,
+    Machine,
+    apply_bandwidth,
+    source_share,
+)
 from scoremachine.provenance import pictures
 from scoremachine.runtime.files import written
 from scoremachine.runtime.progress import say
@@ -38,18 +45,15 @@ class Asked:
         members: Their positions among all pictures, int64.
         machine: The machine, with explicit settings.
         batch: The pictures, as it takes them.
+        sigma: Their noise levels without the bandwidth, float64.
         h: Their bandwidths, float64.
     """
 
     members: Tensor
     machine: Machine
     batch: Batch
+    sigma: Tensor
     h: Tensor
-
-    @property
-    def sigma(self) -> Tensor:
-        """Their noise levels without the bandwidth, float64."""
-        return torch.sqrt((self.batch.sigma**2 - self.h**2).clamp(min=0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +197,7 @@ class Trace:
         images, rows, columns, variants = (x.masked_fill(none, -1) for x in found)
         return images, rows, columns, variants
 
-    @property
+    @cached_property
     def values(self) -> Tensor:
         """The leading source pixels v_s, float64 (B, k, C, H, W), in units of x; 0: none.
 
@@ -228,6 +232,10 @@ class Trace:
 
         A row adds up to 1 less the means of `rest` and `own`.
         """
+        return self._image_shares
+
+    @cached_property
+    def _image_shares(self) -> csr_array:
         images, weights = self.images, self.weights
         B, _, H, W = images.shape
         known = (images >= 0) & (weights != 0)
@@ -376,7 +384,7 @@ def explain(
         asked = _asked(machine, y, sigma, label, bandwidth, noise, process)
         parts = [
             each.machine.shares(each.batch, k).with_own(
-                each.batch.y, each.sigma**2 / (each.sigma**2 + each.h**2)
+                each.batch.y, source_share(each.sigma, each.h)
             )
             for each in asked
         ]
@@ -414,7 +422,7 @@ def _asked(
         some = None if noise is None else noise.of(members)
         at, wide = levels[members], torch.sqrt(levels[members] ** 2 + h[members] ** 2)
         batch = Batch(pictures_[members], wide, at / scale, index, some)
-        found.append(Asked(members, viewed, batch, h[members]))
+        found.append(Asked(members, viewed, batch, at, h[members]))
     return found
 
 

@@ -12,16 +12,15 @@ from torch import Tensor
 from scoremachine.core.collection import Collection
 from scoremachine.core.windows import Box
 from scoremachine.data.corpus import Corpus
-from scoremachine.provenance.alignment import Aligned, Placement, align, mean_and_spread
+from scoremachine.provenance.alignment import FAINT, Aligned, Placement, align, mean_and_spread
 from scoremachine.provenance.candidates import MIRRORED, WHOLE, Parts, WholeIndex, parts
-from scoremachine.provenance.windows import TILE, WindowIndex, units
+from scoremachine.provenance.windows import TILE, WindowIndex, tiles, units
 from scoremachine.sources.images import ImageSource
 from scoremachine.sources.source import FoldRequest
 
 P = 9  # side of the windows whose posterior is asked
 SIGMA = 0.5  # noise level at which it is asked, in units of a picture's spread
 CLIPPED = 4.0  # spreads from the mean, beyond which pixels are clipped
-FAINT = 4 / 255  # the least spread, in units of white
 LEADING = 8  # candidates that lead the posterior
 APART = 2.0  # squared difference of pixels that an image does not cover, in squared spreads
 ALIKE = 0.35  # difference of aligned images that are copies of each other, in spreads
@@ -99,9 +98,12 @@ class Originals:
 
     @classmethod
     def of(cls, corpus: Corpus) -> Originals:
-        """That of a corpus."""
-        parts_ = (corpus.images[i : i + TILE] for i in range(0, len(corpus), TILE))
-        plain = np.concatenate([_plain(units(part)) for part in parts_])
+        """That of a corpus; ValueError for fewer than two images."""
+        if len(corpus) < 2:
+            raise ValueError(
+                "the corpus has one image, so there is nothing to tell a copy from: give all images"
+            )
+        plain = np.concatenate([_plain(x) for x in tiles(corpus)])
         source = ImageSource(Corpus(plain, name=corpus.name), "auto")
         small = min(corpus.shape[1:]) < 12
         index = None if small else WindowIndex.of(corpus)

@@ -8,6 +8,7 @@ pixels and a factor (`alignment`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from scoremachine.data.corpus import Corpus
 from scoremachine.provenance import pictures as drawing
-from scoremachine.provenance.alignment import Placement, align, mean_and_spread
+from scoremachine.provenance.alignment import FAINT, Placement, align, mean_and_spread
 from scoremachine.provenance.audit import path_of
 from scoremachine.provenance.candidates import WholeIndex, whole
 from scoremachine.provenance.windows import units
+from scoremachine.runtime.files import csv_text
 from scoremachine.runtime.progress import bar
 
 NEIGHBOURS = 10  # that say how alike images of this kind are
@@ -31,7 +33,6 @@ ROWS = 256  # images compared with all others at a time
 CLOSE = 0.5  # share of the squared distance of the tenth neighbour, below which a pair is aligned
 VERBATIM = 0.35  # difference after alignment, in spreads, below which a pair are copies
 DISTINCT = 0.25  # share of the tenth neighbour's squared distance, below which they are
-FAINT = 4 / 255
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,14 +66,12 @@ class Risk:
     def csv(self) -> str:
         """A line for each image: its name, group, the size of the group, isolation."""
         sizes = np.bincount(self.group[self.group >= 0], minlength=1)
-        lines = ["image,group,copies,isolation"]
-        for n, (g, far) in enumerate(
-            zip(self.group.tolist(), self.isolation.tolist(), strict=True)
-        ):
-            copies = int(sizes[g]) - 1 if g >= 0 else 0
-            name = '"' + path_of(self.corpus, n).replace('"', '""') + '"'
-            lines.append(f"{name},{g if g >= 0 else ''},{copies},{far:.4f}")
-        return "\n".join(lines) + "\n"
+        rows: list[Sequence[object]] = [("image", "group", "copies", "isolation")]
+        each = zip(self.group.tolist(), self.isolation.tolist(), strict=True)
+        for n, (g, far) in enumerate(each):
+            group, copies = (g, int(sizes[g]) - 1) if g >= 0 else (None, 0)
+            rows.append((path_of(self.corpus, n), group, copies, f"{far:.4f}"))
+        return csv_text(rows)
 
     def sheet(self, most: int = 24, columns: int = 6) -> Image.Image:
         """The groups with the most alike copies, a row each; up to six images of a group."""
@@ -156,7 +155,7 @@ def _aligned_pairs(
         other = units(corpus.images[m : m + 1])[0]
         found = align(x[p], [Placement(m, mirrored, 1.0, 0, 0)], {m: other})
         spread = float(mean_and_spread(x[p : p + 1])[1])
-        if spread < FAINT or len(found) == 0:
+        if spread < FAINT:
             continue
         covered = found.covered[0]
         residual = ((found.pixels[0] - x[p])[:, covered] / spread).square().mean()

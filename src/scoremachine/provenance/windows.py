@@ -64,6 +64,12 @@ def units(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(images)).float() / 255
 
 
+def tiles(corpus: Corpus) -> Iterator[Tensor]:
+    """The images of a corpus in [0, 1], some at a time."""
+    for first in range(0, len(corpus), TILE):
+        yield units(corpus.images[first : first + TILE])
+
+
 @dataclass(frozen=True, eq=False)
 class WindowIndex:
     """The windows of some images, by their descriptors.
@@ -118,12 +124,12 @@ class WindowIndex:
         components = V[:DIMENSIONS].T.contiguous()
         codes, owners, places = [], [], []
         with bar("Indexing windows", total=len(corpus)) as progress:
-            for first in range(0, len(corpus), TILE):
-                d, n, at = descriptors(units(corpus.images[first : first + TILE]), side, step)
+            for k, x in enumerate(tiles(corpus)):
+                d, n, at = descriptors(x, side, step)
                 codes.append((d @ components).numpy())
-                owners.append((n + first).int().numpy())
+                owners.append((n + k * TILE).int().numpy())
                 places.append(at.short().numpy())
-                progress.advance(min(TILE, len(corpus) - first))
+                progress.advance(len(x))
         code = np.concatenate(codes)
         lists = max(1, min(len(code) // PER_LIST, len(sample)))
         kmeans = MiniBatchKMeans(lists, random_state=0, n_init=1, batch_size=8192, max_iter=20)

@@ -35,6 +35,10 @@ from scoremachine.app.cli.words import (
 )
 from scoremachine.runtime.parsing import number
 
+Pictures = Annotated[
+    str, typer.Option(help="The pictures: a folder, a .zip, an array file, one picture.")
+]
+
 
 def explain(
     target: Annotated[
@@ -102,9 +106,7 @@ def explain(
 
 
 def audit(
-    images: Annotated[
-        str, typer.Option(help="The pictures: a folder, a .zip, an array file, one picture.")
-    ],
+    images: Pictures,
     data: Data,
     out: Annotated[Path, typer.Option(help="The folder for what is written.")] = Path("runs/audit"),
     reference: Annotated[
@@ -147,9 +149,7 @@ def audit(
 
 
 def attribute(
-    images: Annotated[
-        str, typer.Option(help="The pictures: a folder, a .zip, an array file, one picture.")
-    ],
+    images: Pictures,
     data: Data,
     out: Annotated[Path, typer.Option(help="The folder for what is written.")] = Path(
         "runs/attribute"

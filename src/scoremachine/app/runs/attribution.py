@@ -10,7 +10,7 @@ from scoremachine.data.corpus import Corpus
 from scoremachine.provenance.attribute import Attribution, attribute
 from scoremachine.provenance.audit import path_of
 from scoremachine.provenance.risk import Risk, risk
-from scoremachine.runtime.files import check_folder, write_text
+from scoremachine.runtime.files import check_folder, csv_text, write_text
 
 
 def attribute_pictures(
@@ -35,10 +35,9 @@ def risk_of(corpus: Corpus, out: Path) -> Risk:
     check_folder(out)
     found = risk(corpus)
     write_text(out / "risk.csv", found.csv())
-    lines = ["image,copy,difference"] + [
-        f'"{path_of(corpus, a)}","{path_of(corpus, b)}",{d:.4f}'
-        for (a, b), d in zip(found.pairs.tolist(), found.difference.tolist(), strict=True)
-    ]
-    write_text(out / "copies.csv", "\n".join(lines) + "\n")
+    rows: list[Sequence[object]] = [("image", "copy", "difference")]
+    for (a, b), d in zip(found.pairs.tolist(), found.difference.tolist(), strict=True):
+        rows.append((path_of(corpus, a), path_of(corpus, b), f"{d:.4f}"))
+    write_text(out / "copies.csv", csv_text(rows))
     drawing.save_png(found.sheet(), out / "copies.png")
     return found

@@ -29,16 +29,18 @@ from scoremachine.provenance.audit import (
     reference_scores,
 )
 from scoremachine.provenance.originals import Found, Originals
-from scoremachine.runtime.files import check_folder, write_text, written
+from scoremachine.runtime.files import check_folder, csv_text, write_text, written
 from scoremachine.runtime.progress import bar, say
+from scoremachine.runtime.validation import check_integer, check_seed
 
 SHOWN = 60  # pictures on the page
 CHUNK = 16  # pictures after which what was found is kept
 RED = (214, 39, 40)
 HEADER = (
-    "picture,score,p_value,q_value,identical,training_image,mirrored,scale,row,column,"
-    "explained_share,region_share,top,left,bottom,right,nearest,distance,d1_d2,d1_mean50"
-)
+    "picture", "score", "p_value", "q_value", "identical", "training_image", "mirrored", "scale",
+    "row", "column", "explained_share", "region_share", "top", "left", "bottom", "right", "nearest",
+    "distance", "d1_d2", "d1_mean50",
+)  # fmt: skip
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; }}
@@ -67,14 +69,14 @@ class AuditOptions:
     references: int = REFERENCES
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_integer("references", self.references)
+        check_seed(self.seed)
+
 
 def audit_folder(images: Any, corpus: Corpus, out: Path, options: AuditOptions) -> Audit:
     """Audits pictures; what is finished is kept, and the same command goes on after it."""
     check_folder(out)
-    if len(corpus) < 2:
-        raise ValueError(
-            "the corpus has one image, so there is nothing to tell a copy from: give all images"
-        )
     names, pictures = pictures_of(images, corpus)
     key = key_of(VERSION, corpus.key, Corpus(pictures).digest)
     unfinished = Path(out) / ".unfinished" / key
@@ -113,8 +115,7 @@ def _kept(path: Path, n: int) -> list[Found]:
 def write(report: Audit, out: Path) -> None:
     """audit.csv, audit.json and audit.html."""
     rows = rows_of(report)
-    lines = [HEADER] + [",".join(_cell(value) for value in row) for row in rows]
-    write_text(out / "audit.csv", "\n".join(lines) + "\n")
+    write_text(out / "audit.csv", csv_text([HEADER, *rows]))
     enough = len(report.reference) >= FEWEST
     record = {
         "corpus": report.corpus.name,
@@ -127,7 +128,7 @@ def write(report: Audit, out: Path) -> None:
         if enough
         else None,
         "made": time.strftime("%Y-%m-%d"),
-        "rows": [dict(zip(HEADER.split(","), row, strict=True)) for row in rows],
+        "rows": [dict(zip(HEADER, row, strict=True)) for row in rows],
     }
     write_text(out / "audit.json", json.dumps(record, indent=1) + "\n")
     write_text(out / "audit.html", page(report))
@@ -160,11 +161,6 @@ def rows_of(report: Audit) -> list[list[Any]]:
 
 def _number(p: float) -> float | None:
     return None if np.isnan(p) else round(float(p), 5)
-
-
-def _cell(value: Any) -> str:
-    text = "" if value is None else str(value)
-    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
 
 
 def page(report: Audit) -> str:

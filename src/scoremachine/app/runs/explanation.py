@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from scoremachine.app import figures as drawing
@@ -22,7 +21,7 @@ from scoremachine.machines import Machine
 from scoremachine.machines.build import recorded
 from scoremachine.provenance.explain import Trace, explain
 from scoremachine.provenance.pictures import tiled
-from scoremachine.runtime.files import check_folder, read_json, write_text, written
+from scoremachine.runtime.files import check_folder, read_json, write_text
 from scoremachine.runtime.progress import say
 from scoremachine.sampling.generate import generate_batches, generate_explained
 from scoremachine.sampling.schedules import schedule_of
@@ -106,18 +105,10 @@ def write(trace: Trace, out: Path, title: str) -> None:
         mosaics = [np.asarray(trace.mosaic(p)) for p in some]
         drawing.save_png(tiled([(m, "") for m in mosaics], 4), out / "mosaic.png")
         if trace.steps:
-            _save_film([trace.film(p) for p in some], out / "trajectory-mosaic.gif")
+            films = zip(*(trace.film(p) for p in some), strict=True)
+            frames = [tiled([(np.asarray(f), "") for f in frame], 2) for frame in films]
+            drawing.save_gif(frames, out / "trajectory-mosaic.gif", 250, 2500)
         write_text(out / "explain.html", page(trace, title))
-
-
-def _save_film(films: list[list[Image.Image]], path: Path) -> None:
-    """A GIF of the films of several pictures, side by side."""
-    frames = [tiled([(np.asarray(f), "") for f in frame], 2) for frame in zip(*films, strict=True)]
-    with written(path) as temporary:
-        frames[0].save(
-            temporary, save_all=True, append_images=frames[1:],
-            duration=[250] * (len(frames) - 1) + [2500], loop=0,
-        )  # fmt: skip
 
 
 def _sampling(settings: dict[str, Any], machine: Machine) -> Sampling:

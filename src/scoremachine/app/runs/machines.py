@@ -21,7 +21,7 @@ from scoremachine.calibration.stacking import Stacking, stack, with_calibrated
 from scoremachine.core.noise import PictureNoise, draw
 from scoremachine.core.schedules import LOCALITIES, LevelSchedule, edm_sigmas
 from scoremachine.data.corpus import Corpus
-from scoremachine.data.pixels import to_uint8
+from scoremachine.data.pixels import to_uint8, with_channels
 from scoremachine.lab.ablation import Trial, ablation
 from scoremachine.lab.denoising_error import Errors, denoising_errors
 from scoremachine.lab.networks import Network
@@ -69,11 +69,8 @@ def denoise_file(
 def read_pictures(file: str | Path, shape: tuple[int, int, int]) -> Tensor:
     """Pictures of a file, folder or built-in name as x in the shape (C, H, W) of some images."""
     C, H, W = shape
-    images = np.asarray(Corpus.open(file, size=(H, W), grayscale=C == 1).images)
-    if images.shape[1] == 1:
-        images = np.repeat(images, C, axis=1)
-    if images.shape[1] == 3 and C == 4:
-        images = np.concatenate([images, np.full_like(images[:, :1], 255)], axis=1)
+    opened = Corpus.open(file, size=(H, W), grayscale=C == 1)
+    images = with_channels(np.asarray(opened.images), C)
     return torch.from_numpy(images.astype(np.float32) / 127.5 - 1)
 
 
