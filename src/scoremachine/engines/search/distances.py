@@ -19,7 +19,7 @@ from scoremachine.engines.search.floats import (
     broadcast,
     larger,
     load,
-    load_every,
+    load_bytes,
     smaller,
     splat,
     store,
@@ -38,7 +38,7 @@ class Tree(NamedTuple):
     Attributes:
         m, first: The dimension of an embedding, and of its first part, which alone bounds a
             distance.
-        codes: uint8 (nodes, 16 leaves, m / 4, 16 patches, 4).
+        codes: uint8 (nodes, 16 leaves, m, 16 patches).
         boxes: uint8 (nodes, low and high, first, 16 leaves), in the units of codes.
         ids, times: uint32 (nodes, 256): the places of the patches, and their counts.
         frames: float32 (nodes, 2, m): the value of code 0, and the step between codes.
@@ -126,8 +126,7 @@ def decode(t, node, leaf, lo, hi, codes):
     """
     total, o = splat(float32(0)), (node * LEAF + leaf) * t.m * LANES
     for j in range(lo, hi):
-        x = load_every(t.codes, o + j // 4 * 4 * LANES, j % 4)
-        x = x * t.frames[(node * 2 + 1) * t.m + j]
+        x = load_bytes(t.codes, o + j * LANES) * t.frames[(node * 2 + 1) * t.m + j]
         store(codes, j * LANES, x)
         total = total + x * x
     return total

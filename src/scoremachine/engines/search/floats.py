@@ -4,7 +4,6 @@ Like `engines.simd`, but in float32 and with loads of bytes:
 
     load(a, i)             a[i : i + LANES], from a flat contiguous float32 array
     load_bytes(a, i)       the same of a uint8 array, as floats
-    load_every(a, i, k)    a[i + k : i + k + 4 LANES : 4] of a uint8 array, as floats, 0 <= k < 4
     load_counts(a, i)      the same of a uint32 array
     store(a, i, v)
     splat(x), broadcast(a, i)
@@ -37,7 +36,6 @@ from scoremachine.engines.vectors import (
     maxima,
     pointer,
     splats,
-    splatted,
     stores,
     totals,
 )
@@ -94,24 +92,6 @@ def smaller(typing: Any, u: Any, v: Any) -> Any:
 def by_fours(n):
     """n rounded up to a multiple of four."""
     return (n + 3) // 4 * 4
-
-
-@intrinsic
-def load_every(typing: Any, array: Any, i: Any, k: Any) -> Any:
-    """Of the 64 bytes from array[i] on, those at k, k + 4, k + 8, ..., as floats."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        words = builder.load(
-            pointer(context, builder, signature.args[0], *args[:2], INTEGERS), align=1
-        )
-        bits = builder.trunc(builder.shl(args[2], ir.Constant(ir.IntType(64), 3)), ir.IntType(32))
-        byte = builder.and_(
-            builder.lshr(words, splatted(builder, integers, bits)),
-            ir.Constant(INTEGERS, [255] * LANES),
-        )
-        return builder.sitofp(byte, VECTOR)
-
-    return floats(array, types.intp, types.intp), generate
 
 
 @intrinsic

@@ -35,7 +35,7 @@ from scoremachine.engines.search.tree import LEAF, NODE
 from scoremachine.runtime.files import write_text, written
 from scoremachine.runtime.progress import Bar, bar, say
 
-VERSION = 4  # of the format; indexes of other versions are built again
+VERSION = 5  # of the format; indexes of other versions are built again
 BUCKET = 12_000  # patches that are arranged together
 MEMORY = 2**28  # bytes of patches in memory at once
 SHORT = 300  # values of a patch up to which few components suffice
@@ -181,7 +181,7 @@ def _shapes(nodes: int, embedding: Embedding) -> dict[str, tuple[int, ...]]:
     """The shapes of the arrays for a number of nodes."""
     m, first = embedding.m, embedding.first
     return {
-        "codes": (nodes, NODE // LEAF, m // 4, LEAF, 4),
+        "codes": (nodes, NODE // LEAF, m, LEAF),
         "boxes": (nodes, 2, first, NODE // LEAF),
         "ids": (nodes, NODE),
         "times": (nodes, NODE),

@@ -22,7 +22,6 @@ from scoremachine.engines.search.floats import (
     load,
     load_bytes,
     load_counts,
-    load_every,
     prefetch,
     reaching,
     splat,
@@ -70,7 +69,7 @@ def _moments_of_node(t, node, mean, variance):
         total, squares = splat(float32(0)), splat(float32(0))
         for leaf in range(LEAF):
             held = load_counts(t.times, node * NODE + leaf * LANES)
-            x = load_every(t.codes, ((node * LEAF + leaf) * t.m + j // 4 * 4) * LANES, j % 4)
+            x = load_bytes(t.codes, ((node * LEAF + leaf) * t.m + j) * LANES)
             total, squares = total + x * held, squares + x * x * held
         m, step = hsum(total) / count, t.frames[(node * 2 + 1) * t.m + j]
         mean[s, j, lane] = t.frames[node * 2 * t.m + j] + step * m
@@ -151,7 +150,7 @@ def _score(t, s, g, node, leaf, work):
     for j in range(t.m):
         if j < s.leading or j >= t.first:  # the others are norms
             low, step = t.frames[node * 2 * t.m + j], t.frames[(node * 2 + 1) * t.m + j]
-            x = load_every(t.codes, ((node * LEAF + leaf) * t.m + j // 4 * 4) * LANES, j % 4)
+            x = load_bytes(t.codes, ((node * LEAF + leaf) * t.m + j) * LANES)
             x = x * step + low
             store(work.codes, n * LANES, x)
             norm, n = norm + x * x * g.unit, n + 1

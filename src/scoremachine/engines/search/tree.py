@@ -191,7 +191,7 @@ def _encode_node(
             least, most = np.uint8(255), np.uint8(0)
             for lane in range(LEAF):
                 code = lines[leaf * LEAF + lane, j]
-                codes[node, leaf, j // 4, lane, j % 4] = code
+                codes[node, leaf, j, lane] = code
                 least, most = min(least, code), max(most, code)
             if j < first:
                 boxes[node, 0, j, leaf], boxes[node, 1, j, leaf] = least, most
