@@ -223,11 +223,11 @@ def save_zoo(rows: list[tuple[str, np.ndarray, np.ndarray]], path: Path) -> None
     for r, (label, samples, nearest) in enumerate(rows):
         top = GAP + r * high
         draw.multiline_text((GAP, top + GAP), label, fill="black", font=font, spacing=2)
-        for k in range(n):
-            left = LABEL + k * wide
-            canvas.paste(_enlarged(samples[k], factor), (left, top))
-            below = left + (factor - small) * W // 2, top + factor * H + GAP
-            canvas.paste(_enlarged(nearest[k], small), below)
+        for k, sample in enumerate(samples):
+            canvas.paste(_enlarged(sample, factor), (LABEL + k * wide, top))
+        for k, image in enumerate(nearest):
+            left = LABEL + k * wide + (factor - small) * W // 2
+            canvas.paste(_enlarged(image, small), (left, top + factor * H + GAP))
     save_png(canvas.quantize(256, dither=Image.Dither.NONE), path)
 
 

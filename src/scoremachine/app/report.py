@@ -19,7 +19,7 @@ from scoremachine.data.pixels import to_uint8
 from scoremachine.lab.comparison.agreement import Summary
 from scoremachine.lab.comparison.bias import Bias
 from scoremachine.lab.comparison.cells import Row, markdown_rows
-from scoremachine.lab.comparison.parts import SHOWN, Comparison
+from scoremachine.lab.comparison.parts import LEFT_OUT, SHOWN, Comparison
 from scoremachine.lab.comparison.quality import Quality
 from scoremachine.runtime.files import write_text
 
@@ -63,14 +63,18 @@ def write(found: Comparison, out: Path, page: bool = False) -> list[Path]:
 
 def quality_table(found: Sequence[Quality]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of `write_quality`."""
-    header = ["", "kernel distance", "to nearest training image", "variety", "seconds a picture"]
+    header = [
+        "", "kernel distance", "to nearest training image", "explained by one", "variety",
+        "seconds a picture",
+    ]  # fmt: skip
     rows = []
     for q in found:
         far = Summary.of(q.nearest)
         took = q.seconds / len(q.pictures)
         rows.append([
             q.label, f"{1e3 * q.kernel_distance:.2f} ± {1e3 * q.spread:.2f}",
-            f"{far.median:.3f} ({far.low:.3f} to {far.high:.3f})", f"{q.variety:.2f}",
+            f"{far.median:.3f} ({far.low:.3f} to {far.high:.3f})", _share(q.explained),
+            f"{q.variety:.2f}",
             f"{took:.2f}" if math.isfinite(took) else "",
         ])  # fmt: skip
     return header, rows
@@ -79,7 +83,10 @@ def quality_table(found: Sequence[Quality]) -> tuple[list[str], list[list[str]]]
 def write_quality(found: Sequence[Quality], out: Path) -> list[Path]:
     """Writes quality.md, quality.json and quality.png; returns what was written."""
     header, rows = quality_table(found)
-    note = "Kernel distances times 1,000; to nearest: median and quartiles."
+    note = (
+        "Kernel distances times 1,000; to nearest: median and quartiles; explained by one: the "
+        "mean share of a picture that its most alike training image explains, aligned."
+    )
     write_text(out / "quality.md", "\n".join([*tables.markdown(header, rows), "", note, ""]))
     record = [
         {k: plain(v.tolist() if isinstance(v, np.ndarray) else v)
@@ -160,7 +167,15 @@ def as_json(found: Comparison) -> dict[str, Any]:
         for p in found.parts
     ]
     nearest = {k: plain(v.tolist()) for k, v in found.distances.items()}
-    return {"settings": found.settings, "parts": parts, "distance_to_nearest": nearest}
+    explained = {k: plain(v.tolist()) for k, v in found.explained.items()}
+    return {
+        "settings": found.settings, "parts": parts, "distance_to_nearest": nearest,
+        "explained_by_one": explained,
+    }  # fmt: skip
+
+
+def _share(explained: np.ndarray) -> str:
+    return f"{explained.mean():.0%}" if len(explained) else "unknown"
 
 
 def plain(value: Any) -> Any:
@@ -193,6 +208,7 @@ def rows(found: Comparison) -> list[tuple[str, np.ndarray, np.ndarray]]:
     for label, x in found.samples.items():
         alike = f"\nr^2 {of[label]['r2'].median:.2f}" if label in of else ""
         far = f"\nto nearest {found.distances[label].mean():.2f}"
+        far += f"\none explains {_share(found.explained[label])}"
         name = found.settings["network"] if label == "network" else label
         images = to_uint8(x[:COLUMNS])
         made.append((f"{name}{alike}{far}", images, found.nearest[label][:COLUMNS]))
@@ -204,7 +220,7 @@ def table(found: Comparison, part: str) -> tuple[list[str], list[list[str]], np.
     parts = found.of(part)
     if part == "samples":
         header = ["", "r²", "95% interval", "quartiles", "R²", "mean squared error", "cosine",
-                  "to nearest image"]  # fmt: skip
+                  "to nearest image", "explained by one"]  # fmt: skip
         cells = []
         for p in parts:
             s = p.summaries[0]
@@ -213,6 +229,7 @@ def table(found: Comparison, part: str) -> tuple[list[str], list[list[str]], np.
                 p.label, f"{r2.median:.3f}", f"{r2.interval[0]:.3f} to {r2.interval[1]:.3f}",
                 f"{r2.low:.3f} to {r2.high:.3f}", f"{s['R2'].median:.3f}",
                 f"{s['mse'].median:.4f}", f"{s['cosine'].median:.3f}", f"{far:.3f}",
+                _share(found.explained[p.label]),
             ])  # fmt: skip
         return header, cells, found.best(part)
     header = ["", *(f"{sigma:.3g}" for sigma in parts[0].sigmas)]
@@ -251,7 +268,9 @@ def _caption(found: Comparison, part: str) -> str:
         return (
             f"{n} pictures; {marks}. To nearest image: root mean square, which is no evidence of "
             "novelty by itself, as it misses shifts: a copy shifted by two pixels each way is 0.36 "
-            "away on CIFAR-10, and 0.80 on MNIST."
+            "away on CIFAR-10, and 0.80 on MNIST. Explained by one: the share of a picture that "
+            "its most alike training image explains, aligned; of images left out it is "
+            f"{_share(found.explained[LEFT_OUT])}."
         )
     return f"R² of D with the network's by noise level, {n} pictures; {marks}."
 

@@ -18,7 +18,8 @@ from scoremachine.app import figures as drawing
 from scoremachine.data.corpus import Corpus
 from scoremachine.data.pixels import to_uint8
 from scoremachine.lab.denoising_error import fewer
-from scoremachine.machines import IdealScore, Machine, build
+from scoremachine.machines import Machine, build
+from scoremachine.provenance.novelty import explained, left_out, originals_of
 from scoremachine.runtime.files import make_folder, read_json, write_text, written
 from scoremachine.runtime.progress import bar, say
 from scoremachine.runtime.records import differing, other_versions, versions
@@ -237,21 +238,29 @@ def zoo(
         some = fewer(name, everything)
         part = corpus.subset(some) if len(some) < len(everything) else corpus
         builts.append(build(name, part, schedule=schedule_of(options.schedule)))
-    ideal = build("ideal", corpus)
-    assert isinstance(ideal, IdealScore)
-    rows = []
+    made = []
     with bar("Generating with every machine", total=len(builts)) as progress:
         for name, machine in zip(machines, builts, strict=True):
             folder = Path(out) / name
             Run(folder, machine, options).go(resume)
             with np.load(folder / "samples.npz", allow_pickle=False) as file:
-                x, images = torch.from_numpy(file["x"]), file["images"]
-            places, distances = ideal.nearest(x, options.label)
-            nearest = np.asarray(corpus.images[places.numpy()])
-            fewest = (
-                f"\n{len(machine.corpus):,} images" if len(machine.corpus) < len(corpus) else ""
-            )
-            rows.append((f"{name}{fewest}\nto nearest {distances.mean():.2f}", images, nearest))
+                made.append(file["images"])
             progress.advance()
+    labels = [
+        f"{name}\n{len(m.corpus):,} images" if len(m.corpus) < len(corpus) else name
+        for name, m in zip(machines, builts, strict=True)
+    ]
+    rows = []
+    real, chosen = left_out(corpus)
+    sets = [*((images, None) for images in made), (real[: options.count], chosen[: options.count])]
+    all_found = originals_of(sets, corpus)
+    for label, (images, _), found in zip(
+        [*labels, "held-out images"], sets, all_found, strict=True
+    ):
+        if found:
+            far = np.mean([each.distance for each in found])
+            label += f"\nto nearest {far:.2f}\none explains {explained(found).mean():.0%}"
+        nearest = np.asarray(corpus.images[[each.nearest for each in found]])
+        rows.append((label, images, nearest))
     drawing.save_zoo(rows, Path(out) / "zoo.png")
     return time.perf_counter() - start

@@ -20,10 +20,12 @@ from scoremachine.calibration.heldout import check_images, towards
 from scoremachine.calibration.stacking import weights_towards
 from scoremachine.data.corpus import Corpus
 from scoremachine.data.heatmaps import UNREADABLE
+from scoremachine.data.pixels import to_uint8
 from scoremachine.lab.comparison.agreement import Summary, agreement
 from scoremachine.lab.denoising_error import fewer, highest_or_tied
 from scoremachine.lab.networks.network import Network, Within
 from scoremachine.machines import Composite, IdealScore, Machine, build, kind_of, spelled
+from scoremachine.provenance.novelty import COMPARED, explained, left_out, originals_of
 from scoremachine.runtime.files import optional, written
 from scoremachine.runtime.progress import bar, say
 from scoremachine.runtime.records import versions
@@ -36,6 +38,7 @@ from scoremachine.sampling.trajectory import Sampling, trajectory
 ERROR = 1e-2  # the largest error of a pixel in searches of els; networks differ by more
 LEVELS = 10  # the default number of noise levels of the forward process
 SHOWN = {"forward": "R2", "reverse": "R2", "samples": "r2"}  # the measure of the tables
+LEFT_OUT = "images left out"  # the label of pictures to compare with
 BATCH = 8  # pictures in a batch
 TRAJECTORIES = 16  # the most trajectories of the network that machines follow
 MAX_IMAGES_ELS = 2000  # the most images of machines that compare all positions
@@ -140,6 +143,8 @@ class Comparison:
         samples: Final pictures by label, the network's as "network": float32 (n, C, H, W).
         nearest: The training image nearest to each, uint8 (n, C, H, W).
         distances: Their root mean square distances, (n,).
+        explained: The share of each of the first pictures that its most alike training image
+            explains, aligned (`provenance.novelty`); and of images left out, as `LEFT_OUT`.
         path: Of the first picture, y = x_t / alpha_t along the network's trajectory as "y", the
             network's D as "network", and the machines' by label: float32 (K, C, H, W).
     """
@@ -149,6 +154,7 @@ class Comparison:
     samples: dict[str, np.ndarray]
     nearest: dict[str, np.ndarray]
     distances: dict[str, np.ndarray]
+    explained: dict[str, np.ndarray]
     path: dict[str, np.ndarray]
 
     @property
@@ -282,6 +288,9 @@ def compare(
         more, samples = one.samples(o.count)
         parts += more
     nearest, distances = _nearest(samples, source)
+    sets = [*((to_uint8(x[:COMPARED]), None) for x in samples.values()), left_out(source)]
+    originals = map(explained, originals_of(sets, source))
+    shares = dict(zip([*samples, LEFT_OUT], originals, strict=True))
     settings = {
         "network": network.name, "network_key": network.key, "card": network.card,
         "machines": {k: m.settings() | {"images": len(m.corpus)} for k, m in built.items()},
@@ -289,7 +298,7 @@ def compare(
         "sigmas": levels.tolist(), "count": o.count, "steps": walk.steps, "seed": o.seed,
         "sampler": o.sampler, "schedule": name_of(schedule), "versions": versions(),
     }  # fmt: skip
-    return Comparison(settings, parts, samples, nearest, distances, path)
+    return Comparison(settings, parts, samples, nearest, distances, shares, path)
 
 
 def built_machines(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from scoremachine.lab.denoising_error import ELS_IMAGES
 from scoremachine.lab.networks.network import Network
 from scoremachine.machines import IdealScore, build
 from scoremachine.machines.machine import Machine
+from scoremachine.provenance.novelty import COMPARED, explained, originals_of
 from scoremachine.runtime.progress import bar
 from scoremachine.runtime.validation import check_integer
 from scoremachine.sampling.generate import generate
@@ -34,6 +35,8 @@ class Quality:
         kernel_distance, spread: To held-out images (see `kernel_distance`), and its standard
             deviation over subsets.
         nearest: Root mean square differences to the nearest training image, of each picture.
+        explained: The share of each of the first pictures that its most alike training image
+            explains, aligned (`provenance.novelty`).
         variety: Mean squared distance between features of two pictures, divided by that of held-out
             images: 1 is as varied as the data, 0 always the same.
         pictures: uint8 (n, C, H, W).
@@ -44,6 +47,7 @@ class Quality:
     kernel_distance: float
     spread: float
     nearest: np.ndarray
+    explained: np.ndarray
     variety: float
     pictures: np.ndarray
     seconds: float
@@ -147,8 +151,9 @@ def qualities(
         x = torch.from_numpy(images).float() / 127.5 - 1
         _, far = ideal.nearest(x)
         return Quality(
-            label, distance, spread, far.numpy(), variety(f) / variety(known), images, seconds
-        )
+            label, distance, spread, far.numpy(), np.empty(0), variety(f) / variety(known), images,
+            seconds,
+        )  # fmt: skip
 
     found = [judged(UNSEEN, real[one], known[other], math.nan)]
     with bar("Drawing", total=len(networks) + len(built)) as progress:
@@ -161,4 +166,5 @@ def qualities(
                 x = generate(denoiser, count, levels, seed, bandwidth=denoiser.bandwidth)
             found.append(judged(label, to_uint8(x.numpy()), known, time.perf_counter() - start))
             progress.advance()
-    return found
+    originals = originals_of([(q.pictures[:COMPARED], None) for q in found], source)
+    return [replace(q, explained=explained(each)) for q, each in zip(found, originals, strict=True)]
