@@ -51,8 +51,14 @@ class Fold:
     @classmethod
     def of_parts(cls, *fields: np.ndarray) -> Fold:
         """The fold of all sources, from fields whose first axis is chunks of the sources."""
-        folds = (cls(*map(torch.from_numpy, part)) for part in zip(*fields, strict=True))
-        return functools.reduce(cls.merge, folds)
+        m, Z, Z2, S, logits, places = (torch.from_numpy(x) for x in fields)
+        none = logits[0, :, :0], places[0, :, :0]
+        folds = (cls(*part, *none) for part in zip(m, Z, Z2, S, strict=True))
+        whole = functools.reduce(cls.merge, folds)
+        if k := logits.shape[2]:
+            together = torch.cat([*logits], 1), torch.cat([*places], 1)
+            whole.logits, whole.places = largest(*together, k)
+        return whole
 
     def merge(self, other: Fold) -> Fold:
         """The fold of both sets of sources."""
@@ -60,15 +66,14 @@ class Fold:
         a, b = _exp(self.m - m), _exp(other.m - m)
         logits = torch.cat([self.logits, other.logits], dim=1)
         places = torch.cat([self.places, other.places], dim=1)
-        k = self.logits.shape[1]
-        order = torch.argsort(logits, dim=1, descending=True, stable=True)[:, :k]
+        logits, places = largest(logits, places, self.logits.shape[1])
         return Fold(
             m,
             a * self.Z + b * other.Z,
             a**2 * self.Z2 + b**2 * other.Z2,
             a[:, None] * self.S + b[:, None] * other.S,
-            logits.gather(1, order),
-            places.gather(1, order),
+            logits,
+            places,
             a * self.omitted + b * other.omitted,
         )
 
@@ -100,6 +105,15 @@ class Fold:
     def leader_weights(self) -> Tensor:
         """The posterior weights of the k leading sources, shape (B, k, *sites)."""
         return torch.exp(self.logits - self.m[:, None]) / self.Z[:, None]
+
+
+def largest(logits: Tensor, places: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of every site and their places, (B, k, *sites); of equals the first."""
+    rows = logits.movedim(1, -1).contiguous()
+    order = torch.topk(rows, k, dim=-1).indices.sort(-1).values
+    order = order.gather(-1, torch.argsort(-rows.gather(-1, order), dim=-1, stable=True))
+    order = order.movedim(-1, 1)
+    return logits.gather(1, order), places.gather(1, order)
 
 
 def _exp(x: Tensor) -> Tensor:

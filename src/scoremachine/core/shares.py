@@ -130,7 +130,7 @@ def leading(weights: Tensor, places: Tensor, k: int) -> tuple[Tensor, Tensor]:
         zero = weights.new_zeros(len(weights), missing, *weights.shape[2:])
         weights = torch.cat([weights, zero], 1)
     rank = weights.mean(2).masked_fill(places < 0, -torch.inf)
-    order = torch.argsort(rank, dim=1, descending=True, stable=True)[:, :k]
+    order = torch.topk(rank, k, dim=1).indices
     at = order[:, :, None].expand(-1, -1, *weights.shape[2:])
     return weights.gather(1, at), places.gather(1, order)
 

@@ -697,8 +697,9 @@ def fold(request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
         chunks = _chunk_count(index, variants, shifts, _state_size(c, leaders))
         m = np.full((chunks, B, *c.grid), NOTHING)
         totals = np.zeros((chunks, B, math.prod(c.grid) * LANES))
-        logits = np.full((chunks, B, leaders, *c.grid), NOTHING)
-        places = np.full((chunks, B, leaders, *c.grid), -1)
+        # in memory the leaders of a site lie side by side
+        logits = np.moveaxis(np.full((chunks, B, *c.grid, leaders), NOTHING), -1, 2)
+        places = np.moveaxis(np.full((chunks, B, *c.grid, leaders), -1), -1, 2)
         m_known = m[0] if best is None else best.m.numpy()
         windows = plan, shifts, variants, v_variants
         arguments = *source, index, y, u, scale, T, *windows, values, m_known
