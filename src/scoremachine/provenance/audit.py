@@ -23,11 +23,11 @@ from scoremachine.provenance.originals import Found, Originals
 from scoremachine.runtime.progress import bar, say
 from scoremachine.runtime.validation import check_integer, check_seed
 
-VERSION = 1
+VERSION = 2
 REFERENCES = 1000  # held-out images, at most
 FEWEST = 20  # held-out images without which there are no p-values
 SHARE, VOTES, UNIT = 0.05, 0.5, 0.5  # of the score: found on CIFAR-10 test images
-VERBATIM = 0.9  # share of a reference that one image explains, above which it is a copy itself
+COPY = 2.0  # score of a held-out image from which on it is a copy itself: 18 of 20 are, by eye
 KEPT_EVERY = 50  # held-out images, after which what was found is kept
 MEMORIZED = 1 / 3  # d1 / d2 below which a picture is called memorized (Bonnaire et al. 2505.17638)
 
@@ -62,7 +62,7 @@ class Audit:
         corpus: The training images.
         found: What was found of each.
         reference: The scores of held-out images, float64 (m,), rising.
-        left_out: How many held-out images were copies themselves, and left out.
+        left_out: How many held-out images look like copies themselves, and are left out.
     """
 
     names: list[str]
@@ -229,17 +229,18 @@ def reference_scores(
     with bar("Auditing held-out images", total=len(images)) as progress:
         progress.advance(done)
         for each in originals.find(images[done:], leave_out[done:]):
-            if each.share >= VERBATIM:
+            score = score_of(each)
+            if score >= COPY:
                 copies += 1
             else:
-                scores.append(score_of(each))
+                scores.append(score)
             progress.advance()
             if record is not None and (len(scores) + copies) % KEPT_EVERY == 0:
                 record.unfinished.write({"scores": scores, "copies": copies})
     if copies:
         say(
-            f"{copies} of {len(images)} held-out images are copies themselves (one image explains "
-            f"more than {VERBATIM:.0%} of them), and are left out of the comparison"
+            f"{copies} of {len(images)} held-out images look like copies (their score is "
+            f"{COPY:g} or more), and are left out of the comparison"
         )
     if record is not None and done < len(images):
         record.write({"scores": scores, "copies": copies})

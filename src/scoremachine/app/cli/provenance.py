@@ -112,16 +112,23 @@ def audit(
     reference: Annotated[
         str | None,
         typer.Option(
-            help="Real images that are no copies, for p-values; images of --data, each compared "
-            "with all others, unless given."
+            help="A folder of real images that are known to be no copies. The p-value of a "
+            "picture is the share of them that look at least as much like a copy as it does. "
+            "Unless given, images of --data are used, each compared with all the others."
         ),
     ] = None,
     references: Annotated[
-        int, typer.Option(help="How many held-out images to compare with, at most.")
+        int,
+        typer.Option(
+            help="How many of these images to audit, at most. The smallest p-value is about 1 / "
+            "this number; each takes as long as a picture."
+        ),
     ] = 1000,
     fail_below: Annotated[
         float | None,
-        typer.Option(help="Exit with code 3 if the p-value of a picture is below this."),
+        typer.Option(
+            help="Exit with code 3 if the p-value of a picture is below this, for instance 0.005."
+        ),
     ] = None,
     seed: Seed = 0,
     size: Size = None,
