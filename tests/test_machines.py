@@ -510,6 +510,14 @@ def test_a_late_start_begins_with_noised_training_images():
         sm.generate(m, start=1.0)
 
 
+def test_of_equal_images_the_first_is_the_nearest():
+    """Whatever part of the images a thread compares."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 1, 6, 6)).astype(np.uint8)
+    m = sm.build("ideal", sm.Corpus(np.concatenate([images] * 40)))
+    places, _ = m.nearest(torch.from_numpy(images / 127.5 - 1))
+    assert places.tolist() == list(range(40))
+
+
 def test_the_nearest_image_is_found():
     corpus = random_corpus(N=12, C=3)
     m = small("ideal", corpus)

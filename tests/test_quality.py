@@ -73,6 +73,9 @@ def test_everybody_is_judged_beside_the_images_themselves(tmp_path):
     by = {q.label: q for q in found}
     assert np.all(by["ideal"].nearest < 1e-3)  # it gives training images back
     assert np.all(by["held-out images"].nearest > 0.05)
+    assert np.all(by["ideal"].explained > 0.8)
+    assert by["held-out images"].explained.mean() < by["ideal"].explained.mean() - 0.1
+    assert by["gaussian"].explained.shape == (5,)
     assert 0.5 < by["held-out images"].variety < 1.5
     assert by["gaussian"].pictures.shape == (5, 1, 8, 8)
     files = report.write_quality(found, tmp_path)

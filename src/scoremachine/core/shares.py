@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scoremachine.core.collection import Collection
-from scoremachine.core.fold import Fold
+from scoremachine.core.fold import Fold, largest
 
 CANDIDATES = 4096  # sources of a picture whose shares are computed, of responses over windows
 CHUNK = 2**22  # numbers in memory at once
@@ -130,7 +130,7 @@ def leading(weights: Tensor, places: Tensor, k: int) -> tuple[Tensor, Tensor]:
         zero = weights.new_zeros(len(weights), missing, *weights.shape[2:])
         weights = torch.cat([weights, zero], 1)
     rank = weights.mean(2).masked_fill(places < 0, -torch.inf)
-    order = torch.topk(rank, k, dim=1).indices
+    order = largest(rank, k)
     at = order[:, :, None].expand(-1, -1, *weights.shape[2:])
     return weights.gather(1, at), places.gather(1, order)
 

@@ -22,31 +22,36 @@ COMPARED = 32  # the most pictures of a set for which originals are looked for
 def originals_of(
     sets: Sequence[tuple[np.ndarray, np.ndarray | None]], corpus: Corpus
 ) -> list[list[Found]]:
-    """What is found of sets of pictures in a corpus; nothing in a corpus of one image.
+    """What is found of the first pictures of each set in a corpus; nothing if it has one image.
 
     Arguments:
         sets: Pictures, uint8 (n, C, H, W), and for each the position of an image of the corpus that
             it is not compared with, int64 (n); None: it is compared with all.
         corpus: The images.
+
+    Returns:
+        For each set, what is found of its first `COMPARED` pictures.
     """
     if len(corpus) < 2:
         return [[] for _ in sets]
     originals, result = Originals.of(corpus), list[list[Found]]()
-    with bar("Looking for originals", total=sum(len(images) for images, _ in sets)) as progress:
-        for images, left_out in sets:
+    total = sum(min(len(images), COMPARED) for images, _ in sets)
+    with bar("Looking for originals", total=total) as progress:
+        for images, apart in sets:
             result.append([])
-            for found in originals.find(images, left_out):
+            some = None if apart is None else apart[:COMPARED]
+            for found in originals.find(images[:COMPARED], some):
                 result[-1].append(found)
                 progress.advance()
     return result
 
 
-def left_out(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
-    """`COMPARED` images of a corpus, evenly spread, or all, and their positions.
+def left_out(corpus: Corpus, most: int = COMPARED) -> tuple[np.ndarray, np.ndarray]:
+    """Some images of a corpus, evenly spread, and their positions.
 
     A set for `originals_of`: each is compared with the others.
     """
-    chosen = np.unique(np.linspace(0, len(corpus) - 1, COMPARED).astype(np.int64))
+    chosen = np.unique(np.linspace(0, len(corpus) - 1, min(most, COMPARED)).astype(np.int64))
     return np.asarray(corpus.images[chosen]), chosen
 
 

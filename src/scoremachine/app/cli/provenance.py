@@ -112,8 +112,8 @@ def audit(
     reference: Annotated[
         str | None,
         typer.Option(
-            help="A folder of real images that are known to be no copies. The p-value of a "
-            "picture is the share of them that look at least as much like a copy as it does. "
+            help="A folder of real images that are not in --data. The p-value of a picture is "
+            "the share of them that look at least as much like a copy as it does. "
             "Unless given, images of --data are used, each compared with all the others."
         ),
     ] = None,

@@ -213,7 +213,7 @@ def _summary(report: Audit) -> str:
         f"{expected:.0f} would do so by chance.</p><p>The p-value of a picture is the share of "
         f"{len(report.reference):,} held-out real images that look at least as much like a copy, "
         f"when they are compared with all other images in the same way; {report.left_out} more "
-        "were copies themselves and are left out. The q-value is the share of false alarms to "
+        "look like copies themselves and are left out. The q-value is the share of false alarms to "
         f"expect among this picture and all above it. The {min(SHOWN, len(p))} pictures that look "
         "most like copies come first: each beside its training image, with the largest part "
         "outlined that this image explains. All of them are in audit.csv.</p>"

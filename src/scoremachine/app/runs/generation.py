@@ -18,7 +18,7 @@ from scoremachine.app import figures as drawing
 from scoremachine.data.corpus import Corpus
 from scoremachine.data.pixels import to_uint8
 from scoremachine.lab.denoising_error import fewer
-from scoremachine.machines import Machine, build
+from scoremachine.machines import IdealScore, Machine, build
 from scoremachine.provenance.novelty import explained, left_out, originals_of
 from scoremachine.runtime.files import make_folder, read_json, write_text, written
 from scoremachine.runtime.progress import bar, say
@@ -238,29 +238,33 @@ def zoo(
         some = fewer(name, everything)
         part = corpus.subset(some) if len(some) < len(everything) else corpus
         builts.append(build(name, part, schedule=schedule_of(options.schedule)))
-    made = []
+    ideal = build("ideal", corpus)
+    assert isinstance(ideal, IdealScore)
+    rows, sets = [], []
     with bar("Generating with every machine", total=len(builts)) as progress:
         for name, machine in zip(machines, builts, strict=True):
             folder = Path(out) / name
             Run(folder, machine, options).go(resume)
             with np.load(folder / "samples.npz", allow_pickle=False) as file:
-                made.append(file["images"])
+                x, images = torch.from_numpy(file["x"]), file["images"]
+            places, distances = ideal.nearest(x, options.label)
+            nearest = np.asarray(corpus.images[places.numpy()])
+            fewest = (
+                f"\n{len(machine.corpus):,} images" if len(machine.corpus) < len(corpus) else ""
+            )
+            rows.append((f"{name}{fewest}\nto nearest {distances.mean():.2f}", images, nearest))
+            sets.append((images, None))
             progress.advance()
-    labels = [
-        f"{name}\n{len(m.corpus):,} images" if len(m.corpus) < len(corpus) else name
-        for name, m in zip(machines, builts, strict=True)
-    ]
-    rows = []
-    real, chosen = left_out(corpus)
-    sets = [*((images, None) for images in made), (real[: options.count], chosen[: options.count])]
-    all_found = originals_of(sets, corpus)
-    for label, (images, _), found in zip(
-        [*labels, "held-out images"], sets, all_found, strict=True
-    ):
-        if found:
-            far = np.mean([each.distance for each in found])
-            label += f"\nto nearest {far:.2f}\none explains {explained(found).mean():.0%}"
-        nearest = np.asarray(corpus.images[[each.nearest for each in found]])
-        rows.append((label, images, nearest))
+    own = corpus.subset(everything) if len(everything) < len(corpus) else corpus  # of the label
+    real = left_out(own, options.count)
+    originals = originals_of([*sets, real], own)
+    if beside := originals[-1]:
+        far = np.mean([each.distance for each in beside])
+        nearest = np.asarray(own.images[[each.nearest for each in beside]])
+        rows.append((f"held-out images\nto nearest {far:.2f}", real[0], nearest))
+        rows = [
+            (f"{label}\none explains {explained(found).mean():.0%}", images, nearest)
+            for (label, images, nearest), found in zip(rows, originals, strict=True)
+        ]
     drawing.save_zoo(rows, Path(out) / "zoo.png")
     return time.perf_counter() - start

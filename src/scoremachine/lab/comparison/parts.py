@@ -25,7 +25,7 @@ from scoremachine.lab.comparison.agreement import Summary, agreement
 from scoremachine.lab.denoising_error import fewer, highest_or_tied
 from scoremachine.lab.networks.network import Network, Within
 from scoremachine.machines import Composite, IdealScore, Machine, build, kind_of, spelled
-from scoremachine.provenance.novelty import COMPARED, explained, left_out, originals_of
+from scoremachine.provenance.novelty import explained, left_out, originals_of
 from scoremachine.runtime.files import optional, written
 from scoremachine.runtime.progress import bar, say
 from scoremachine.runtime.records import versions
@@ -288,7 +288,7 @@ def compare(
         more, samples = one.samples(o.count)
         parts += more
     nearest, distances = _nearest(samples, source)
-    sets = [*((to_uint8(x[:COMPARED]), None) for x in samples.values()), left_out(source)]
+    sets = [*((to_uint8(x), None) for x in samples.values()), left_out(source)]
     originals = map(explained, originals_of(sets, source))
     shares = dict(zip([*samples, LEFT_OUT], originals, strict=True))
     settings = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,13 +17,17 @@ from scoremachine.lab.denoising_error import ELS_IMAGES
 from scoremachine.lab.networks.network import Network
 from scoremachine.machines import IdealScore, build
 from scoremachine.machines.machine import Machine
-from scoremachine.provenance.novelty import COMPARED, explained, originals_of
+from scoremachine.provenance.novelty import explained, originals_of
+from scoremachine.provenance.originals import Found
 from scoremachine.runtime.progress import bar
 from scoremachine.runtime.validation import check_integer
 from scoremachine.sampling.generate import generate
 
 SUBSETS = 100  # subsets of pictures over which the distance is averaged, as in KID
 UNSEEN = "held-out images"
+
+
+Made = tuple[str, np.ndarray, np.ndarray, float]  # label, pictures, features beside them, seconds
 
 
 @dataclass
@@ -145,17 +149,18 @@ def qualities(
     half = np.random.default_rng(seed).permutation(len(real))
     one, other = half[: len(half) // 2], half[len(half) // 2 :]
 
-    def judged(label: str, images: np.ndarray, against: np.ndarray, seconds: float) -> Quality:
+    def judged(made: Made, originals: list[Found]) -> Quality:
+        label, images, against, seconds = made
         f = features(images)
         distance, spread = kernel_distance(f, against, seed)
         x = torch.from_numpy(images).float() / 127.5 - 1
         _, far = ideal.nearest(x)
         return Quality(
-            label, distance, spread, far.numpy(), np.empty(0), variety(f) / variety(known), images,
-            seconds,
+            label, distance, spread, far.numpy(), explained(originals),
+            variety(f) / variety(known), images, seconds,
         )  # fmt: skip
 
-    found = [judged(UNSEEN, real[one], known[other], math.nan)]
+    made: list[Made] = [(UNSEEN, real[one], known[other], math.nan)]
     with bar("Drawing", total=len(networks) + len(built)) as progress:
         named: list[tuple[str, Network | Machine]] = [(n.name, n) for n in networks]
         for label, denoiser in [*named, *built.items()]:
@@ -164,7 +169,7 @@ def qualities(
                 x = denoiser.draw(count, steps, seed)
             else:
                 x = generate(denoiser, count, levels, seed, bandwidth=denoiser.bandwidth)
-            found.append(judged(label, to_uint8(x.numpy()), known, time.perf_counter() - start))
+            made.append((label, to_uint8(x.numpy()), known, time.perf_counter() - start))
             progress.advance()
-    originals = originals_of([(q.pictures[:COMPARED], None) for q in found], source)
-    return [replace(q, explained=explained(each)) for q, each in zip(found, originals, strict=True)]
+    originals = originals_of([(images, None) for _, images, _, _ in made], source)
+    return [judged(*pair) for pair in zip(made, originals, strict=True)]
