@@ -30,7 +30,7 @@ from rich.table import Table
 import scoremachine as sm
 import setting
 from scoremachine.provenance.alignment import resized
-from scoremachine.provenance.audit import p_values, reference_scores, score_of
+from scoremachine.provenance.audit import p_values, reference_scores
 from scoremachine.provenance.originals import Found, Originals
 from scoremachine.runtime.progress import bar
 
@@ -68,7 +68,7 @@ def found_of(originals: Originals, pictures: np.ndarray, what: str) -> list[Foun
 
 
 SCORES = {
-    "score": score_of,
+    "score": lambda f: f.score,
     "explained share": lambda f: f.share,
     "votes of windows": lambda f: f.votes,
     "d1 (nearest image)": lambda f: -f.distance,
@@ -108,11 +108,11 @@ def cifair(originals: Originals, half: int, others: int) -> Table:
             a, b = ((values[kind == which] > limit).mean() for limit in limits)
             row.append(f"{a:.2f} ({b:.2f})")
         table.add_row(*row)
-    worst = np.argsort(-np.array([score_of(f) for f in found]))
+    worst = np.argsort(-np.array([f.score for f in found]))
     for i in [i for i in worst if kind[i] == "others"][:24]:
         at = found[i].placement
         image = "" if at is None else originals.corpus.ids[at.image]
-        print(f"{names[kept[i]]} {score_of(found[i]):.2f} {image}")
+        print(f"{names[kept[i]]} {found[i].score:.2f} {image}")
     return table
 
 
@@ -170,7 +170,7 @@ def planted(originals: Originals, reference: np.ndarray, count: int) -> Table:
                     canvas[:, a : a + h, b : b + w] = part
                 pictures.append(canvas)
             found = found_of(originals, np.stack(pictures), f"{kind}, {side}")
-            p = p_values(np.array([score_of(f) for f in found]), reference)
+            p = p_values(np.array([f.score for f in found]), reference)
             row.append(f"{(p <= 0.01).mean():.2f}")
         table.add_row(*row)
         print(row, flush=True)

@@ -90,6 +90,18 @@ def test_a_part_is_found_with_its_region(originals):
     assert np.abs(moved - (2, 5, 2, 5)).max() <= 2
 
 
+def test_small_parts_look_more_like_copies_than_unrelated_pictures(originals):
+    unrelated = textured(5, 20)
+    most = max(found.score for found in originals.find(unrelated))
+    pictures = unrelated[:4].copy()
+    for i, picture in enumerate(pictures):
+        part = originals.corpus.images[60 + i][:, 3:15, 5:17]
+        picture[:, 8:20, 2:14] = part[..., ::-1] if i % 2 else part
+    for i, found in enumerate(originals.find(pictures)):
+        assert found.placement.image == 60 + i
+        assert found.score > 2 * most
+
+
 def test_unrelated_pictures_are_no_copies(originals):
     shares = [found.share for found in originals.find(textured(5, 30))]
     assert max(shares) < 0.5
@@ -116,6 +128,14 @@ def test_an_audit_ranks_copies_first(corpus):
     assert np.median(report.p_value[:12]) > 0.1
     again = sm.audit(pictures, corpus, references=60)  # the held-out images' scores are kept
     np.testing.assert_array_equal(report.p_value, again.p_value)
+
+
+def test_given_references_are_kept_even_if_they_look_like_copies(corpus, capsys):
+    reference = np.concatenate([textured(8, 22), corpus.images[30:33]])
+    report = sm.audit(textured(7, 2), corpus, reference)
+    assert len(report.reference) == 25
+    assert report.left_out == 0
+    assert "3 of the 25 reference images look like copies" in capsys.readouterr().err
 
 
 @given(arrays(np.float64, st.integers(20, 60), elements=st.floats(0, 5)), st.floats(-1, 6))

@@ -11,11 +11,10 @@ CHUNK = 4096  # queries of one piece of work
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def _search(queries, probes, starts, codes, owners, distances, found):
-    """The nearest vector of each of the k nearest images, for every query."""
-    n, k = distances.shape
-    d = queries.shape[1]
-    for q in range(n):
+def _search(queries, probes, starts, codes, owners, order, distances, found):
+    """The nearest vector of each of the k nearest images, for the queries in `order`."""
+    k, d = distances.shape[1], queries.shape[1]
+    for q in order:
         for j in range(k):
             distances[q, j] = np.float32(np.inf)
             found[q, j] = -1
@@ -68,10 +67,12 @@ def search(
     distances = np.empty((len(queries), k), dtype=np.float32)
     found = np.empty((len(queries), k), dtype=np.int64)
 
+    # one after the other those that look through the same list first: it is then in the cache
+    order = np.argsort(probes[:, 0], kind="stable")
+
     def some(first: int) -> None:
-        rows = slice(first, first + CHUNK)
-        lists = starts, codes, owners
-        _search(queries[rows], probes[rows], *lists, distances[rows], found[rows])
+        mine = order[first : first + CHUNK]
+        _search(queries, probes, starts, codes, owners, mine, distances, found)
 
     side_by_side(some, range(0, len(queries), CHUNK))
     return distances, found

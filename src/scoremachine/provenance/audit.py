@@ -23,10 +23,9 @@ from scoremachine.provenance.originals import Found, Originals
 from scoremachine.runtime.progress import bar, say
 from scoremachine.runtime.validation import check_integer, check_seed
 
-VERSION = 2
+VERSION = 3
 REFERENCES = 1000  # held-out images, at most
 FEWEST = 20  # held-out images without which there are no p-values
-SHARE, VOTES, UNIT = 0.05, 0.5, 0.5  # of the score: found on CIFAR-10 test images
 COPY = 2.0  # score from which on a held-out image is left out: by eye, 19 of 21 were copies
 KEPT_EVERY = 50  # held-out images, after which what was found is kept
 MEMORIZED = 1 / 3  # d1 / d2 below which a picture is called memorized (Bonnaire et al. 2505.17638)
@@ -78,7 +77,7 @@ class Audit:
     @cached_property
     def score(self) -> np.ndarray:
         """How much each looks like a copy, float64 (n,); 1% of CIFAR-10 test images reach 1."""
-        return np.array([score_of(each) for each in self.found])
+        return np.array([each.score for each in self.found])
 
     @property
     def nearest(self) -> np.ndarray:
@@ -122,11 +121,6 @@ class Audit:
     def order(self) -> np.ndarray:
         """The pictures' positions, the most alike first."""
         return np.argsort(-self.score, kind="stable")
-
-
-def score_of(found: Found) -> float:
-    """The score: the product of the explained share and of the votes, neither of them nearly 0."""
-    return (found.share + SHARE) * (found.votes + VOTES) / UNIT
 
 
 def p_values(score: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -208,7 +202,7 @@ def reference_scores(
 ) -> tuple[np.ndarray, int]:
     """The scores of held-out images, rising, and how many were copies and are left out.
 
-    Those of the corpus's own images are kept beside it.
+    Those of the corpus's own images are kept beside it. Given images are never left out.
     """
     corpus = originals.corpus
     record: Record | None = None
@@ -229,8 +223,8 @@ def reference_scores(
     with bar("Auditing held-out images", total=len(images)) as progress:
         progress.advance(done)
         for each in originals.find(images[done:], leave_out[done:]):
-            score = score_of(each)
-            if score >= COPY:
+            score = each.score
+            if score >= COPY and record is not None:
                 copies += 1
             else:
                 scores.append(score)
@@ -241,6 +235,13 @@ def reference_scores(
         say(
             f"{copies} of {len(images)} held-out images look like copies (their score is "
             f"{COPY:g} or more), and are left out of the comparison"
+        )
+    alike = sum(score >= COPY for score in scores)
+    if alike:
+        say(
+            f"{alike} of the {len(images)} reference images look like copies of training images "
+            f"(their score is {COPY:g} or more). They are kept, since they were given; if they "
+            "are copies, p-values are too large: take them out of the reference"
         )
     if record is not None and done < len(images):
         record.write({"scores": scores, "copies": copies})

@@ -17,6 +17,9 @@ from scoremachine.provenance.windows import WindowIndex, descriptors, tiles
 WHOLE, MIRRORED, PARTS = 10, 6, 12  # candidates: by the whole, mirrored, by windows
 SCALES = (0.8, 1.0, 1.25)  # by which pictures are resized before their windows are looked up
 OF_ONE = 3  # placements of one image
+NEAR = 12  # places looked at for each placement: those next to a better one are left out
+SPAN, OFFSET = 4096, 2048  # places along an axis, and the number of the one that is not moved
+AROUND = tuple(a * SPAN + b for a in (-1, 0, 1) for b in (-1, 0, 1))
 DISTINCT = 0.5  # of the largest weight: the least of a window that a region is made of
 
 
@@ -67,8 +70,10 @@ def parts(
 ) -> list[Parts]:
     """For each picture (n, C, H, W), placements by windows, most votes first.
 
-    A window votes for each of the images whose nearest windows are d_1 <= ... <= d_5 away, with the
-    weight 1 - d_j / d_5: how much nearer it is than what windows of this kind are near to.
+    A window votes for the two images whose nearest windows are d_1 <= d_2 away, with the weight
+    (1 - d_j / d_5)^2, d_5 being the distance of the fifth nearest image: how much nearer it is than
+    what windows of this kind are near to. The votes for one place are those of all windows for it
+    and for the places next to it.
 
     Arguments:
         x: Pictures in [0, 1].
@@ -77,14 +82,14 @@ def parts(
         most: How many placements.
     """
     reduced, owners, rows = [], [], []
-    half = max(1, index.step // 2)
+    unit = _unit(index)
     for mirrored in (False, True):
         seen = x.flip(-1) if mirrored else x
         for scale in SCALES:
             scaled = resized(seen, scale)
             if min(scaled.shape[2:]) < index.side:
                 continue
-            d, n, at = descriptors(scaled, index.side, half)
+            d, n, at = descriptors(scaled, index.side, unit if scale == 1 else 2 * unit)
             reduced.append(d)
             owners.append(n.numpy())
             kind = np.tile(np.array([[mirrored, scale]]), (len(d), 1))
@@ -102,7 +107,8 @@ def parts(
         place = np.take_along_axis(place, order[:, :, None], 1)
     finite = np.isfinite(distance)
     last = np.where(finite, distance, 0).max(1, keepdims=True)
-    weight = np.where(finite & (image >= 0), 1 - distance / np.maximum(last, 1e-6), 0.0)[:, :2]
+    nearer = np.where(finite & (image >= 0), 1 - distance / np.maximum(last, 1e-6), 0.0)
+    weight = nearer[:, :2] ** 2
     matches = _Matches(picture, row, weight, image[:, :2], place[:, :2])
     return [_of_picture(p, matches, index, tuple(x.shape[2:]), most) for p in range(len(x))]
 
@@ -139,14 +145,22 @@ def _of_picture(
         return Parts([], [])
     mirrored, q, u = row[who, 0].astype(np.int64), row[who, 1], row[who, 2:]
     shift = (u - v) / q[:, None]  # where the image's first pixel lies in the picture
-    cell = np.round(shift / index.step).astype(np.int64)
-    keys = np.stack([n, mirrored, np.round(q * 100).astype(np.int64), cell[:, 0], cell[:, 1]], 1)
-    found, which = np.unique(keys, axis=0, return_inverse=True)
-    total = np.bincount(which, w, len(found))
+    cell = np.round(shift / _unit(index)).astype(np.int64) + OFFSET
+    kind = (n * 2 + mirrored) * len(SCALES) + np.searchsorted(SCALES, q)
+    key = (kind * SPAN + cell[:, 0]) * SPAN + cell[:, 1]
+    found, which = np.unique(key, return_inverse=True)
+    total = _with_neighbours(found, np.bincount(which, w, len(found)))
     placements: list[Placement] = []
     votes: list[float] = []
-    for k in np.argsort(-total, kind="stable")[: 4 * most]:
-        of = which == k
+    taken: set[int] = set()
+    for k in np.argsort(-total, kind="stable")[: NEAR * most].tolist():
+        around = {int(found[k]) + step for step in AROUND}
+        of = np.isin(key, list(around))
+        first = int(np.flatnonzero(of)[0])
+        image_, flipped = int(n[first]), bool(mirrored[first])
+        if int(found[k]) in taken or sum(p.image == image_ for p in placements) == OF_ONE:
+            continue
+        taken |= around
         some = of & (w >= DISTINCT * w[of].max())
         row_, column = (np.average(shift[some], axis=0, weights=w[some])).tolist()
         top, left = (u[some] / q[some][:, None]).min(0)
@@ -158,11 +172,23 @@ def _of_picture(
             max(0, int(np.ceil(top)) + inset), max(0, int(np.ceil(left)) + inset),
             min(H, int(bottom) - inset), min(W, int(right) - inset),
         )  # fmt: skip
-        image_, m, hundredths = found[k, :3].tolist()
-        if sum(known.image == image_ for known in placements) == OF_ONE:
-            continue
-        placements.append(Placement(image_, bool(m), 100 / hundredths, row_, column, region))
+        scale = 1 / float(q[first])
+        placements.append(Placement(image_, flipped, scale, row_, column, region))
         votes.append(float(total[k]))
         if len(placements) == most:
             break
     return Parts(placements, votes)
+
+
+def _unit(index: WindowIndex) -> int:
+    """The distance of the windows of a picture that are looked up, in pixels."""
+    return max(1, index.step // 3)
+
+
+def _with_neighbours(keys: np.ndarray, votes: np.ndarray) -> np.ndarray:
+    """The votes of places, keys rising, with those of the places next to them."""
+    total = np.zeros(len(keys))
+    for step in AROUND:
+        at = np.searchsorted(keys, keys + step).clip(max=len(keys) - 1)
+        total += np.where(keys[at] == keys + step, votes[at], 0.0)
+    return total

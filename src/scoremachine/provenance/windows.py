@@ -21,19 +21,20 @@ from scoremachine.data.corpus import Corpus
 from scoremachine.engines import inverted
 from scoremachine.runtime.progress import bar
 
-VERSION = 1
+VERSION = 2
 GRID, DIMENSIONS = 6, 24  # of a window: pixels that it is reduced to, and numbers of its descriptor
 FAINT = 6 / 255  # standard deviation, in units of white, below which a window looks like nothing
 SAMPLE = 60_000  # windows that components and centres are found from
-PROBES, NAMED = 8, 5  # lists looked through for a query, and images found in them
+PROBES, NAMED = 4, 5  # lists looked through for a query, and images found in them
 PER_LIST = 2_000  # windows, about
 TILE = 512  # images in memory at once
+ROWS = 8192  # vectors that are compared with all centres at once
 
 
 def geometry(H: int, W: int) -> tuple[int, int]:
     """Side of the windows of H x W images, and their distance from each other."""
-    side = max(4, round(0.375 * min(H, W)))
-    return side, max(1, side // 3)
+    side = max(4, round(min(H, W) / 4))
+    return side, max(1, round(3 * side / 8))
 
 
 def descriptors(x: Tensor, side: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,15 +159,12 @@ ARRAYS = ("components", "centres", "starts", "codes", "owners", "places")
 
 
 def _parts(x: np.ndarray) -> Iterator[np.ndarray]:
-    for first in range(0, len(x), 65536):
-        yield x[first : first + 65536]
+    for first in range(0, len(x), ROWS):
+        yield x[first : first + ROWS]
 
 
 def _nearest(x: np.ndarray, centres: np.ndarray, k: int) -> np.ndarray:
-    """The k nearest centres of each vector, int64 (n, k)."""
-    far = (centres**2).sum(1) - 2 * x @ centres.T
-    if k == 1:
-        return far.argmin(1)[:, None]
-    if k >= len(centres):
-        return np.tile(np.arange(len(centres)), (len(x), 1))
-    return np.argpartition(far, k - 1, axis=1)[:, :k].astype(np.int64)
+    """The k nearest centres of each vector, int64 (n, k), the nearest first."""
+    c = torch.from_numpy(centres)
+    far = torch.addmm((c**2).sum(1), torch.from_numpy(x), c.T, alpha=-2)
+    return far.topk(min(k, len(c)), dim=1, largest=False).indices.numpy()

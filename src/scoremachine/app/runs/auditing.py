@@ -207,16 +207,18 @@ def _summary(report: Audit) -> str:
         )
     p = report.p_value
     alarms, expected = int((p <= 0.01).sum()), 0.01 * len(p)
+    copies = report.left_out
+    left_out = f"; {copies} more look like copies themselves and are left out" if copies else ""
     return (
         f"<p><b>{alarms} of {len(p):,} pictures</b> look more like a copy of a training image than "
         f"99 in 100 real images that are none (p at most 0.01). If none of them were a copy, about "
         f"{expected:.0f} would do so by chance.</p><p>The p-value of a picture is the share of "
         f"{len(report.reference):,} held-out real images that look at least as much like a copy, "
-        f"when they are compared with all other images in the same way; {report.left_out} more "
-        "look like copies themselves and are left out. The q-value is the share of false alarms to "
-        f"expect among this picture and all above it. The {min(SHOWN, len(p))} pictures that look "
-        "most like copies come first: each beside its training image, with the largest part "
-        "outlined that this image explains. All of them are in audit.csv.</p>"
+        f"when they are compared with all other images in the same way{left_out}. The q-value is "
+        "the share of false alarms to expect among this picture and all above it. The "
+        f"{min(SHOWN, len(p))} pictures that look most like copies come first: each beside its "
+        "training image, with the largest part outlined that this image explains. All of them are "
+        "in audit.csv.</p>"
     )
 
 
