@@ -29,6 +29,7 @@ SMALL: dict[str, dict] = {
     "ls": {"patch_size": 3},
     "els": {"patch_size": 3},
     "pspc": {"patch_size": 3},
+    "epc": {"patch_size": 3},
     "pspc-flex": {"share": 0.6},
     "pca": {"threshold": 0.1},
     "smoothed": {"delta": 0.3},

@@ -22,22 +22,25 @@ TOLERANCE = 1e-4
 
 def full_size(name: str, H: int, W: int, boundary: str) -> int:
     side = min(H, W) if boundary == "circular" else max(H, W)
-    return side if name == "pspc" else side - (side % 2 == 0)
+    return side if name in ("pspc", "epc") else side - (side % 2 == 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("P", [1, 3, 7, "full"])
 @pytest.mark.parametrize(
     ("name", "boundary"),
-    [("ls", "broken"), ("els", "broken"), ("els", "circular"), ("pspc", "broken")],
-)
+    [
+        ("ls", "broken"), ("els", "broken"), ("els", "circular"), ("pspc", "broken"),
+        ("epc", "broken"), ("epc", "circular"),
+    ],
+)  # fmt: skip
 def test_box_machines_equal_their_definition(name, boundary, P, shape, kernel):
     C, H, W = shape
     corpus = random_corpus(seed=1, N=11, C=C, H=H, W=W)
     size = full_size(name, H, W, boundary) if P == "full" else P
     if size > full_size(name, H, W, boundary):
         pytest.skip("no such window fits")
-    extra = {"boundary": boundary} if name == "els" else {}
+    extra = {"boundary": boundary} if name in ("els", "epc") else {}
     y, sigma = noised(corpus, SIGMAS)
     fast = sm.build(name, corpus, patch_size=size, kernel=kernel, **extra)
     slow = sm.build(name, corpus, patch_size=size, kernel="reference", **extra)
@@ -125,6 +128,11 @@ COLLECTIONS = {
     "pspc": Collection(IMAGE, Box((4, 4)), "boxes", "window"),
     "pspc-soft": Collection(IMAGE, Soft.gaussian(4, 4), "boxes", "window"),
     "pspc-reach": Collection(IMAGE, Box((4, 4)), "boxes", "window", reach=1, variants=FLIPS),
+    "epc": Collection(IMAGE, Box((3, 3)), "boxes", "window", "every"),
+    "epc-soft": Collection(IMAGE, Soft.gaussian(4, 4), "boxes", "window", "every", variants=FLIPS),
+    "epc-circular": Collection(
+        IMAGE, Box((4, 4)), "pixels", "window", "every", boundary="circular", variants=FLIPS
+    ),
     "masks": Collection(IMAGE, MASKS, "pixels", "window"),
     "masks-pixel": Collection(IMAGE, MASKS, "pixels", "pixel", variants=FLIPS),
     "whole": Collection(IMAGE, Box(IMAGE), "boxes", "window"),

@@ -23,7 +23,7 @@ SIGMAS = st.floats(0.05, 20.0)
 
 def every(name: str) -> int:
     """How many sources a pixel has in a corpus of 9 pictures of 6 x 6, at most."""
-    return 9 * 36 if name in ("es", "els") else 9
+    return 9 * 36 if name in ("es", "els", "epc") else 9
 
 
 def noisy(seed: int, B: int = 2, C: int = 1, H: int = 6, W: int = 6) -> torch.Tensor:
@@ -48,6 +48,16 @@ def test_shares_add_up_and_rebuild_the_answer(name, seed, sigma, h):
         w = machine.weights_at(sigma)[0]
         rebuilt += a * w * (machine.members["gaussian"].denoise(y, s) - y)
     torch.testing.assert_close(rebuilt, D, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("boundary", ["broken", "circular"])
+@pytest.mark.parametrize("canvas", [(6, 6), (8, 11), (5, 4)])
+def test_composites_of_any_size_rebuild_their_answer(boundary, canvas):
+    machine = sm.build("epc", random_corpus(4, N=3), patch_size=4, boundary=boundary)
+    y = noisy(6, 2, 1, *canvas)
+    trace = sm.explain(machine, y, 0.8, k=3 * 36)
+    torch.testing.assert_close(trace.contributions, machine.denoise(y, 0.8), rtol=0, atol=1e-5)
+    assert float(trace.rest.max()) < 1e-6
 
 
 @pytest.mark.parametrize("name", EXPLAINED)

@@ -74,6 +74,48 @@ def test_other_sizes_equal_their_definition(image, canvas, P, boundary, kernel):
     )
 
 
+def composite(images, y, sigma, P, wraps):
+    """The mean of all boxes over a pixel, each the mean of all patches of the images, float64."""
+    s = images.astype(np.float64) / 127.5 - 1
+    n, m = images.shape[2:]
+    places = [(a, b) for a in range(n - P + 1) for b in range(m - P + 1)]
+    patches = np.stack([s[:, :, a : a + P, b : b + P] for a, b in places], 1)
+    patches = patches.reshape(-1, *patches.shape[2:])
+    D = np.zeros(y.shape)
+    count = np.zeros(y.shape[2:])
+    (H, W) = y.shape[2:]
+    for i in range(H if wraps else H - P + 1):
+        for j in range(W if wraps else W - P + 1):
+            rows, columns = (i + np.arange(P)) % H, (j + np.arange(P)) % W
+            count[rows[:, None], columns] += 1
+            for p, level in enumerate(sigma):
+                query = y[p][:, rows[:, None], columns]
+                l = -((patches - query) ** 2).sum((1, 2, 3)) / (2 * level**2)
+                w = np.exp(l - l.max())
+                D[p][:, rows[:, None], columns] += np.einsum("s,scab->cab", w / w.sum(), patches)
+    return D / count
+
+
+@pytest.mark.parametrize(("image", "canvas", "P"), [*CASES, ((6, 8), (20, 7), 4)])
+@pytest.mark.parametrize("boundary", ["broken", "circular"])
+@pytest.mark.parametrize("kernel", ["numba", "torch", "reference"])
+def test_composites_of_other_sizes_equal_their_definition(image, canvas, P, boundary, kernel):
+    images = random_images(1, 3, 3, *image)
+    m = small("epc", images, patch_size=P, boundary=boundary, kernel=kernel)
+    y = torch.randn(2, 3, *canvas, generator=torch.Generator().manual_seed(0)).double()
+    sigma = torch.tensor([0.3, 1.5])
+    expected = composite(images, y.numpy(), sigma.numpy(), P, boundary == "circular")
+    assert np.abs(m.denoise(y, sigma).numpy() - expected).max() < 1e-4
+
+
+def test_a_composite_is_differentiable_at_other_sizes():
+    images = random_images(1, 2, 1, 6, 6)
+    y = torch.randn(1, 1, 5, 8, generator=torch.Generator().manual_seed(0)).double()
+    for boundary in ("broken", "circular"):
+        m = small("epc", images, patch_size=3, boundary=boundary)
+        assert torch.autograd.gradcheck(lambda y, m=m: m.denoise(y, 1.0), y.requires_grad_())
+
+
 @pytest.mark.parametrize("boundary", ["broken", "circular"])
 def test_the_images_own_size_is_no_exception(boundary):
     images = random_images(1, 5, 1, 6, 8)

@@ -22,6 +22,7 @@ from .lab.networks import Training as Training
 from .lab.networks import train as train
 from .machines import Composite as Composite
 from .machines import EquivariantLocalScore as EquivariantLocalScore
+from .machines import EquivariantPatchComposite as EquivariantPatchComposite
 from .machines import EquivariantScore as EquivariantScore
 from .machines import GaussianScore as GaussianScore
 from .machines import IdealScore as IdealScore
@@ -42,6 +43,8 @@ from .provenance.explain import explain as explain
 from .provenance.risk import Risk as Risk
 from .provenance.risk import risk as risk
 from .sampling.generate import generate as generate
+from .sampling.grow import Growth as Growth
+from .sampling.grow import grow as grow
 from .sampling.schedules import EDMSchedule as EDMSchedule
 from .sources.compression import compress as compress
 from .sources.mixture import Mixture as Mixture

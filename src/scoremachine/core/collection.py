@@ -37,8 +37,8 @@ class Collection:
             "circular": it wraps around, and is compared with every box that fits.
         variants: The forms (mirrored, brighter, ...) in which every image is a source.
         canvas: Height and width of the pictures, if they differ from those of the images. Only
-            with sites "pixels" and source "every", and neither may be smaller than the window.
-            A truncated box is compared with boxes truncated in the same way.
+            with source "every", and neither may be smaller than the window. A truncated box is
+            compared with boxes truncated in the same way.
     """
 
     image: tuple[int, int]
@@ -68,7 +68,7 @@ class Collection:
         """Rows and columns of sites."""
         if self.sites == "pixels":
             return self.frame
-        (H, W), (P, Q) = self.image, self.window.shape
+        (H, W), (P, Q) = self.frame, self.window.shape
         return H - P + 1, W - Q + 1
 
     @property
@@ -119,7 +119,9 @@ class Collection:
         """The sum of the response windows, float64 (H, W)."""
         if self.response == "pixel":
             return np.ones(self.frame)
-        return self.window_adjoint(torch.ones(1, *self.grid, dtype=torch.float64))[0].numpy()
+        whole = self.window_adjoint(torch.ones(1, *self.grid, dtype=torch.float64))[0].numpy()
+        # all pixels of a picture that wraps around are in equally many windows
+        return np.full_like(whole, whole.max(), shape=self.frame) if self.wraps else whole
 
     def window_sum(self, v: Tensor) -> Tensor:
         """sum_d q_i[d] v[d] of every site: v float64 (B, Hq, Wq) -> (B, *sites)."""

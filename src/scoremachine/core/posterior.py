@@ -60,7 +60,7 @@ class ScanRequest:
         collection: Windows and source.
         log_cutoff: Sources more than this many nats below their site's leader may be skipped, (B,).
         u: None, or the direction of a derivative, float64: (B, C, *sites) where sites contribute to
-            their own pixel, (B, C, H, W) where they contribute to their windows. A source's value
+            their own pixel, in y's shape where they contribute to their windows. A source's value
             is then the number b_is, its inner product with u over the site's response window. For
             `Engine.response_covariance` u has y's shape, and b_is is the inner product over the
             query window.
@@ -190,7 +190,7 @@ class Scan:
                 D = fold.mean
             else:
                 D = accumulate_response(self.engine, request, fold, progress)
-                D /= torch.from_numpy(c.coverage)
+                D = (unwrap(D, c) if c.wraps else D) / torch.from_numpy(c.coverage)
         # the same for all sources of a site
         constant = -c.window_sum((request.y**2).sum(1)) / (2 * sigma[:, None, None] ** 2)
         return D, constant, *vars(fold).values()
@@ -218,9 +218,11 @@ class Scan:
                 if self.values is not None and not transposed:
                     raise NotImplementedError(SEEN)
                 coverage = torch.from_numpy(c.coverage)
-                request = self.request(y, sigma, x / coverage if transposed else x)
+                u = x / coverage if transposed else x
+                request = self.request(y, sigma, wrap(u, c) if c.wraps else u)
                 known = folded(self.engine, request, 0, progress)
                 g = accumulate_response(self.engine, request, known, progress)
+                g = unwrap(g, c) if c.wraps else g
                 g = g if transposed else g / coverage
         return g / sigma[:, None, None, None] ** 2
 

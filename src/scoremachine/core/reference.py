@@ -7,7 +7,7 @@ weights, and only the type of the result is shared with the fast kernels. Only f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -78,8 +78,7 @@ def _middles(c: Collection, axis: int, at: int, seen: range) -> list[int]:
         return list(fits)
     if len(seen) < p:  # at the same distance from the same border
         return [at if seen.start > 0 else at + n - c.frame[axis]]
-    near = n if c.source == "every" else c.reach
-    return [a for a in fits if abs(a - at) <= near]
+    return [a for a in fits if c.source == "every" or abs(a - at) <= c.reach]
 
 
 def _mask(c: Collection, i: int, j: int) -> Site:
@@ -112,10 +111,19 @@ def _ids(request: ScanRequest) -> np.ndarray:
 
 def _picture(request: ScanRequest) -> np.ndarray:
     """The query as it was before it was continued periodically, (B, C, H W)."""
-    c = request.collection
+    return _unwrapped(request.y, request.collection).flatten(2).numpy()
+
+
+def _direction(request: ScanRequest) -> Tensor | None:
+    """u, as it was before it was continued periodically if sites contribute to windows."""
+    c, u = request.collection, request.u
+    return u if u is None or c.response == "pixel" else _unwrapped(u, c)
+
+
+def _unwrapped(x: Tensor, c: Collection) -> Tensor:
     (H, W) = c.frame
     ry, rx = (p // 2 if c.wraps else 0 for p in c.window.shape)
-    return request.y[:, :, ry : ry + H, rx : rx + W].flatten(2).numpy()
+    return x[:, :, ry : ry + H, rx : rx + W]
 
 
 def _logits(s, y, sigma, site) -> np.ndarray:  # type: ignore[no-untyped-def]
@@ -146,10 +154,10 @@ def fold(request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
     """The definition of the fold; see `scoremachine.core.posterior.Engine`."""
     c, (s, v), ids, y = request.collection, _read(request), _ids(request), _picture(request)
     (H, W), grid, (B, C, _) = c.image, c.grid, y.shape  # whole images have no canvas
-    pixel = c.response == "pixel"
-    values = 1 if request.u is not None else C if pixel else 0
+    pixel, u = c.response == "pixel", _direction(request)
+    values = 1 if u is not None else C if pixel else 0
     m, Z, Z2 = (np.zeros((B, *grid)) for _ in range(3))
-    whole = c.whole and request.u is None
+    whole = c.whole and u is None
     S = np.zeros((B, C, H, W) if whole else (B, values, *grid))
     logits = np.full((B, leaders, *grid), -1e300)
     places = np.full((B, leaders, *grid), -1, dtype=np.int64)
@@ -162,8 +170,8 @@ def fold(request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
             w = np.exp(l - l.max())
             Z[p, i, j] = w.sum()
             Z2[p, i, j] = (w**2).sum()
-            if request.u is not None:
-                S[p, 0, i, j] = (w * _inner(v, request.u[p].numpy(), site, pixel)).sum()
+            if u is not None:
+                S[p, 0, i, j] = (w * _inner(v, u[p].numpy(), site, pixel)).sum()
             elif c.whole:
                 for column, (pixels, _) in zip(w.T, site.sources, strict=True):
                     S[p] += np.einsum("n,ncd->cd", column, v[:, :, pixels]).reshape(C, H, W)
@@ -180,7 +188,7 @@ def fold(request: ScanRequest, leaders: int, known: Fold | None) -> Fold:
 
 def accumulate_response(request: ScanRequest, known: Fold) -> Tensor:
     """sum_is q_i a_is s; see `scoremachine.core.posterior.Engine`."""
-    c, (s, v), y = request.collection, _read(request), _picture(request)
+    c, (s, v), y, u = request.collection, _read(request), _picture(request), _direction(request)
     D = np.zeros(y.shape)
     for p in range(len(y)):
         sigma = float(request.sigma[p])
@@ -188,11 +196,11 @@ def accumulate_response(request: ScanRequest, known: Fold) -> Tensor:
             i, j = site.i, site.j
             l = _logits(s, y[p], sigma, site) + _constant(y[p], sigma, site)
             a = np.exp(l - float(known.m[p, i, j])) / float(known.Z[p, i, j])
-            if request.u is not None:
-                b = _inner(v, request.u[p].numpy(), site, c.response == "pixel")
+            if u is not None:
+                b = _inner(v, u[p].numpy(), site, c.response == "pixel")
                 a *= b - float(known.mean[p, 0, i, j])
             for column, (pixels, _) in zip(a.T, site.sources, strict=True):
-                source = v if request.u is None else s
+                source = v if u is None else s
                 picture = np.einsum("n,ncd->cd", column, source[:, :, pixels])
                 # no pixel appears twice in a window, even if the window wraps around
                 D[p][:, site.query] += site.weights * picture
@@ -208,7 +216,7 @@ def response_covariance(request: ScanRequest, known: Fold) -> Tensor:
     """Cov_i(v_sp, b_is) at every pixel; see `scoremachine.core.posterior.Engine`."""
     c, (s, v), y = request.collection, _read(request), _picture(request)
     assert request.u is not None
-    u = _picture(replace(request, y=request.u))
+    u = _unwrapped(request.u, c).flatten(2).numpy()
     found = np.zeros((*y.shape[:2], *c.grid))
     for p in range(len(y)):
         sigma = float(request.sigma[p])

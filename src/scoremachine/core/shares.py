@@ -7,7 +7,7 @@ number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -177,6 +177,8 @@ def of_candidates(
     """
     c, (B, _, H, W) = collection, D.shape
     C = c.frame[0] // H  # of the channels below each other; 1 elsewhere
+    Hi, Wi = c.image[0] // C, c.image[1]
+    before = [p // 2 if c.wraps else 0 for p in c.window.shape]
     coverage = torch.from_numpy(c.coverage)
     top, left = (0 if c.sites == "pixels" else p // 2 for p in c.window.shape)
     i, j = (torch.arange(n) for n in c.grid)
@@ -186,27 +188,51 @@ def of_candidates(
         for n, (dy, dx) in candidates(fold, p, c, (i[:, None] + top, j + left)):
             step = max(1, CHUNK // D[0].numel())
             for some in n.split(step):
-                w = weights_of(p, some, (dy, dx))
-                if c.response == "window":
-                    w = c.window_adjoint(w) / coverage
-                share = w.unflatten(1, (C, H))[None]
-                at = torch.arange(H)[:, None] + dy, torch.arange(W) + dx
-                place = (some[:, None, None] * H + at[0]) * W + at[1]
-                inside = (at[0] >= 0) & (at[0] < H) & (at[1] >= 0) & (at[1] < W)
-                place = torch.where(inside, place, -1)[None]
-                weights, places = leading(
-                    torch.cat([weights, share], 1), torch.cat([places, place], 1), k
-                )
+                w = weights_of(p, some, (dy - before[0], dx - before[1]))
+                for share, (rows, columns) in _copies(w, c):
+                    share = (share / coverage).unflatten(1, (C, H))[None]
+                    row, column = rows[:H, None] + dy, columns + dx
+                    place = (some[:, None, None] * Hi + row) * Wi + column
+                    inside = (row >= 0) & (row < Hi) & (column >= 0) & (column < Wi)
+                    place = torch.where(inside, place, -1)[None]
+                    both = torch.cat([weights, share], 1), torch.cat([places, place], 1)
+                    # the same source may give to a pixel in several of its copies
+                    weights, places = leading(*(gathered(*both) if c.wraps else both), k)
         found.append((weights, places))
     weights, places = (torch.cat(x) for x in zip(*found, strict=True))
 
     def over_sites(x: Tensor) -> Tensor:
-        mean = c.window_adjoint(x) / coverage if c.response == "window" else x
+        mean = sum(share for share, _ in _copies(x, c)) / coverage
         return mean.unflatten(1, (C, H)).mean(1)
 
     effective = 1 / over_sites(1 / fold.effective_sources)
     omitted = over_sites(fold.omitted_mass)
     return Shares(D, weights, places, effective, omitted, torch.zeros_like(omitted))
+
+
+def _copies(w: Tensor, c: Collection) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    """What weights of sites (n, *sites) give to pixels, (n, H, W), and these pixels' positions.
+
+    Once, or for a picture that wraps around once for each copy of it that windows reach: positions
+    are then those of the copy, beyond the picture.
+    """
+    if c.response == "pixel":
+        yield w, (torch.arange(w.shape[1]), torch.arange(w.shape[2]))
+        return
+    w = c.window_adjoint(w)
+    if not c.wraps:
+        yield w, (torch.arange(w.shape[1]), torch.arange(w.shape[2]))
+        return
+    H, W = c.frame
+    rows, columns = (
+        torch.arange(n) - p // 2 for n, p in zip(w.shape[1:], c.window.shape, strict=True)
+    )
+    for up in torch.unique(rows // H).tolist():
+        for left in torch.unique(columns // W).tolist():
+            i, j = rows // H == up, columns // W == left
+            part = w.new_zeros(len(w), H, W)
+            part[:, rows[i][:, None] % H, columns[j] % W] = w[:, i][:, :, j]
+            yield part, (torch.arange(H) + up * H, torch.arange(W) + left * W)
 
 
 def candidates(

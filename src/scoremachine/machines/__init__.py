@@ -7,7 +7,7 @@ import pkgutil
 
 from scoremachine.machines.build import build, calibrate, kind_of, spelled
 from scoremachine.machines.composite import Composite
-from scoremachine.machines.equivariant import EquivariantLocalScore
+from scoremachine.machines.equivariant import EquivariantLocalScore, EquivariantPatchComposite
 from scoremachine.machines.gaussian import GaussianScore
 from scoremachine.machines.ideal import EquivariantScore, IdealScore
 from scoremachine.machines.local import LocalScore
@@ -15,9 +15,9 @@ from scoremachine.machines.machine import MACHINES, LocalMachine, Machine
 from scoremachine.machines.patch_composite import PatchComposite, PatchCompositeFlex
 from scoremachine.machines.pca import PCALocality
 from scoremachine.machines.smoothed import SmoothedScore
-from scoremachine.machines.windowed import BoxMachine, WindowMachine
+from scoremachine.machines.windowed import BoxMachine, EquivariantMachine, WindowMachine
 
-TABLE = "ideal gaussian es ls els pspc pspc-flex pca smoothed composite".split()  # noqa: SIM905
+TABLE = "ideal gaussian es ls els pspc epc pspc-flex pca smoothed composite".split()  # noqa: SIM905
 
 # a machine is added to MACHINES when its module is imported; sorted: the table's order, then others
 for _module in pkgutil.iter_modules(__path__):
@@ -30,6 +30,8 @@ __all__ = [
     "BoxMachine",
     "Composite",
     "EquivariantLocalScore",
+    "EquivariantMachine",
+    "EquivariantPatchComposite",
     "EquivariantScore",
     "GaussianScore",
     "IdealScore",

@@ -31,8 +31,8 @@ def kind_of(name: str) -> type[Machine]:
 def spelled(text: str) -> tuple[str, dict[str, Any]]:
     """Parses NAME[:LOCALITY][+WINDOW][+circular][+h] into a name and settings of `build`.
 
-    WINDOW is gaussian or wiener, for box-window machines; circular is the boundary of `els`; h
-    means a calibrated bandwidth.
+    WINDOW is gaussian or wiener, for box-window machines; circular is the boundary of `els` and
+    `epc`; h means a calibrated bandwidth.
 
     Raises:
         ValueError: For an unknown name, or a locality of a machine that has none.
@@ -52,7 +52,7 @@ def spelled(text: str) -> tuple[str, dict[str, Any]]:
         else:
             raise ValueError(
                 f"{text!r} has +{addition}; expected +h, +gaussian or +wiener with machines of "
-                "boxes (ls, els, pspc), or +circular with els"
+                "boxes (ls, els, pspc, epc), or +circular with els and epc"
             )
     if colon:
         if kind.locality is None:
@@ -70,8 +70,8 @@ def build(name: str, corpus: Corpus, **settings: Any) -> Machine:
     """The machine called `name` on `corpus`.
 
     Arguments:
-        name: "ideal", "gaussian", "es", "ls", "els", "pspc", "pspc-flex", "pca", "smoothed"
-            (also called "cfdm") or "composite".
+        name: "ideal", "gaussian", "es", "ls", "els", "pspc", "epc", "pspc-flex", "pca",
+            "smoothed" (also called "cfdm") or "composite".
         corpus: The images, or a `Mixture` of them.
         settings: bandwidth, kernel, schedule, and the machine's other settings. Machines without
             patches accept `patch_size="auto"` too, and ignore it.

@@ -15,7 +15,7 @@ from scoremachine.core.schedules import PatchSchedule
 from scoremachine.data.corpus import Corpus
 from scoremachine.engines.search.bounded import LEVEL
 from scoremachine.machines.machine import Batch, Label, apply_bandwidth
-from scoremachine.machines.windowed import BoxMachine
+from scoremachine.machines.windowed import EquivariantMachine
 from scoremachine.sources import source_of
 from scoremachine.sources.searched import Search, SearchedImages
 from scoremachine.sources.source import FoldRequest, Source
@@ -52,7 +52,7 @@ class Searched(NamedTuple):
         return 1.0 if self.kind == "deterministic" else LEVEL
 
 
-class EquivariantLocalScore(BoxMachine):
+class EquivariantLocalScore(EquivariantMachine):
     """Every pixel's P x P box compared with every P x P patch at every position of every image.
 
     Kamb & Ganguli 2412.20292 (the equivariant local score machine, and its form at broken
@@ -77,7 +77,6 @@ class EquivariantLocalScore(BoxMachine):
     """
 
     name = "els"
-    equivariant = True
     accepts_mixtures = True
 
     def __init__(
@@ -90,55 +89,19 @@ class EquivariantLocalScore(BoxMachine):
         bound: str = "auto",
         **settings: Any,
     ) -> None:
-        if boundary not in ("broken", "circular"):
-            raise ValueError(f"boundary is {boundary!r}; expected 'broken' or 'circular'")
         asked = search if isinstance(search, Search) else Search(search, error, bound)
-        known = {"boundary": boundary, "search": search, "error": asked.error, "bound": asked.bound}
+        known = {"search": search, "error": asked.error, "bound": asked.bound}
         self.__dict__.update(known, _asked=asked)  # before the source is made from them
-        super().__init__(corpus, patch_size, **settings)
+        super().__init__(corpus, patch_size, boundary, **settings)
         if asked.mode == "bounded" and (self.window != "box" or len(self.augment.variants) > 1):
             raise ValueError(
                 "search='bounded' has indexes of plain patches only, so it supports neither "
                 "tapered windows nor flips, brightness or contrast: use search='exact'"
             )
-        self.relative_cost /= (2 * self.augment.shifts + 1) ** 2
 
     def make_source(self, corpus: Any, kernel: str) -> Source:
         source = source_of(corpus, kernel)
         return SearchedImages(corpus, kernel, self._asked) if source.has_images else source
-
-    def check_local(self, value: Any) -> None:
-        super().check_local(value)
-        H, W = self.corpus.shape[1:]
-        if self.boundary == "circular" and value > min(H, W):
-            raise ValueError(
-                f"no {value} x {value} patch fits inside the {H} x {W} images, and a circular "
-                f"boundary compares with those that fit: use patch_size {min(H, W)} or less, or "
-                "boundary='broken'"
-            )
-
-    def shape_for(self, y: Tensor) -> tuple[int, int, int]:
-        if not isinstance(y, Tensor) or y.ndim != 4:
-            return self.corpus.shape
-        C, (H, W) = self.corpus.shape[0], y.shape[2:]
-        if len(y) and y.shape[1] == C:
-            self.check_shape((C, H, W))
-        return C, H, W
-
-    def check_shape(self, shape: tuple[int, int, int]) -> None:
-        """ValueError unless pictures of that shape (C, H, W) are as large as the patches."""
-        C, H, W = shape
-        if tuple(shape) == self.corpus.shape:
-            return
-        if self.corpus.shape[0] != C:
-            super().check_shape(shape)
-        P, least = int(self.resolved().local.values.max()), min(H, W, *self.corpus.shape[1:])
-        if least < P:
-            raise ValueError(
-                f"a picture of {H} x {W} from images of {self.corpus.shape[1]} x "
-                f"{self.corpus.shape[2]} takes patches of at most {least - (least % 2 == 0)}, and "
-                f"patch_size goes up to {P}: choose smaller patches, or a larger picture"
-            )
 
     @property
     def removal_is_exact(self) -> bool:
@@ -146,8 +109,7 @@ class EquivariantLocalScore(BoxMachine):
 
     def collection(self, P: int, sigma: float, index: np.ndarray) -> Collection:
         image, window = self.corpus.shape[1:], self.tapered((P, P), sigma, index)
-        everywhere = {**self.wider(), "reach": 0, "boundary": self.boundary}
-        return Collection(image, window, "pixels", "pixel", "every", **everywhere)
+        return Collection(image, window, "pixels", "pixel", "every", **self.wider())
 
     def denoise_bounded(self, y: Tensor, sigma: float | Tensor, label: Label = None) -> Searched:
         """`denoise`, and for every pixel the posterior mass that a search has omitted.
@@ -196,3 +158,28 @@ class EquivariantLocalScore(BoxMachine):
         """
         images = self.corpus.indices() if images is None else images
         return self.source.prepare(self.collection(P, 1.0, images), images) or []
+
+
+class EquivariantPatchComposite(EquivariantMachine):
+    """Every P x P box that fits, compared with every P x P patch at every position; averaged.
+
+    `pspc` without positions, or `els` with responses over windows: the denoiser of one picture's
+    patches (Qiu et al. 2606.04299), and of those of a data set. It does not depend on the size of a
+    picture, and denoises any that is at least as large as its patches.
+
+    Arguments:
+        boundary: "broken" (default): the boxes that fit inside; "circular": also those that wrap
+            around, so that pictures are seamless tiles.
+        corpus, patch_size, settings: See `BoxMachine`. P may be even; shifts add nothing, since the
+            source has all positions already.
+    """
+
+    name = "epc"
+    odd = False
+
+    def collection(self, P: int, sigma: float, index: np.ndarray) -> Collection:
+        image = H, W = self.corpus.shape[1:]
+        window = self.tapered((min(P, H), min(P, W)), sigma, index)
+        if self.boundary == "circular":
+            return Collection(image, window, "pixels", "window", "every", **self.wider())
+        return Collection(image, window, "boxes", "window", "every", **self.wider())

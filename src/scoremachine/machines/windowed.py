@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoremachine.core.collection import Collection
+from scoremachine.core.collection import Boundary, Collection
 from scoremachine.core.derivatives import outside_transforms, regrouped
 from scoremachine.core.schedules import PatchSchedule
 from scoremachine.core.shares import Shares
@@ -159,6 +159,70 @@ class BoxMachine(WindowMachine):
     def wider(self) -> dict[str, Any]:
         """The reach and the variants of the augmented source, for a `Collection`."""
         return {"reach": self.augment.shifts, "variants": self.augment.variants}
+
+
+class EquivariantMachine(BoxMachine):
+    """A box-window machine that compares boxes regardless of their position.
+
+    It denoises pictures of any size.
+
+    Arguments:
+        corpus, patch_size, settings: See `BoxMachine`.
+        boundary: "broken": boxes end at the border; "circular": they wrap around.
+    """
+
+    equivariant = True
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        patch_size: int | PatchSchedule | str = "auto",
+        boundary: Boundary = "broken",
+        **settings: Any,
+    ) -> None:
+        if boundary not in ("broken", "circular"):
+            raise ValueError(f"boundary is {boundary!r}; expected 'broken' or 'circular'")
+        self.__dict__["boundary"] = boundary  # by which patch sizes are checked
+        super().__init__(corpus, patch_size, **settings)
+        self.relative_cost /= (2 * self.augment.shifts + 1) ** 2
+
+    def check_local(self, value: Any) -> None:
+        super().check_local(value)
+        H, W = self.corpus.shape[1:]
+        if self.boundary == "circular" and value > min(H, W):
+            raise ValueError(
+                f"no {value} x {value} patch fits inside the {H} x {W} images, and a circular "
+                f"boundary compares with those that fit: use patch_size {min(H, W)} or less, or "
+                "boundary='broken'"
+            )
+
+    def shape_for(self, y: Tensor) -> tuple[int, int, int]:
+        if not isinstance(y, Tensor) or y.ndim != 4:
+            return self.corpus.shape
+        C, (H, W) = self.corpus.shape[0], y.shape[2:]
+        if len(y) and y.shape[1] == C:
+            self.check_shape((C, H, W))
+        return C, H, W
+
+    def check_shape(self, shape: tuple[int, int, int]) -> None:
+        """ValueError unless pictures of that shape (C, H, W) are as large as the patches."""
+        C, H, W = shape
+        if tuple(shape) == self.corpus.shape:
+            return
+        if self.corpus.shape[0] != C:
+            super().check_shape(shape)
+        P, least = int(self.resolved().local.values.max()), min(H, W, *self.corpus.shape[1:])
+        if least < P:
+            most = least - (self.odd and least % 2 == 0)
+            raise ValueError(
+                f"a picture of {H} x {W} from images of {self.corpus.shape[1]} x "
+                f"{self.corpus.shape[2]} takes patches of at most {most}, and "
+                f"patch_size goes up to {P}: choose smaller patches, or a larger picture"
+            )
+
+    def wider(self) -> dict[str, Any]:
+        """The boundary and the variants of the augmented source; it has every position already."""
+        return {"boundary": self.boundary, "variants": self.augment.variants}
 
 
 def stationary(maps: np.ndarray, image: tuple[int, int, int], shape: tuple[int, int]) -> np.ndarray:

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from scoremachine import __version__
-from scoremachine.app.cli import cache, machines, networks, provenance
+from scoremachine.app.cli import cache, growing, machines, networks, provenance
 from scoremachine.app.cli.words import EARLIER
 from scoremachine.runtime.files import sentence_of
 
@@ -54,6 +54,7 @@ def options(
 
 
 COMMANDS: dict[str, list[Callable[..., None]]] = {
+    "One photograph": [growing.grow],
     "Machines": [
         machines.generate,
         machines.denoise,

@@ -34,7 +34,7 @@ Sizes = Annotated[
     str | None,
     typer.Option(
         help="A number: resize and centre-crop the images to this side. HEIGHTxWIDTH, as 128x256: "
-        "generate pictures of that size (els only). Or both, as 32,128x256.",
+        "generate pictures of that size (els and epc only). Or both, as 32,128x256.",
         rich_help_panel="Images",
     ),
 ]
@@ -69,7 +69,7 @@ MachineName = Annotated[
     str,
     typer.Option(
         "--machine",
-        help="ideal, gaussian, es, ls, els, pspc, pspc-flex, pca, smoothed or composite.",
+        help="ideal, gaussian, es, ls, els, pspc, epc, pspc-flex, pca, smoothed or composite.",
     ),
 ]
 MachineNames = Annotated[
