@@ -16,7 +16,7 @@ import scoremachine as sm
 from scoremachine.app.cli import app
 from scoremachine.engines import inverted
 from scoremachine.provenance.alignment import Placement, align, placed, relit, resized
-from scoremachine.provenance.audit import adjusted, p_values, region_of
+from scoremachine.provenance.audit import adjusted, outlying, p_values, reference_scores, region_of
 from scoremachine.provenance.originals import Originals
 from scoremachine.provenance.windows import WindowIndex
 
@@ -136,6 +136,27 @@ def test_given_references_are_kept_even_if_they_look_like_copies(corpus, capsys)
     assert len(report.reference) == 25
     assert report.left_out == 0
     assert "3 of the 25 reference images look like copies" in capsys.readouterr().err
+
+
+def test_held_out_images_that_are_copies_are_left_out():
+    """A tenth of a corpus are copies of each other; the others' scores stay the reference."""
+    images = textured(3, 60)
+    images[:3] = images[57:] // 2 + 60
+    scores, copies = reference_scores(Originals.of(sm.Corpus(images)), None, 60, 0)
+    assert copies == 6
+    assert len(scores) == 54
+    again = reference_scores(Originals.of(sm.Corpus(images)), None, 60, 0)
+    np.testing.assert_array_equal(again[0], scores)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 8))
+def test_few_copies_do_not_hide_themselves(seed, copies):
+    rng = np.random.default_rng(seed)
+    bulk = np.exp(rng.normal(-1.8, 0.4, 100))
+    limit = outlying(np.concatenate([bulk, np.full(copies, 50.0)]))
+    assert 0.3 < limit < 50
+    assert (bulk < limit).mean() > 0.97
+    assert outlying(bulk[:19]) == np.inf
 
 
 @given(arrays(np.float64, st.integers(20, 60), elements=st.floats(0, 5)), st.floats(-1, 6))

@@ -23,10 +23,12 @@ from scoremachine.provenance.originals import Found, Originals
 from scoremachine.runtime.progress import bar, say
 from scoremachine.runtime.validation import check_integer, check_seed
 
-VERSION = 3
+VERSION = 4
 REFERENCES = 1000  # held-out images, at most
 FEWEST = 20  # held-out images without which there are no p-values
-COPY = 2.0  # score from which on a held-out image is left out: by eye, 19 of 21 were copies
+OUTLYING = 3.5  # standard deviations of log scores from which on held-out images are left out
+QUARTILE = 0.6745  # standard deviations from the median of a normal distribution to its quartile
+NARROW = 0.1  # the least standard deviation
 KEPT_EVERY = 50  # held-out images, after which what was found is kept
 MEMORIZED = 1 / 3  # d1 / d2 below which a picture is called memorized (Bonnaire et al. 2505.17638)
 
@@ -207,50 +209,58 @@ def reference_scores(
     corpus = originals.corpus
     record: Record | None = None
     scores: list[float] = []
-    copies = 0
     if reference is None:
         index = np.sort(np.random.default_rng(seed).permutation(len(corpus))[:most])
         images, leave_out = np.asarray(corpus.images[index]), index
         record = corpus.record("audit", [VERSION, most, seed])
         known = record.read(_known) or record.unfinished.read(_known)
         if known is not None:
-            scores, copies = known
+            scores = known
     else:
         _, images = pictures_of(reference, corpus)
         some = np.sort(np.random.default_rng(seed).permutation(len(images))[:most])
         images, leave_out = images[some], np.full(len(some), -1)
-    done = len(scores) + copies
+    done = len(scores)
     with bar("Auditing held-out images", total=len(images)) as progress:
         progress.advance(done)
         for each in originals.find(images[done:], leave_out[done:]):
-            score = each.score
-            if score >= COPY and record is not None:
-                copies += 1
-            else:
-                scores.append(score)
+            scores.append(each.score)
             progress.advance()
-            if record is not None and (len(scores) + copies) % KEPT_EVERY == 0:
-                record.unfinished.write({"scores": scores, "copies": copies})
-    if copies:
-        say(
-            f"{copies} of {len(images)} held-out images look like copies (their score is "
-            f"{COPY:g} or more), and are left out of the comparison"
-        )
-    alike = sum(score >= COPY for score in scores)
-    if alike:
-        say(
-            f"{alike} of the {len(images)} reference images look like copies of training images "
-            f"(their score is {COPY:g} or more). They are kept, since they were given; if they "
-            "are copies, p-values are too large: take them out of the reference"
-        )
+            if record is not None and len(scores) % KEPT_EVERY == 0:
+                record.unfinished.write({"scores": scores})
     if record is not None and done < len(images):
-        record.write({"scores": scores, "copies": copies})
+        record.write({"scores": scores})
         record.unfinished.remove()
-    return np.sort(np.array(scores, dtype=np.float64)), copies
+    found = np.sort(np.array(scores, dtype=np.float64))
+    limit = outlying(found)
+    copies = int((found >= limit).sum())
+    if not copies:
+        return found, 0
+    alike = f"look like copies (their score is {limit:.2g} or more, far above the others')"
+    if record is None:
+        say(
+            f"{copies} of the {len(images)} reference images {alike}. They are kept, since they "
+            "were given; if they are copies, p-values are too large: take them out of the reference"
+        )
+        return found, 0
+    say(f"{copies} of {len(images)} held-out images {alike}, and are left out of the comparison")
+    return found[found < limit], copies
 
 
-def _known(found: dict[str, Any]) -> tuple[list[float], int]:
-    return [float(s) for s in found["scores"]], int(found["copies"])
+def outlying(scores: np.ndarray) -> float:
+    """The score from which on held-out images are taken for copies.
+
+    The bulk of log scores is about normal: its median and upper quartile, which copies hardly
+    change, say where scores lie that it does not have. Infinite for fewer than `FEWEST` scores.
+    """
+    if len(scores) < FEWEST:
+        return np.inf
+    middle, upper = np.quantile(np.log(scores), [0.5, 0.75])
+    return float(np.exp(middle + OUTLYING * max((upper - middle) / QUARTILE, NARROW)))
+
+
+def _known(found: dict[str, Any]) -> list[float]:
+    return [float(s) for s in found["scores"]]
 
 
 def pictures_of(pictures: Any, corpus: Corpus) -> tuple[list[str], np.ndarray]:
