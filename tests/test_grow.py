@@ -92,14 +92,14 @@ def test_results_do_not_depend_on_threads_or_on_other_pictures():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = sm.grow(photo(), (36, 50), count=2, seed=3)
+        one = sm.grow(photo(28, 32), (24, 30), count=2, seed=3)
         torch.set_num_threads(2)
-        two = sm.grow(photo(), (36, 50), count=2, seed=3)
+        two = sm.grow(photo(28, 32), (24, 30), count=2, seed=3)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one, two)
-    assert one.shape == (2, 3, 36, 50)
-    assert torch.equal(sm.grow(photo(), (36, 50), seed=3)[0], one[0])
+    assert one.shape == (2, 3, 24, 30)
+    assert torch.equal(sm.grow(photo(28, 32), (24, 30), seed=3)[0], one[0])
     assert not torch.equal(one[0], one[1])
     assert float(one.abs().max()) <= 1
 
@@ -121,7 +121,7 @@ def test_a_tile_is_the_mean_of_boxes_that_wrap_around(boxes_of):
 
 def test_a_tile_tiles():
     """Across the border neighbouring pixels are as alike as anywhere else."""
-    x = sm.grow(photo(), (40, 40), seed=1, tile=True, keep=0)[0]
+    x = sm.grow(photo(30, 34), (30, 30), seed=1, tile=True, keep=0)[0]
     inside = x.diff(dim=1).abs().mean(), x.diff(dim=2).abs().mean()
     across = (x[:, 0] - x[:, -1]).abs().mean(), (x[:, :, 0] - x[:, :, -1]).abs().mean()
     for a, b in zip(across, inside, strict=True):
@@ -154,21 +154,21 @@ def test_known_pixels_stay_and_the_hole_is_no_source():
 def test_enlarged_pictures_reduce_to_the_photograph():
     from scoremachine.sampling.grow import resized
 
-    given = photo()
-    x = sm.grow(given, (80, 104), enlarge=True)[0].permute(1, 2, 0).numpy()
-    small = resized(np.ascontiguousarray(x), 40, 52)
+    given = photo(26, 30)
+    x = sm.grow(given, (52, 60), enlarge=True)[0].permute(1, 2, 0).numpy()
+    small = resized(np.ascontiguousarray(x), 26, 30)
     assert np.abs(small - (given.transpose(1, 2, 0) / 127.5 - 1)).mean() < 0.05
 
 
 def test_noise_that_turns_comes_back():
-    at = [sm.grow(photo(), (30, 30), seed=0, turn=turn) for turn in (0.0, 0.2, 2 * np.pi)]
+    at = [sm.grow(photo(26, 26), (24, 24), seed=0, turn=turn) for turn in (0.0, 0.2, 2 * np.pi)]
     assert float((at[0] - at[2]).abs().max()) < 1e-3
     assert float((at[0] - at[1]).abs().mean()) > 0
 
 
 def test_several_photographs_are_mixed():
-    x = sm.grow([photo(40, 30), 255 - photo(30, 60)], (32, 32), seed=0)
-    assert x.shape == (1, 3, 32, 32)
+    x = sm.grow([photo(28, 24), 255 - photo(24, 40)], (24, 24), seed=0)
+    assert x.shape == (1, 3, 24, 24)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_senseless_arguments_are_refused(given, options, message):
 
 
 def test_the_command_resumes_and_makes_the_same_picture(tmp_path, monkeypatch):
-    Image.fromarray(photo(60, 70).transpose(1, 2, 0)).save(tmp_path / "photo.png")
+    Image.fromarray(photo(40, 44).transpose(1, 2, 0)).save(tmp_path / "photo.png")
     run = ["grow", str(tmp_path / "photo.png"), "--quiet", "--seed", "4", "--out"]
     whole = CliRunner().invoke(app, [*run, str(tmp_path / "whole")])
     assert whole.exit_code == 0, whole.output
@@ -210,7 +210,7 @@ def test_the_command_resumes_and_makes_the_same_picture(tmp_path, monkeypatch):
     names = [tmp_path / name / "grown.png" for name in ("whole", "part")]
     assert names[0].read_bytes() == names[1].read_bytes()
     assert not (tmp_path / "part" / ".unfinished").exists()
-    assert json.loads((tmp_path / "part" / "grow.json").read_text())["size"] == [60, 70]
+    assert json.loads((tmp_path / "part" / "grow.json").read_text())["size"] == [40, 44]
 
 
 @pytest.mark.parametrize(

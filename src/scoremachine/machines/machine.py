@@ -393,8 +393,8 @@ class Machine(Denoiser, metaclass=Frozen):
         if tuple(shape) != self.corpus.shape:
             raise ValueError(
                 f"{self.name} depends on the position in an image, so it generates pictures of the "
-                f"images' shape {self.corpus.shape}, not {tuple(shape)}: use els, or open the "
-                "corpus with size="
+                f"images' shape {self.corpus.shape}, not {tuple(shape)}: use els or epc, or open "
+                "the corpus with size="
             )
 
     def by_label(self, label: Label, B: int) -> list[tuple[Tensor, np.ndarray]]:
