@@ -393,7 +393,7 @@ def test_denoising_error_writes_table_csv_and_plot(inside, tmp_path):
         (["--process", "blur"], "no process is called 'blur'; there are ordinary, heat, pyramid"),
         (["--process", "heat", "--bandwidth", 0.1], "bandwidth is 0.1"),
         (["--machine", "els", "--patch-size", 3, "--size", "9x12"], None),
-        (["--size", "9x12"], "use els, or open the corpus with size="),
+        (["--size", "9x12"], "use els or epc, or open the corpus with size="),
         (["--size", "9x"], "expected the images' side, as 32"),
         (["--machine", "composite", "--set", "of=ideal", "--set", "weights=1,2"], "2 weights"),
         (["--machine", "composite", "--set", "of=ideal", "--set", "weights=1"], None),
