@@ -1,6 +1,6 @@
 """Measures how well `audit` finds copies, and how often it raises false alarms.
 
-    python benchmarks/copies.py [--only cifair,planted,alarms] [--images 50000] [--pictures 300]
+    python benchmarks/copies.py [--only cifair,planted,alarms,samples] [--images 50000]
 
 cifair: CIFAR-10 test images that people judged copies of a training image (ciFAIR, Barz & Denzler
 2020, and others found by hand), among test images in which nobody has seen one. A threshold that
@@ -9,7 +9,10 @@ while the score was made; the table is of the other half.
 
 planted: parts of training images, altered, in unrelated pictures (test images without a copy).
 
-alarms: how many held-out real images have p at most 0.01.
+alarms: how many held-out real images have p at most 0.01, with images and pictures of any data set
+drawn at random (--data mnist-train.zip --images 4000 --pictures 400).
+
+samples: what is said of pictures that machines and the bundled network make.
 """
 
 from __future__ import annotations
@@ -177,6 +180,55 @@ def planted(originals: Originals, reference: np.ndarray, count: int) -> Table:
     return table
 
 
+def alarms(path: Path, images: int, pictures: int, size: int | None) -> Table:
+    """Held-out images of a data set with p at most 0.01; the data set is split at random."""
+    everything = sm.Corpus.open(path, size=size)
+    order = np.random.default_rng(0).permutation(len(everything))
+    corpus = everything.subset(np.sort(order[:images]))
+    held = np.sort(order[images : images + pictures])
+    originals = Originals.of(corpus)
+    found = found_of(originals, np.asarray(everything.images[held]), "Held-out images")
+    reference, left_out = reference_scores(originals, None, min(images, 1000), 0)
+    score = np.array([f.score for f in found])
+    p = p_values(score, reference)
+    table = Table(title=f"{len(held)} held-out images of {path.name} against {images:,}")
+    for head in ("references", "left out", "p <= 0.01", "p <= 0.05", "p <= 0.01, none left out"):
+        table.add_column(head)
+    everyone = np.concatenate([reference, np.full(left_out, np.inf)])
+    shares = ((p <= 0.01).mean(), (p <= 0.05).mean(), (p_values(score, everyone) <= 0.01).mean())
+    table.add_row(str(len(reference)), str(left_out), *(f"{share:.4f}" for share in shares))
+    for i in np.argsort(-score)[:24]:
+        at = found[i].placement
+        print(held[i], f"{score[i]:.2f}", "" if at is None else int(at.image))
+    return table
+
+
+SAMPLED = ("ideal", "ls", "els", "pspc", "pca", "smoothed", "cifar10-resnet")
+
+
+def samples(originals: Originals, reference: np.ndarray, count: int) -> Table:
+    corpus = originals.corpus
+    table = Table(title=f"{count} samples each, against {len(corpus):,} training images")
+    for head in ("sampler", "p <= 0.01", "median p", "share one image explains", "median d1"):
+        table.add_column(head)
+    for name in SAMPLED:
+        if name.endswith("resnet"):
+            made = sm.Network.load(name)
+        else:
+            source = corpus.subset(np.arange(1000)) if name == "els" else corpus
+            made = sm.build(name, source, schedule=sm.EDMSchedule())
+        x = sm.generate(made, count=count, steps=18)
+        pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+        found = found_of(originals, pixels, f"Samples of {name}")
+        p = p_values(np.array([f.score for f in found]), reference)
+        share = np.median([f.share for f in found])
+        d1 = np.median([f.distance for f in found])
+        row = [name, f"{(p <= 0.01).mean():.2f}", f"{np.median(p):.3f}", f"{share:.2f}"]
+        table.add_row(*row, f"{d1:.3f}")
+        print(row, f"{d1:.3f}", flush=True)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="cifair,planted")
@@ -186,17 +238,26 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=1000)
     parser.add_argument("--half", type=int, default=1)
     parser.add_argument("--others", type=int, default=1387)
+    parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--size", type=int, default=None)
+    parser.add_argument("--samples", type=int, default=16)
     given = parser.parse_args()
+    console = Console(width=140)
+    if "alarms" in given.only:
+        console.print(alarms(given.data, given.images or 4000, given.pictures, given.size))
+        return
     corpus = sm.Corpus.open(given.data, limit=given.images)
     start = time.perf_counter()
     originals = Originals.of(corpus)
     print(f"index: {time.perf_counter() - start:.0f} s")
-    console = Console(width=140)
     if "cifair" in given.only:
         console.print(cifair(originals, given.half, given.others))
-    if "planted" in given.only:
+    if "planted" in given.only or "samples" in given.only:
         reference, _ = reference_scores(originals, None, given.references, 0)
+    if "planted" in given.only:
         console.print(planted(originals, reference, given.planted))
+    if "samples" in given.only:
+        console.print(samples(originals, reference, given.samples))
 
 
 if __name__ == "__main__":

@@ -14,20 +14,35 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
+import torch
+from numba import types
 
 from scoremachine.engines.caching import njit
 from scoremachine.engines.chunks import PARTS, side_by_side
+from scoremachine.engines.vectors import Vector, loads, splats, stores, totals
 
 NONE = np.float32(-1e30)  # the logit of no source
 LEAST = 1e-8  # the least weight that is added
 FEW = 1e-5  # the same among candidates
 NEIGHBOURS = 2  # candidates taken from each of the four neighbours
 RANDOM = 6  # random candidates, each within half the distance of the one before
+LANES = 8  # pixels' channels that are compared at once; pictures end with as many zeros
+
+BORROWED: dict[str, Any] = {
+    "nogil": True,
+    "fastmath": True,
+    "_nrt": False,
+}  # without reference counts
+
+floats = Vector(types.float32, LANES)
+load, store = loads(floats, 4), stores(floats, 4)
+splat, hsum = splats(floats), totals(floats)
 
 
-@njit(nogil=True)
+@njit(**BORROWED)
 def _hash(seed, i, j, k):
     """A number of 64 bits that looks random."""
     h = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
@@ -39,40 +54,60 @@ def _hash(seed, i, j, k):
     return h ^ (h >> np.uint64(33))
 
 
-@njit(nogil=True, fastmath=True)
-def _logit(y, i, j, s, a, b, P, C, scale, weight, u, v):
-    """l_ab of the box at (i, j); scale: 1 / (2 sigma^2); u, v: the positions of both."""
-    total = np.float32(0)
+# Inner functions take whole arrays and positions in them: a slice counts its references, and two
+# threads that count the references of one array wait for each other.
+
+
+@njit(**BORROWED)
+def _logit(y, i, j, s, a, b, P, last, scale, weight, u, v, least):
+    """l_ab of the box at (i, j), or NONE if it is below `least`; scale: 1 / (2 sigma^2).
+
+    last: Which of the lanes behind the last whole vector of a row of P pixels are pixels: 1 or 0.
+    """
+    y, C, W = y
+    s, w = s
+    du, dv = u[i, j, 0] - v[a, b, 0], u[i, j, 1] - v[a, b, 1]
+    l = -weight * (du * du + dv * dv)
+    some, whole = load(last, 0), P * C // LANES * LANES
+    total = splat(np.float32(0))
     for r in range(P):
-        for t in range(P * C):
-            d = y[i + r, j * C + t] - s[a + r, b * C + t]
-            total += d * d
-    du, dv = u[0] - v[0], u[1] - v[1]
-    return -scale * total - weight * (du * du + dv * dv)
+        m, n = ((i + r) * W + j) * C, ((a + r) * w + b) * C
+        for t in range(0, whole, LANES):
+            d = load(y, m + t) - load(s, n + t)
+            total = total + d * d
+        d = (load(y, m + whole) - load(s, n + whole)) * some
+        total = total + d * d
+        if r % 3 == 2 and least > NONE and l - scale * hsum(total) < least:
+            return NONE
+    return l - scale * hsum(total)
 
 
-@njit(nogil=True)
-def _enter(l, a, b, logits, places):
-    """Enters a candidate among those of a box, the best first."""
-    K = len(logits)
-    if l <= logits[K - 1]:
+@njit(**BORROWED)
+def _try(a, b, y, i, j, s, valid, u, v, P, last, scale, weight, logits, places):
+    """Enters a place among the candidates of a box, the best first, if it is new and good."""
+    high, wide = valid.shape
+    if not (0 <= a < high and 0 <= b < wide and valid[a, b]):
         return
+    K = logits.shape[2]
     for k in range(K):
-        if places[k, 0] == a and places[k, 1] == b and logits[k] > NONE:
+        if places[i, j, k, 0] == a and places[i, j, k, 1] == b:
             return
+    l = _logit(y, i, j, s, a, b, P, last, scale, weight, u, v, logits[i, j, K - 1])
+    if l <= logits[i, j, K - 1]:
+        return
     k = K - 1
-    while k > 0 and logits[k - 1] < l:
-        logits[k] = logits[k - 1]
-        places[k, 0] = places[k - 1, 0]
-        places[k, 1] = places[k - 1, 1]
+    while k > 0 and logits[i, j, k - 1] < l:
+        logits[i, j, k] = logits[i, j, k - 1]
+        places[i, j, k, 0] = places[i, j, k - 1, 0]
+        places[i, j, k, 1] = places[i, j, k - 1, 1]
         k -= 1
-    logits[k] = l
-    places[k, 0] = a
-    places[k, 1] = b
+    logits[i, j, k] = l
+    places[i, j, k, 0] = a
+    places[i, j, k, 1] = b
 
 
-@njit(nogil=True, fastmath=True, cache=True)
-def _search(rows, y, s, valid, u, v, old, P, C, scale, weight, seed, logits, places):
+@njit(cache=True, **BORROWED)
+def _search(rows, y, s, valid, u, v, old, P, last, scale, weight, seed, logits, places):
     sites_down, sites_across, K, _ = old.shape
     high, wide = valid.shape
     steps = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
@@ -88,65 +123,91 @@ def _search(rows, y, s, valid, u, v, old, P, C, scale, weight, seed, logits, pla
                     continue
                 for k in range(K if n == 0 else min(NEIGHBOURS, K)):
                     a, b = old[i + di, j + dj, k, 0] - di, old[i + di, j + dj, k, 1] - dj
-                    if 0 <= a < high and 0 <= b < wide and valid[a, b]:
-                        l = _logit(y, i, j, s, a, b, P, C, scale, weight, u[i, j], v[a, b])
-                        _enter(l, a, b, logits[i, j], places[i, j])
+                    _try(a, b, y, i, j, s, valid, u, v, P, last, scale, weight, logits, places)
             for k in range(RANDOM):
                 far = max(high, wide) >> k
                 h = _hash(seed, i, j, k)
                 a = places[i, j, 0, 0] + np.int64(h % np.uint64(2 * far + 1)) - far
                 b = places[i, j, 0, 1] + np.int64((h >> np.uint64(32)) % np.uint64(2 * far + 1))
                 b -= far
-                if 0 <= a < high and 0 <= b < wide and valid[a, b]:
-                    l = _logit(y, i, j, s, a, b, P, C, scale, weight, u[i, j], v[a, b])
-                    _enter(l, a, b, logits[i, j], places[i, j])
+                _try(a, b, y, i, j, s, valid, u, v, P, last, scale, weight, logits, places)
 
 
-@njit(nogil=True, fastmath=True, cache=True)
-def _dense(rows, y, s, valid, u, v, P, C, scale, weight, logits):
+@njit(cache=True, **BORROWED)
+def _dense(rows, y, s, valid, u, v, P, last, scale, weight, logits):
     high, wide = valid.shape
     for i in range(rows[0], rows[1]):
         for j in range(logits.shape[1]):
             for a in range(high):
                 for b in range(wide):
                     logits[i, j, a, b] = (
-                        _logit(y, i, j, s, a, b, P, C, scale, weight, u[i, j], v[a, b])
+                        _logit(y, i, j, s, a, b, P, last, scale, weight, u, v, NONE)
                         if valid[a, b]
                         else NONE
                     )
 
 
-@njit(nogil=True, fastmath=True, cache=True)
-def _add(rows, s, places, weights, P, C, D):
+@njit(**BORROWED)
+def _add_patch(rows, i, j, s, a, b, w, P, last, D):
+    """Adds w times a patch to D at (i, j), in the rows [rows[0], rows[1]) only."""
+    s, C, across = s
+    D, wide = D
+    some, whole = load(last, 0), P * C // LANES * LANES
+    for r in range(max(0, rows[0] - i), min(P, rows[1] - i)):
+        m, n = (i + r) * wide + j * C, ((a + r) * across + b) * C
+        for t in range(0, whole, LANES):
+            store(D, m + t, load(D, m + t) + load(s, n + t) * w)
+        store(D, m + whole, load(D, m + whole) + load(s, n + whole) * (some * w))
+
+
+@njit(cache=True, **BORROWED)
+def _add(rows, s, places, weights, P, last, D):
     """Adds the means of boxes to the rows [rows[0], rows[1]) of D."""
     sites_down, sites_across, K, _ = places.shape
-    first, last = rows
-    for i in range(max(0, first - P + 1), min(sites_down, last)):
+    for i in range(max(0, rows[0] - P + 1), min(sites_down, rows[1])):
         for j in range(sites_across):
             for k in range(K):
-                w, a, b = weights[i, j, k], places[i, j, k, 0], places[i, j, k, 1]
-                if w < FEW:
-                    continue
-                for r in range(max(0, first - i), min(P, last - i)):
-                    for t in range(P * C):
-                        D[i + r, j * C + t] += w * s[a + r, b * C + t]
+                w = weights[i, j, k]
+                if w >= FEW:
+                    a, b = places[i, j, k, 0], places[i, j, k, 1]
+                    _add_patch(rows, i, j, s, a, b, w, P, last, D)
 
 
-@njit(nogil=True, fastmath=True, cache=True)
-def _add_all(rows, s, weights, P, C, D):
+@njit(cache=True, **BORROWED)
+def _add_all(rows, s, weights, P, last, D):
     """`_add`, of all sources: weights (sites, places)."""
     sites_down, sites_across, high, wide = weights.shape
-    first, last = rows
-    for i in range(max(0, first - P + 1), min(sites_down, last)):
+    for i in range(max(0, rows[0] - P + 1), min(sites_down, rows[1])):
         for j in range(sites_across):
             for a in range(high):
                 for b in range(wide):
                     w = weights[i, j, a, b]
-                    if w < LEAST:
-                        continue
-                    for r in range(max(0, first - i), min(P, last - i)):
-                        for t in range(P * C):
-                            D[i + r, j * C + t] += w * s[a + r, b * C + t]
+                    if w >= LEAST:
+                        _add_patch(rows, i, j, s, a, b, w, P, last, D)
+
+
+@njit(cache=True, **BORROWED)
+def _used(rows, w, v, used):
+    """How much each patch is used by some boxes, divided by its factor v."""
+    used[:] = 0
+    for i in range(rows[0], rows[1]):
+        total = np.float32(1e-30)
+        for k in range(len(v)):
+            total += w[i, k] * v[k]
+        total = 1 / total
+        for k in range(len(v)):
+            used[k] += w[i, k] * total
+
+
+def _last(n: int) -> np.ndarray:
+    """Which lanes behind the last whole vector of n numbers are among them, 1 or 0."""
+    return (np.arange(LANES) < n % LANES).astype(np.float32)
+
+
+def _flat(y: np.ndarray, s: np.ndarray, C: int) -> tuple[Any, Any]:
+    """Pictures (H, W C), flat and with zeros behind, as `_logit` takes them."""
+    flat = [np.concatenate([x.ravel(), np.zeros(LANES, np.float32)]) for x in (y, s)]
+    return (flat[0], C, y.shape[1] // C), (flat[1], s.shape[1] // C)
 
 
 def _rows(n: int) -> list[tuple[int, int]]:
@@ -180,11 +241,12 @@ def search(
         int32 (*sites, K, 2), -1: none; float32 (*sites, K).
     """
     (valid, u, v), (P, C) = at, window
+    both, last = _flat(y, s, C), _last(P * C)
     logits, places = np.empty(old.shape[:3], dtype=np.float32), np.empty_like(old)
     half, weight = np.float32(scale[0]), np.float32(scale[1])
 
     def some(rows: tuple[int, int]) -> None:
-        _search(rows, y, s, valid, u, v, old, P, C, half, weight, seed, logits, places)
+        _search(rows, *both, valid, u, v, old, P, last, half, weight, seed, logits, places)
 
     side_by_side(some, _rows(len(old)))
     return places, logits
@@ -199,11 +261,12 @@ def dense(
 ) -> np.ndarray:
     """All logits, float32 (*sites, h - P + 1, w - P + 1); see `search`."""
     (valid, u, v), (P, C) = at, window
+    both, last = _flat(y, s, C), _last(P * C)
     logits = np.empty((*u.shape[:2], *valid.shape), dtype=np.float32)
     half, weight = np.float32(scale[0]), np.float32(scale[1])
 
     def some(rows: tuple[int, int]) -> None:
-        _dense(rows, y, s, valid, u, v, P, C, half, weight, logits)
+        _dense(rows, *both, valid, u, v, P, last, half, weight, logits)
 
     side_by_side(some, _rows(len(u)))
     return logits
@@ -226,40 +289,51 @@ def composed(
         frame: H and W.
     """
     P, C = window
-    D = np.zeros((frame[0], frame[1] * C), dtype=np.float32)
+    H, W = frame
+    D = np.zeros((H, W * C + LANES), dtype=np.float32)  # lanes behind a row stay 0
+    source, last = (_flat(s, s, C)[0]), _last(P * C)
+    into = D.reshape(-1), D.shape[1]
 
     def some(rows: tuple[int, int]) -> None:
         if places is None:
-            _add_all(rows, s, weights, P, C, D)
+            _add_all(rows, source, weights, P, last, into)
         else:
-            _add(rows, s, places, weights, P, C, D)
+            _add(rows, source, places, weights, P, last, into)
 
-    side_by_side(some, _rows(frame[0]))
-    return D.reshape(*frame, C)
+    side_by_side(some, _rows(H))
+    return D[:, : W * C].reshape(H, W, C)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Weights along the last axis."""
-    w = logits - logits.max(-1, keepdims=True)
-    np.exp(w, out=w)
-    w /= w.sum(-1, keepdims=True)
-    return w
+    return torch.from_numpy(logits).softmax(-1).numpy()
 
 
 def balanced(logits: np.ndarray, valid: np.ndarray, strength: float, rounds: int = 4) -> np.ndarray:
-    """Logits (boxes, patches) by which patches are used more equally.
+    """Weights of (boxes, patches), by which patches are used more equally.
 
-    Each round lowers the logit of a patch by `strength` times the log of how much it is used,
-    relative to the mean: with strength 1 and many rounds every patch is used equally (Sinkhorn's
-    iteration; the bidirectional similarity of GPNN, Granot et al. 2103.15545, as a posterior).
+    Each round divides the weight of a patch by how much it is used relative to the mean, to the
+    power `strength`: with 1 and many rounds every patch is used equally (Sinkhorn's iteration; the
+    bidirectional similarity of GPNN, Granot et al. 2103.15545, as a posterior).
     """
+    w = softmax(logits)
     if not strength:
-        return logits
-    ratio = valid.sum() / len(logits)
+        return w
+    ratio = np.float32(valid.sum() / len(w))
+    v = np.ones(w.shape[1], dtype=np.float32)
+    parts = _rows(len(w))
+    used = np.empty((len(parts), w.shape[1]), dtype=np.float32)
+
+    def some(part: int) -> None:
+        _used(parts[part], w, v, used[part])
+
     for _ in range(rounds):
-        used = softmax(logits).sum(0) * ratio
-        logits = logits - np.float32(strength) * np.log(used + np.float32(1e-3))
-    return logits
+        side_by_side(some, range(len(parts)))
+        v /= (used.sum(0) * v * ratio + np.float32(1e-3)) ** np.float32(strength)
+        v /= v.max()
+    w *= v
+    w /= w.sum(1, keepdims=True)
+    return w
 
 
 def omitted(

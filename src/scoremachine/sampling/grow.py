@@ -268,7 +268,7 @@ class Grower:
                 flat = boxes.dense(query, source.pixels, at, (P, C), scales).reshape(
                     math.prod(grid), -1
                 )
-                w = boxes.softmax(boxes.balanced(flat, source.valid, g.balance))
+                w = boxes.balanced(flat, source.valid, g.balance)
                 places = leading(w, source.valid.shape, grid)
                 w = w.reshape(*grid, *source.valid.shape)
                 total = boxes.composed(source.pixels, None, w, (P, C), frame)
