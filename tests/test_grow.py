@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import scoremachine as sm
 from scoremachine.app.cli import app
 from scoremachine.engines import boxes
+from scoremachine.provenance.places import Piece, identity, largest, pieces, share_of_large
 from scoremachine.runtime.progress import quiet
 from scoremachine.sampling.grow import coverage, folded, relative
 
@@ -229,3 +230,54 @@ def test_the_command_s_errors_are_sentences(arguments, message, tmp_path):
     assert found.exit_code != 0
     assert message in found.output + str(found.exception)
     assert not list(tmp_path.iterdir())
+
+
+def test_origins_are_the_sources_with_the_largest_shares():
+    rng = np.random.default_rng(0)
+    P, K, frame = 3, 2, (7, 8)
+    places = rng.integers(0, 5, (5, 6, K, 2)).astype(np.int32)
+    weights = rng.random((5, 6, K)).astype(np.float32)
+    weights /= weights.sum(-1, keepdims=True)
+    found, share = boxes.origins(places, weights, P, frame, wraps=False)
+    for i, j in np.ndindex(frame):
+        given: dict[tuple[int, int], float] = {}
+        covering = 0
+        for y, x in np.ndindex(5, 6):
+            if 0 <= i - y < P and 0 <= j - x < P:
+                covering += 1
+                for k in range(K):
+                    a, b = places[y, x, k] + (i - y, j - x)
+                    given[a, b] = given.get((a, b), 0.0) + float(weights[y, x, k])
+        assert given[tuple(found[i, j])] == pytest.approx(max(given.values()))
+        assert share[i, j] == pytest.approx(max(given.values()) / covering, abs=1e-5)
+
+
+def test_pieces_are_parts_of_the_photograph_as_they_are():
+    pixels = photo().transpose(1, 2, 0).astype(np.float32) / 127.5 - 1
+    x = np.concatenate([pixels[:, 10:40], pixels[:, :12] + 0.3], 1)
+    origins = identity(pixels)
+    origins = np.concatenate([origins[:, 10:40], origins[:, :12]], 1)
+    of, sizes = pieces(x, origins, [pixels])
+    assert largest(of, sizes, origins) == Piece(1200, (0, 0, 40, 30), (0, 0, 10))
+    assert share_of_large(sizes) == pytest.approx(30 / 42)
+    known = np.where(np.arange(42)[None, :, None] < 20, -1, origins)  # which are no copies
+    of, sizes = pieces(x, known, [pixels])
+    assert largest(of, sizes, known) == Piece(400, (0, 20, 40, 30), (0, 0, 30))
+
+
+def test_grow_explains(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(photo(24, 28).transpose(1, 2, 0)).save(path)
+    for extra in ([], ["--tile", "--symmetry", "mirror"]):
+        out = tmp_path / f"out{len(extra)}"
+        asked = ["grow", str(path), "--out", str(out), "--explain", "--size", "24x30", *extra]
+        assert CliRunner().invoke(app, asked).exit_code == 0
+        x = np.asarray(Image.open(out / "grown.png")).astype(int)
+        with np.load(out / "sources.npz") as file:
+            assert (file["photographs"] == 0).all()
+            assert (file["shares"] > 0).all()
+            assert file["shares"].max() <= 1 + 1e-5
+            source = photo(24, 28).transpose(1, 2, 0)[file["rows"], file["columns"]].astype(int)
+        assert np.median(np.abs(x - source)) < 25
+        assert json.loads((out / "grow.json").read_text())["copies"][0]["large_share"] >= 0
+        assert Image.open(out / "sources.png").size[0] > 58

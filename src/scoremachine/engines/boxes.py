@@ -187,6 +187,39 @@ def _add_all(rows, s, weights, P, last, D):
 
 
 @njit(cache=True, **BORROWED)
+def _origins(rows, places, weights, P, wraps, pixels, shares, origins, share):
+    """For the rows [rows[0], rows[1]): the source pixel with the largest share, and that share."""
+    down, across, K, _ = places.shape
+    for i in range(rows[0], rows[1]):
+        for j in range(origins.shape[1]):
+            n, covering, best = 0, 0, 0
+            for r in range(P):
+                for c in range(P):
+                    y, x = i - r, j - c
+                    if wraps:
+                        y, x = y % down, x % across
+                    elif not (0 <= y < down and 0 <= x < across):
+                        continue
+                    covering += 1
+                    for k in range(K):
+                        w = weights[y, x, k]
+                        if w < FEW:
+                            continue
+                        a, b = places[y, x, k, 0] + r, places[y, x, k, 1] + c
+                        m = 0
+                        while m < n and (pixels[m, 0] != a or pixels[m, 1] != b):
+                            m += 1
+                        if m == n:
+                            pixels[n, 0], pixels[n, 1], shares[n] = a, b, 0
+                            n += 1
+                        shares[m] += w
+                        if shares[m] > shares[best]:
+                            best = m
+            origins[i, j, 0], origins[i, j, 1] = pixels[best, 0], pixels[best, 1]
+            share[i, j] = shares[best] / covering
+
+
+@njit(cache=True, **BORROWED)
 def _used(rows, w, v, used):
     """How much each patch is used by some boxes, divided by its factor v."""
     used[:] = 0
@@ -302,6 +335,30 @@ def composed(
 
     side_by_side(some, _rows(H))
     return D[:, : W * C].reshape(H, W, C)
+
+
+def origins(
+    places: np.ndarray, weights: np.ndarray, P: int, frame: tuple[int, int], wraps: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The source pixel that gives most to each pixel, int32 (H, W, 2), and its share.
+
+    Arguments:
+        places, weights: Of the candidates, (*sites, K, 2) and (*sites, K); other sources do not
+            count, so that the shares are at least these.
+        P: Side of the boxes.
+        frame: H and W.
+        wraps: Whether boxes reach beyond the border.
+    """
+    found = np.empty((*frame, 2), dtype=np.int32)
+    share = np.empty(frame, dtype=np.float32)
+    most = P * P * places.shape[2] + 1
+
+    def some(rows: tuple[int, int]) -> None:
+        pixels, shares = np.empty((most, 2), np.int32), np.zeros(most, np.float32)
+        _origins(rows, places, weights, P, wraps, pixels, shares, found, share)
+
+    side_by_side(some, _rows(frame[0]))
+    return found, share
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -111,12 +111,17 @@ class Progress(NamedTuple):
         x: The picture, float32 (H, W, C).
         places: Each box's candidates, int32 (*boxes, K, 2).
         omitted: The posterior mass not among them, of a few boxes; empty where all are compared.
+        origins: At the finest scale, the photograph, row and column of the pixel that gives most
+            to each pixel, int32 (H, W, 3), -1 where a known pixel stays; else empty.
+        share: How much it gives (of what the candidates give), float32 (H, W); else empty.
     """
 
     scale: int
     x: np.ndarray
     places: np.ndarray
     omitted: np.ndarray
+    origins: np.ndarray = np.zeros((0, 0, 3), dtype=np.int32)
+    share: np.ndarray = np.zeros((0, 0), dtype=np.float32)
 
 
 class Patches(NamedTuple):
@@ -269,7 +274,7 @@ class Grower:
                     math.prod(grid), -1
                 )
                 w = boxes.balanced(flat, source.valid, g.balance)
-                places = leading(w, source.valid.shape, grid)
+                places, weights = leading(w, source.valid.shape, grid)
                 w = w.reshape(*grid, *source.valid.shape)
                 total = boxes.composed(source.pixels, None, w, (P, C), frame)
             else:
@@ -277,8 +282,8 @@ class Grower:
                 for k in range(ROUNDS + (step == 0)):
                     seed = (noise.seed * 8191 + scale * 521 + step * 31 + k) % 2**31
                     places, logits = boxes.search(*asked, places, (P, C), scales, seed)
-                w = boxes.softmax(logits)
-                total = boxes.composed(source.pixels, places, w, (P, C), frame)
+                weights = boxes.softmax(logits)
+                total = boxes.composed(source.pixels, places, weights, (P, C), frame)
                 if step == len(sigmas) - 1:
                     omitted = _omitted(asked, (P, C), scales, logits)
             D = folded(total, P, (H, W)) if g.tile else total / coverage(H, W, P)
@@ -288,7 +293,18 @@ class Grower:
             if step + 1 < len(sigmas):
                 y = shaped(_renoised(y, x, sigma, sigmas[step + 1], random(step + 1)))
             progress.advance(H * W)
-        return Progress(scale, x, places, omitted)
+        if scale:
+            return Progress(scale, x, places, omitted)
+        origins, share = boxes.origins(places, weights, P, (H, W), g.tile)
+        n = np.searchsorted(source.tops, origins[..., 0], side="right") - 1
+        origins[..., 0] -= source.tops[n]
+        origins = np.concatenate([n[..., None].astype(np.int32), origins], -1)
+        if new is not None:
+            origins[~new[..., 0]] = -1
+        return Progress(
+            0, x, places, omitted,
+            shaped(origins).astype(np.int32), shaped(share[..., None])[..., 0],
+        )  # fmt: skip
 
     def _like_photograph(self, D: np.ndarray) -> np.ndarray:
         """D, changed as little as makes it the photograph when it is reduced (back-projection)."""
@@ -396,15 +412,20 @@ def symmetric(x: np.ndarray, symmetry: str | None) -> np.ndarray:
     return x
 
 
-def leading(w: np.ndarray, shape: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
-    """The candidates with the largest weights (boxes, patches), the best first."""
+def leading(
+    w: np.ndarray, shape: tuple[int, ...], grid: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The candidates with the largest weights (boxes, patches), the best first, and these."""
     K = min(CANDIDATES, w.shape[1])
     best = np.argpartition(-w, K - 1, axis=1)[:, :K]
     order = np.argsort(-np.take_along_axis(w, best, 1), axis=1, kind="stable")
-    row, column = np.divmod(np.take_along_axis(best, order, 1), shape[1])
-    places = np.stack([row, column], -1).astype(np.int32).reshape(*grid, K, 2)
-    return np.ascontiguousarray(
-        np.concatenate([places] * -(-CANDIDATES // K), 2)[:, :, :CANDIDATES]
+    best = np.take_along_axis(best, order, 1)
+    weights = np.take_along_axis(w, best, 1).reshape(*grid, K)
+    places = np.stack(np.divmod(best, shape[1]), -1).astype(np.int32).reshape(*grid, K, 2)
+    more = CANDIDATES - K  # where there are fewer patches than candidates
+    return (
+        np.ascontiguousarray(np.pad(places, ((0, 0), (0, 0), (0, more), (0, 0)), mode="edge")),
+        np.ascontiguousarray(np.pad(weights, ((0, 0), (0, 0), (0, more)))),
     )
 
 

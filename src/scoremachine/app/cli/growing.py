@@ -87,6 +87,14 @@ def grow(
             help="A looping animation of so many frames, as grown.gif.", rich_help_panel=MORE
         ),
     ] = 0,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Also write where every pixel comes from: sources.png, a map of places in the "
+            "photograph, and sources.npz.",
+        ),
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Make even very large pictures.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -114,7 +122,8 @@ def grow(
             keep = 1 - (0.7 if strength is None else strength)
         options = GrowOptions(
             tuple(photos), _size(size), count, seed, keep, patch_size, tile, symmetry,
-            start or structure, structure is not None, mask, _borders(extend), upscale, frames, yes,
+            start or structure, structure is not None, mask, _borders(extend), upscale, frames,
+            explain, yes,
         )  # fmt: skip
         with interruptible(lambda: "the same command goes on after the scales that are finished"):
             written = grow_into(out, options)

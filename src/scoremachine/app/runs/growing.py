@@ -15,8 +15,10 @@ from PIL import Image
 
 from scoremachine.core.noise import PictureNoise
 from scoremachine.data.store import key_of
+from scoremachine.provenance.pictures import tiled
+from scoremachine.provenance.places import colours, identity, largest, pieces, share_of_large
 from scoremachine.runtime.files import check_folder, write_text, written
-from scoremachine.runtime.progress import Bar, bar
+from scoremachine.runtime.progress import Bar, bar, say
 from scoremachine.runtime.records import versions
 from scoremachine.runtime.validation import check_integer, check_seed
 from scoremachine.sampling.grow import Grower, Progress, alike, grower_of, photograph
@@ -43,6 +45,7 @@ class GrowOptions:
         extend: Pixels beyond each border: top, right, bottom, left.
         upscale: A factor above 1, or None.
         frames: Frames of an animation; 0: pictures.
+        explain: Whether the sources of pixels are written.
         yes: Whether very large pictures are made.
     """
 
@@ -60,6 +63,7 @@ class GrowOptions:
     extend: tuple[int, ...] | None = None
     upscale: float | None = None
     frames: int = 0
+    explain: bool = False
     yes: bool = False
 
     def __post_init__(self) -> None:
@@ -81,6 +85,8 @@ class GrowOptions:
             raise ValueError(f"--upscale is {self.upscale}; expected a factor above 1, at most 8")
         if self.frames == 1 or self.frames < 0:
             raise ValueError(f"--frames is {self.frames}; expected at least 2")
+        if self.explain and self.frames:
+            raise ValueError("--explain is of pictures: leave it or --frames out")
 
 
 def grower(o: GrowOptions, turn: float | None = None) -> Grower:
@@ -155,7 +161,7 @@ def grow_into(out: Path, o: GrowOptions) -> list[Path]:
     first = grower(o, turns[0])
     pictures = [(i, turn) for i in range(o.count) for turn in turns]
     unfinished = out / ".unfinished" / _key(first, o)
-    written_, omitted, frames = [], [], []
+    written_, omitted, frames, copies = [], [], [], []
     with bar("Growing", total=first.work() * len(pictures)) as progress:
         for n, (i, turn) in enumerate(pictures):
             each = first if turn == turns[0] else grower(o, turn)
@@ -163,10 +169,13 @@ def grow_into(out: Path, o: GrowOptions) -> list[Path]:
             omitted += last.omitted.tolist()
             frames.append(_image(last.x))
             if turn is None:
-                name = "grown.png" if o.count == 1 else f"grown-{i:03d}.png"
-                with written(out / name) as path:
+                name = "grown" if o.count == 1 else f"grown-{i:03d}"
+                with written(out / f"{name}.png") as path:
                     frames.pop().save(path, format="PNG")
-                written_.append(out / name)
+                written_.append(out / f"{name}.png")
+                copies.append(_copies(last, first, o.photos))
+                if o.explain:
+                    written_ += _explained(out, name.replace("grown", "sources"), last, first)
             elif len(frames) == o.frames:
                 name = "grown.gif" if o.count == 1 else f"grown-{i:03d}.gif"
                 _animated(out / name, frames)
@@ -178,11 +187,61 @@ def grow_into(out: Path, o: GrowOptions) -> list[Path]:
         "keep": first.growth.keep,
         "seconds": round(time.perf_counter() - began, 1),
         "omitted_mass": round(float(np.mean(omitted)), 4) if omitted else 0.0,
+        "copies": copies,
         "versions": versions(),
     }
     write_text(out / "grow.json", json.dumps(record, indent=1) + "\n")
     shutil.rmtree(out / ".unfinished", ignore_errors=True)
     return written_
+
+
+def _copies(last: Progress, grower: Grower, photos: tuple[str, ...]) -> dict[str, Any]:
+    """What of a picture is in its photograph as it is; also said in a line."""
+    of, sizes = pieces(last.x, last.origins, grower.photographs)
+    piece = largest(of, sizes, last.origins)
+    if piece is None:
+        say("no pixel is copied from the photograph as it is")
+        return {"large_share": 0.0, "largest": None}
+    top, left, bottom, right = piece.box
+    n, row, column = piece.source
+    share = share_of_large(sizes)
+    say(
+        f"the largest piece copied as it is has {piece.pixels:,} pixels, within {bottom - top} x "
+        f"{right - left} from row {row}, column {column} of {photos[n]}; "
+        f"{share:.0%} of the picture lies in pieces of more than 21 x 21 pixels"
+    )
+    return {
+        "large_share": round(share, 4),
+        "largest": {
+            "pixels": piece.pixels,
+            "box": piece.box,
+            "photograph": photos[n],
+            "row": row,
+            "column": column,
+        },
+    }
+
+
+def _explained(out: Path, name: str, last: Progress, grower: Grower) -> list[Path]:
+    """Writes the source of each pixel: as numbers, and as a map beside that of the photograph."""
+    with written(out / f"{name}.npz") as path:
+        n, row, column = np.moveaxis(last.origins, -1, 0)
+        np.savez_compressed(path, photographs=n, rows=row, columns=column, shares=last.share)
+    photograph = grower.photographs[0]
+    tiles = (
+        (_rgb(photograph), "the photograph"),
+        (colours(identity(photograph), grower.photographs), "a colour for each place in it"),
+        (_rgb(last.x), "grown"),
+        (colours(last.origins, grower.photographs), "where its pixels come from"),
+    )
+    canvas = tiled(tiles, 2)
+    with written(out / f"{name}.png") as path:
+        canvas.save(path, format="PNG")
+    return [out / f"{name}.png", out / f"{name}.npz"]
+
+
+def _rgb(x: np.ndarray) -> np.ndarray:
+    return np.asarray(_image(x).convert("RGB"))
 
 
 def _key(grower: Grower, o: GrowOptions) -> str:
@@ -195,7 +254,7 @@ def _finished(grower: Grower, noise: PictureNoise, folder: Path, progress: Bar) 
     kept: Progress | None = None
     for path in sorted(folder.glob("*.npz")):
         with np.load(path, allow_pickle=False) as file:
-            kept = Progress(int(path.stem), file["x"], file["places"], file["omitted"])
+            kept = Progress(int(path.stem), *(file[name] for name in Progress._fields[1:]))
         break  # the finest
     if kept is not None and kept.scale == 0:
         return kept
@@ -203,7 +262,8 @@ def _finished(grower: Grower, noise: PictureNoise, folder: Path, progress: Bar) 
     for kept in grower.run(noise, progress, after):
         folder.mkdir(parents=True, exist_ok=True)
         with written(folder / f"{kept.scale:02d}.npz") as path:
-            np.savez(path, x=kept.x, places=kept.places, omitted=kept.omitted)
+            arrays = {name: getattr(kept, name) for name in Progress._fields[1:]}
+            np.savez(path, **arrays)
         for older in folder.glob("*.npz"):
             if int(older.stem) > kept.scale:
                 older.unlink()
