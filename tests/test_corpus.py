@@ -121,6 +121,8 @@ def test_a_subset_of_consecutive_images_is_a_view_and_any_other_a_copy():
         ("photo/astronaut", 1, (3, 512, 512)),
         ("photo/coffee", 1, (3, 400, 600)),
         ("photo/rocket", 1, (3, 427, 640)),
+        ("photo/coins", 1, (1, 303, 384)),
+        ("photo/tissue", 1, (3, 512, 512)),
         ("photo/hubble", 1, (3, 872, 1000)),
         ("photo/china", 1, (3, 427, 640)),
         ("photo/flower", 1, (3, 427, 640)),

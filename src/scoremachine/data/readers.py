@@ -193,8 +193,12 @@ BUILT_IN: dict[str, Callable[[], tuple[np.ndarray, Any]]] = {
     "digits": _digits,
     "faces": _faces,
     **{f"texture/{name}": _skimage(name) for name in ("brick", "grass", "gravel")},
-    **{f"photo/{name}": _skimage(name) for name in ("astronaut", "chelsea", "coffee", "rocket")},
+    **{
+        f"photo/{name}": _skimage(name)
+        for name in ("astronaut", "chelsea", "coffee", "coins", "rocket")
+    },
     "photo/hubble": _skimage("hubble_deep_field"),
+    "photo/tissue": _skimage("immunohistochemistry"),
     **{f"photo/{name}": _sklearn(f"{name}.jpg") for name in ("china", "flower")},
 }
 

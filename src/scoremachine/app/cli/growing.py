@@ -18,7 +18,8 @@ def grow(
         list[str],
         typer.Argument(
             help="A photograph, or several whose patches are mixed: files, or built-in names "
-            "(china, flower, coffee, chelsea, astronaut, rocket, hubble, brick, grass, gravel)."
+            "(china, flower, coffee, chelsea, astronaut, rocket, hubble, coins, tissue, brick, "
+            "grass, gravel)."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder for what is written.")] = Path("runs/grow"),
