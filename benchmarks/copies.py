@@ -180,18 +180,19 @@ def planted(originals: Originals, reference: np.ndarray, count: int) -> Table:
     return table
 
 
-def alarms(path: Path, images: int, pictures: int, size: int | None) -> Table:
+def alarms(given: argparse.Namespace) -> Table:
     """Held-out images of a data set with p at most 0.01; the data set is split at random."""
-    everything = sm.Corpus.open(path, size=size)
+    images, pictures = given.images or 4000, given.pictures
+    everything = sm.Corpus.open(given.data, size=given.size)
     order = np.random.default_rng(0).permutation(len(everything))
     corpus = everything.subset(np.sort(order[:images]))
     held = np.sort(order[images : images + pictures])
     originals = Originals.of(corpus)
     found = found_of(originals, np.asarray(everything.images[held]), "Held-out images")
-    reference, left_out = reference_scores(originals, None, min(images, 1000), 0)
+    reference, left_out = reference_scores(originals, None, given.references, 0)
     score = np.array([f.score for f in found])
     p = p_values(score, reference)
-    table = Table(title=f"{len(held)} held-out images of {path.name} against {images:,}")
+    table = Table(title=f"{len(held)} held-out images of {given.data.name} against {images:,}")
     for head in ("references", "left out", "p <= 0.01", "p <= 0.05", "p <= 0.01, none left out"):
         table.add_column(head)
     everyone = np.concatenate([reference, np.full(left_out, np.inf)])
@@ -244,7 +245,7 @@ def main() -> None:
     given = parser.parse_args()
     console = Console(width=140)
     if "alarms" in given.only:
-        console.print(alarms(given.data, given.images or 4000, given.pictures, given.size))
+        console.print(alarms(given))
         return
     corpus = sm.Corpus.open(given.data, limit=given.images)
     start = time.perf_counter()

@@ -50,11 +50,18 @@ def explain(
     data: Data,
     out: Annotated[
         Path | None,
-        typer.Option(help="The folder for what is written; of a run, its own unless given."),
+        typer.Option(
+            help="The folder for what is written; default: explain/ in the folder that generate "
+            "wrote, or runs/explain."
+        ),
     ] = None,
     machine: MachineName = "ls",
     sigma: Annotated[
-        float, typer.Option(help="Of pictures: the noise level at which they are explained.")
+        float,
+        typer.Option(
+            help="Of pictures: the noise level at which they are explained, in units of "
+            "pixels from -1 to 1: 0.1 asks for details, 1 for the layout."
+        ),
     ] = 0.2,
     k: Annotated[int, typer.Option("--sources", help="Sources to name in each pixel.")] = 8,
     count: Annotated[int | None, typer.Option(help="Explain only so many pictures.")] = None,
@@ -81,7 +88,14 @@ def explain(
     kernel: KernelName = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Show which training pixels every pixel comes from: a page, sheets, mosaics, trace.npz."""
+    """Show which training pixels every pixel comes from: explain.html, sheets, mosaics, trace.npz.
+
+    Examples:
+
+      scoremachine explain runs/digits --data digits
+
+      scoremachine explain picture.png --data training/ --machine pspc --sigma 0.2
+    """
     from scoremachine.app.runs.explanation import ExplainOptions, explain_pictures, explain_run
     from scoremachine.runtime import progress
 
@@ -139,7 +153,16 @@ def audit(
     array: ArrayName = None,
     quiet: Quiet = False,
 ) -> None:
-    """Find pictures that are copies of training images, in whole or in part: audit.html, .csv."""
+    """Find pictures that are copies of training images, in whole or in part: audit.html, .csv.
+
+    Each picture takes about half a second, as does each held-out image, the first time.
+
+    Examples:
+
+      scoremachine audit --images generated/ --data training/
+
+      scoremachine audit --images generated/ --data training/ --fail-below 0.005
+    """
     from scoremachine.app.runs.auditing import AuditOptions, audit_folder, tell
     from scoremachine.runtime import progress
 

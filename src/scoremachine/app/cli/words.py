@@ -46,7 +46,11 @@ Limit = Annotated[
 ]
 Strict = Annotated[
     bool,
-    typer.Option("--strict", help="Fail for unreadable files.", rich_help_panel="Images"),
+    typer.Option(
+        "--strict",
+        help="Fail if a file cannot be read; otherwise it is skipped, which is said.",
+        rich_help_panel="Images",
+    ),
 ]
 Split = Annotated[
     str | None,
@@ -108,7 +112,13 @@ NetworkName = Annotated[
         "train wrote, or one of diffusers with safetensors.",
     ),
 ]
-Bandwidth = Annotated[str, typer.Option(help="The bandwidth h: a number or auto.")]
+Bandwidth = Annotated[
+    str,
+    typer.Option(
+        help="The bandwidth h, in units of pixels from -1 to 1: each source becomes a Gaussian of "
+        "this standard deviation. A number or auto (held-out calibration)."
+    ),
+]
 BoundaryName = Annotated[
     str | None, typer.Option("--boundary", help="broken or circular (els only).")
 ]
@@ -156,12 +166,17 @@ GOES_ON = "the same command continues after the finished part"
 
 @contextmanager
 def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
-    """On Ctrl-C, prints a sentence and exits with code 130; appends it to an OSError too."""
+    """On Ctrl-C, prints a sentence and exits with code 130; appends it to an OSError too.
+
+    Not to a missing file, which is no interruption.
+    """
     try:
         yield
     except KeyboardInterrupt:
         print(f"interrupted: {sentence()}", file=sys.stderr)
         raise SystemExit(130) from None
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise OSError(f"{sentence_of(error)}; {sentence()}") from error
 
