@@ -137,15 +137,16 @@ def gpnn(x: Tensor, count: int) -> Tensor:
 def composed_of_nearest(y: Tensor, keys: Tensor, values: Tensor, alpha: float) -> Tensor:
     """Each patch of y replaced by the value whose key has the least normalized distance."""
     q, k, v = (unfold(x, P)[0].T for x in (y, keys, values))
-    least = torch.cat([squared(some, q).amin(1) for some in k.split(2048)])
-    nearest = torch.cat([(squared(some, k) / (alpha + least)).argmin(1) for some in q.split(2048)])
+    d = squared(q, k)
+    nearest = d.div_(alpha + d.amin(0)).argmin(1)
     total = fold(v[nearest].T[None], y.shape[2:], P)
     return total / fold(torch.ones_like(v.T[None]), y.shape[2:], P)
 
 
 def squared(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared differences of patches, (n, m)."""
-    return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp(min=0) / a.shape[1]
+    d = torch.addmm(a.square().sum(1)[:, None], a, b.T, alpha=-2)
+    return d.add_(b.square().sum(1)).clamp_(min=0).div_(a.shape[1])
 
 
 METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {
