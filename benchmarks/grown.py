@@ -5,8 +5,9 @@
 table: twelve photographs, reduced to a shorter side of 96 pixels, and new pictures of the same size
 by five methods:
 
-    grow        as it is, and with keep = 0
-    GPNN        nearest patches by bidirectional similarity (Granot et al. 2103.15545)
+    grow        as it is
+    GPNN        nearest patches by bidirectional similarity (Granot et al. 2103.15545), from noise
+                of 0.75, as published, and of 3
     els         one scale, from noise
     shuffle     the photograph's blocks of 16 x 16 pixels in another order
 
@@ -81,13 +82,9 @@ def grown(x: Tensor, count: int) -> Tensor:
     return sm.grow(pixels(x), count=count)
 
 
-def from_noise(x: Tensor, count: int) -> Tensor:
-    return sm.grow(pixels(x), count=count, keep=0.0)
-
-
 def flat(x: Tensor, count: int) -> Tensor:
     machine = sm.build("els", sm.Corpus(pixels(x)[None]), patch_size=P)
-    return sm.generate(machine, count=count, steps=20).clamp(-1, 1)
+    return sm.generate(machine, count=min(2, count), steps=10).clamp(-1, 1)  # it is slow
 
 
 def shuffled(x: Tensor, count: int) -> Tensor:
@@ -105,8 +102,8 @@ def shuffled(x: Tensor, count: int) -> Tensor:
     return torch.cat(made)
 
 
-def gpnn(x: Tensor, count: int) -> Tensor:
-    """As the paper has it: a ratio of 3/4, noise of 0.75 at the coarsest scale, alpha = 0.005."""
+def gpnn(x: Tensor, count: int, sigma: float = 0.75) -> Tensor:
+    """As the paper has it: a ratio of 3/4, alpha = 0.005, noise of 0.75 at the coarsest scale."""
     alpha, ratio, coarsest, iterations = 0.005, 0.75, 21, 10
     scales = round(math.log(min(x.shape[2:]) / coarsest) / -math.log(ratio))
 
@@ -121,7 +118,7 @@ def gpnn(x: Tensor, count: int) -> Tensor:
     for seed in range(count):
         photograph = at(scales)
         noise = torch.randn(photograph.shape, generator=torch.Generator().manual_seed(seed))
-        y = photograph + 0.75 * noise
+        y = photograph + sigma * noise
         for k in range(scales, -1, -1):
             photograph = at(k)
             keys = photograph
@@ -132,6 +129,10 @@ def gpnn(x: Tensor, count: int) -> Tensor:
                 keys = photograph
         made.append(y)
     return torch.cat(made).clamp(-1, 1)
+
+
+def gpnn_from_more(x: Tensor, count: int) -> Tensor:
+    return gpnn(x, count, 3.0)
 
 
 def composed_of_nearest(y: Tensor, keys: Tensor, values: Tensor, alpha: float) -> Tensor:
@@ -149,8 +150,9 @@ def squared(a: Tensor, b: Tensor) -> Tensor:
     return d.add_(b.square().sum(1)).clamp_(min=0).div_(a.shape[1])
 
 
+LIKE = "GPNN, noise 3"  # about as diverse as grow
 METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "grow": grown, "grow, keep 0": from_noise, "GPNN": gpnn, "els": flat, "shuffle": shuffled,
+    "grow": grown, "GPNN": gpnn, LIKE: gpnn_from_more, "els": flat, "shuffle": shuffled,
 }  # fmt: skip
 
 
@@ -216,10 +218,10 @@ def table(side: int, count: int) -> None:
                 f"{distances[method]:.3f} / {diversity(made, x):.2f} / {copied(made, x):.2f}"
             )
             print(name, method, row[-1], f"{seconds:.1f} s", flush=True)
-        better += distances["grow"] < distances["GPNN"]
+        better += distances["grow"] < distances[LIKE]
         found.add_row(*row)
     Console(width=160).print(found)
-    print(f"a smaller distance than GPNN's: {better} of {len(PHOTOGRAPHS)}")
+    print(f"a smaller distance than that of {LIKE}: {better} of {len(PHOTOGRAPHS)}")
 
 
 def exact(side: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import grid_sample, interpolate
 
 from scoremachine.core.noise import PictureNoise
 from scoremachine.data.corpus import Corpus
@@ -37,7 +37,9 @@ STEPS, REFINING = 20, 6  # noise levels at the coarsest scale, and at each other
 FIRST, KEPT = 4.0, 0.05  # noise levels at which the coarsest scale starts: keep near 0, and 1
 PURE = 3.0  # the same for keep = 0
 ADDED, LEAST = 0.3, 0.03  # noise added at each other scale, and the last level
-NEAR = 1 / 3  # standard deviation of positions at the coarsest scale; twice that at each next one
+USUAL = 0.2  # keep, unless given
+NEAR = 1 / 3  # for it, standard deviation of positions at the coarsest scale; then twice as much
+MOVED = 0.5  # how far the layout is moved at most, in half sides
 FAR = 3.0  # standard deviation from which on positions do not matter
 ROUNDS = 2  # of the search for candidates, at each noise level
 SYMMETRIES = ("mirror", "rotate", "four")
@@ -68,7 +70,7 @@ class Growth:
     """
 
     size: tuple[int, int]
-    keep: float = 0.2
+    keep: float = USUAL
     patch_size: int = 7
     balance: float = 1.0
     tile: bool = False
@@ -245,14 +247,15 @@ class Grower:
         g, P, source = self.growth, self.side(scale), self.patches(scale)
         H, W = self.frame(scale)
         C = self.photographs[0].shape[2]
-        x, sigmas = self._start(scale, last, (H, W))
+        x, sigmas = self._start(scale, last, (H, W), self._move(noise))
         known = None if g.known is None else resized(g.known, H, W)
         new = None if g.mask is None else resized(g.mask[..., None].astype(np.float32), H, W) > 0.5
         grid = (H, W) if g.tile else (H - P + 1, W - P + 1)
-        deviation = NEAR * 2 ** (self.scales - scale)
+        deviation = NEAR * (USUAL / max(g.keep, 1e-9)) * 2 ** (self.scales - scale)
         matters = g.keep > 0 and g.start is None and deviation < FAR
         weight = 1 / (2 * deviation**2) if matters else 0.0
-        at = source.valid, relative(*grid), source.positions
+        move = self._move(noise)
+        at = source.valid, moved(relative(*grid), move), source.positions
         compared = math.prod(grid) * source.valid.size <= DENSE
         places = self._candidates(source, last, grid)
         omitted = np.zeros(0)
@@ -314,7 +317,7 @@ class Grower:
         return D + resized(photo - resized(D, *photo.shape[:2]), *D.shape[:2])
 
     def _start(
-        self, scale: int, last: Progress | None, frame: tuple[int, int]
+        self, scale: int, last: Progress | None, frame: tuple[int, int], move: np.ndarray
     ) -> tuple[np.ndarray, list[float]]:
         """What a scale starts from, and its noise levels."""
         g = self.growth
@@ -325,7 +328,16 @@ class Grower:
             x = np.broadcast_to(layout.mean((0, 1)), (*frame, layout.shape[2]))
             return x, np.geomspace(PURE, LEAST, STEPS).tolist()
         first = FIRST * KEPT**g.keep
-        return resized(layout, *frame), np.geomspace(first, LEAST, STEPS).tolist()
+        return placed(resized(layout, *frame), move), np.geomspace(first, LEAST, STEPS).tolist()
+
+    def _move(self, noise: PictureNoise) -> np.ndarray:
+        """How far the layout is moved, down and across, in half sides, float32 (2,)."""
+        g = self.growth
+        nothing = g.keep == 0 or g.tile or g.enlarge or g.turn is not None
+        if nothing or g.start is not None or g.known is not None:
+            return np.zeros(2, dtype=np.float32)
+        e = np.tanh(noise.normal((2,), self.scales, 0, 2)[0].numpy())
+        return (MOVED * (1 - g.keep) * e).astype(np.float32)
 
     def _noise(
         self, noise: PictureNoise, shape: tuple[int, ...], scale: int, step: int
@@ -370,6 +382,20 @@ def relative(rows: int, columns: int) -> np.ndarray:
     """Positions from -1 to 1, float32 (rows, columns, 2)."""
     i, j = ((2 * np.arange(n) + 1) / n - 1 for n in (rows, columns))
     return np.stack(np.meshgrid(i, j, indexing="ij"), -1).astype(np.float32)
+
+
+def moved(u: np.ndarray, move: np.ndarray) -> np.ndarray:
+    """Positions in a layout that is moved, and mirrored at its borders."""
+    v = u - move
+    return np.where(np.abs(v) > 1, np.sign(v) * (2 - np.abs(v)), v).astype(np.float32)
+
+
+def placed(x: np.ndarray, move: np.ndarray) -> np.ndarray:
+    """A picture (H, W, C), moved as positions are."""
+    at = torch.from_numpy(np.ascontiguousarray(moved(relative(*x.shape[:2]), move)[..., ::-1]))
+    t = torch.from_numpy(x).permute(2, 0, 1)[None]
+    t = grid_sample(t, at[None], padding_mode="border", align_corners=False)
+    return np.ascontiguousarray(t[0].permute(1, 2, 0).numpy())
 
 
 def windows_any(mask: np.ndarray, P: int) -> np.ndarray:
