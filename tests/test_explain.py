@@ -252,3 +252,20 @@ def test_one_source_alone():
     trace = sm.explain(machine, torch.from_numpy(corpus.images[3:4] / 127.5 - 1), 0.01, k=1)
     assert bool((trace.images == 3).all())
     torch.testing.assert_close(trace.contributions, trace.D, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ls", "pspc"])
+def test_effective_sources_are_at_most_the_true_number(name):
+    corpus = sm.Corpus(np.random.default_rng(0).integers(0, 256, (5, 1, 6, 6), dtype=np.uint8))
+    machine = sm.build(name, corpus, patch_size=3, bandwidth=0.1)
+    y = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    everything = sm.explain(machine, y, 0.8, k=5 * 36)
+    w = everything.weights / everything.weights.sum(1, keepdim=True)
+    true = 1 / (w**2).sum(1)
+    found = sm.explain(machine, y, 0.8, k=4).effective_sources
+    assert (found <= true * (1 + 1e-6)).all()
+    if name == "ls":
+        assert torch.allclose(found, true, rtol=1e-5)
+    else:  # more than the harmonic mean of its posteriors where the named shares say so
+        assert (everything.effective_sources > 1.5).any()
+        assert torch.allclose(everything.effective_sources, true, rtol=1e-5)

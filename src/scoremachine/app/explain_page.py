@@ -57,13 +57,16 @@ def _picture(trace: Trace, p: int, images: np.ndarray, number: dict[int, int]) -
     colours = drawing.colours_of(trace, p)
     views = {
         "picture": png(drawing.enlarged(D, 1)[0]),
-        "leading images": png(drawing.mosaic(trace, p)),
-        "rebuilt from single best pixels": png(drawing.enlarged(best, 1)[0]),
-        "largest share": png(drawing.heat(trace.weights[p, 0].numpy())),
+        "leading image of each pixel, a colour each": png(drawing.mosaic(trace, p)),
+        "each pixel from its largest source alone": png(drawing.enlarged(best, 1)[0]),
+        "share of the largest source (white: all)": png(drawing.heat(trace.weights[p, 0].numpy())),
     }
     if trace.steps:
-        views["step when decided (dark: early)"] = png(drawing.decided(trace, p))
+        views["step at which the leading image was decided (dark: early)"] = png(
+            drawing.decided(trace, p)
+        )
     leading = trace.leading_images(p, 12)
+    others = 1 - (trace.own[p] + trace.weights[p, :k].sum(0)).numpy()
     return {
         "size": list(D.shape[1:]),
         "views": views,
@@ -71,7 +74,7 @@ def _picture(trace: Trace, p: int, images: np.ndarray, number: dict[int, int]) -
         "row": trace.rows[p, :k].flatten(1).tolist(),
         "column": trace.columns[p, :k].flatten(1).tolist(),
         "share": np.round(trace.weights[p, :k].flatten(1).numpy(), 4).tolist(),
-        "rest": np.round(trace.rest[p].flatten().numpy(), 4).tolist(),
+        "rest": np.round(others.clip(0).flatten(), 4).tolist(),
         "own": np.round(trace.own[p].flatten().numpy(), 4).tolist(),
         "effective": np.round(trace.effective_sources[p].flatten().numpy(), 1).tolist(),
         "leading": [[number[n], round(share, 4)] for n, share in leading if n in number],

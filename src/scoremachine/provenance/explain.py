@@ -154,10 +154,12 @@ class Trace:
     def effective_sources(self) -> Tensor:
         """How many equally weighted sources would be as concentrated, float64 (B, H, W).
 
-        Where a pixel is a mean of several posteriors' (`pspc`, `smoothed`, composite machines): the
-        harmonic mean of theirs, which is at most its own.
+        Where a pixel is a mean of several posteriors' (`pspc`, `smoothed`, composite machines): at
+        least so many, the harmonic mean of theirs or what follows from the named shares.
         """
-        return self.shares.effective
+        w, others = self.weights, (1 - self.own).clamp(min=1e-12)
+        squares = (w**2).sum(1) + self.rest * w[:, -1]  # none of the rest is larger than the last
+        return torch.maximum(self.shares.effective, others**2 / squares.clamp(min=1e-24))
 
     @property
     def images(self) -> Tensor:

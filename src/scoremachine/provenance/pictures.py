@@ -123,7 +123,7 @@ def sheet(trace: Trace, picture: int, most: int = 8) -> Image.Image:
     tiles = [
         (own, "the picture"),
         (np.asarray(mosaic(trace, picture)), "colour: leading training image"),
-        (best, "rebuilt from single best pixels"),
+        (best, "from the largest source of each pixel alone"),
         (heat(trace.weights[picture, 0].numpy()), "largest share: black 0, white 1"),
     ]
     if trace.steps:

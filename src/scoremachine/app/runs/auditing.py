@@ -171,6 +171,7 @@ def page(report: Audit) -> str:
     regions, identical, nearest = report.regions, report.identical, report.nearest
     body = [_summary(report)]
     p, q = (report.p_value, report.q_value) if enough else (None, None)
+    limit = np.quantile(report.reference, 0.99) if enough else np.inf
     for rank, i in enumerate(report.order()[:SHOWN].tolist(), 1):
         each, region = report.found[i], regions[i]
         source = np.asarray(report.corpus.images[nearest[i]])
@@ -178,12 +179,20 @@ def page(report: Audit) -> str:
         if p is not None and q is not None:
             copy = ' class="copy"' if p[i] <= 0.01 else ""
             verdict += f"<b{copy}>p = {p[i]:.2g}</b> (q = {q[i]:.2g})"
+        verdict += f"<br>score {each.score:.3g}"
+        verdict += f"; 1 in 100 held-out images reach {limit:.2g}" if enough else ""
         aligned = (each.aligned.clamp(0, 1) * 255).round().byte().numpy()
         figures = [
             (_outlined(report.images[i], region.mask), html.escape(report.names[i])),
             (_boxed(source, region), html.escape(path_of(report.corpus, int(nearest[i])))),
-            (drawing.enlarged(aligned)[0], "the training image aligned with the picture"),
-            (drawing.heat(each.shares.numpy()), "share that it explains: black 0, white 1"),
+            (
+                drawing.enlarged(aligned)[0],
+                "the training image, moved and relit as is most like the picture",
+            ),
+            (
+                drawing.heat(each.shares.numpy()),
+                "the share of each pixel that it explains better than others: 0 is black, 1 white",
+            ),
         ]
         cells = "".join(
             f'<figure><img alt="" src="{png(image)}"><figcaption>{text}</figcaption></figure>'
@@ -191,9 +200,10 @@ def page(report: Audit) -> str:
         )
         body.append(
             f'<div class="case"><div style="width:13em"><b>{rank}.</b> {verdict}<br>'
-            f"<small>explained by this image: {each.share:.0%} of the picture; largest part "
-            f"{region.share:.0%}{_how(each)}<br>d1/d2 {each.ratio:.2f}, d1/mean of 50 "
-            f"{each.ratio_50:.2f}</small></div>{cells}</div>"
+            f"<small>This image explains {each.share:.0%} of the picture; the outlined part is "
+            f"{region.share:.0%} of it{_how(each)}.<br>Distances, pixel by pixel: nearest image / "
+            f"second nearest {each.ratio:.2f}, / mean of 50 nearest {each.ratio_50:.2f}</small>"
+            f"</div>{cells}</div>"
         )
     return PAGE.format(title=html.escape(title), body="\n".join(body))
 
@@ -207,14 +217,16 @@ def _summary(report: Audit) -> str:
         )
     p = report.p_value
     alarms, expected = int((p <= 0.01).sum()), 0.01 * len(p)
-    copies = report.left_out
+    copies, held = report.left_out, f"{len(report.reference):,} held-out real images"
     left_out = f"; {copies} more look like copies themselves and are left out" if copies else ""
     return (
         f"<p><b>{alarms} of {len(p):,} pictures</b> look more like a copy of a training image than "
-        f"99 in 100 real images that are none (p at most 0.01). If none of them were a copy, about "
-        f"{expected:.0f} would do so by chance.</p><p>The p-value of a picture is the share of "
-        f"{len(report.reference):,} held-out real images that look at least as much like a copy, "
-        f"when they are compared with all other images in the same way{left_out}. It is never "
+        f"99 in 100 real images that are no copies (p at most 0.01). If none of them were a copy, "
+        f"about {expected:.2g} would do so by chance. They may be copies as a whole or in a part: "
+        f"look at the outlines, and at the score, which is larger the more of a picture one image "
+        f"explains.</p><p>The p-value of a picture is the share of {held} that look at least as "
+        f"much like a copy. Unless they were given as a reference, they are training images "
+        f"themselves, each compared with all the others{left_out}. It is never "
         f"below {1 / (len(report.reference) + 1):.2g}, which every picture gets that looks more "
         "like a copy than all of these: more held-out images tell such pictures apart. The q-value "
         "is the share of false alarms to expect among this picture and all above it. The "
@@ -232,8 +244,8 @@ def _how(each: Found) -> str:
     if at.scale != 1:
         words.append(f"resized by {at.scale:g}")
     if round(at.row) or round(at.column):
-        words.append(f"moved by ({round(at.row)}, {round(at.column)})")
-    return "; " + ", ".join(words) if words else ""
+        words.append(f"moved by {round(at.row)} down, {round(at.column)} to the right")
+    return "; the image is " + ", ".join(words) if words else ""
 
 
 def _outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
