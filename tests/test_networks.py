@@ -403,3 +403,10 @@ def test_schedulers_of_diffusers_that_are_not_ddpm_s_are_refused(tmp_path, chang
     (tmp_path / "scheduler_config.json").write_text(json.dumps(known | changed))
     with pytest.raises(ValueError, match=says):
         Network.load(tmp_path)
+
+
+def test_a_network_generates_pictures_of_its_own_shape():
+    network = Network.load("mnist-resnet")
+    x = sm.generate(network, count=2, steps=2)
+    assert x.shape == (2, *network.shape)
+    assert torch.equal(x, sm.generate(network, count=2, steps=2, shape=network.shape))

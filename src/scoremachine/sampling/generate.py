@@ -160,9 +160,10 @@ def _prepared(denoiser: Denoiser, sampling: Sampling) -> tuple[Denoiser, Samplin
                 "only machines support a forward process, and this denoiser is not one: leave "
                 "process out"
             )
+        shape = shape or getattr(denoiser, "shape", None)  # a `Network` has one
         if shape is None:
             raise ValueError("the shape of the pictures is unknown; give shape=(C, H, W)")
-        return denoiser, sampling
+        return denoiser, replace(sampling, shape=shape)
     if shape is None:
         shape = denoiser.corpus.shape
     if start > 0 and not denoiser.source.has_images:
