@@ -61,6 +61,8 @@ class Growth:
         symmetry: "mirror" (left to right), "rotate" (by half a turn), "four" (both mirrors); None.
         start: A picture that the coarsest scale starts from instead of the photograph, float32
             (h, w, C); it is resized.
+        structure: Whether only the layout of `start` stays: the pictures begin with it at a scale
+            in between, the finer the larger `keep` is.
         known: A picture whose pixels stay, float32 (H, W, C), except where `mask` is set.
         mask: Where pixels are new, bool (H, W).
         enlarge: Whether the pictures are the photograph, enlarged: its own patches add detail, and
@@ -76,6 +78,7 @@ class Growth:
     tile: bool = False
     symmetry: str | None = None
     start: np.ndarray | None = None
+    structure: bool = False
     known: np.ndarray | None = None
     mask: np.ndarray | None = None
     enlarge: bool = False
@@ -94,6 +97,8 @@ class Growth:
             )
         if self.symmetry is not None:
             check_name("symmetry", self.symmetry, SYMMETRIES)
+        if self.structure and self.start is None:
+            raise ValueError("structure is that of start, which is None; expected a picture")
         if (self.mask is None) != (self.known is None):
             raise ValueError("known and mask go together; expected both or neither")
         if self.mask is not None and self.mask.shape != (H, W):
@@ -232,10 +237,13 @@ class Grower:
         self, noise: PictureNoise, progress: Bar, after: Progress | None = None
     ) -> Iterator[Progress]:
         """One picture, scale after scale, from the coarsest or after one that is finished."""
-        last = after
-        if after is None and self.growth.enlarge:
-            nothing = np.zeros((0, 0, 0, 2), dtype=np.int32), np.zeros(0)
+        last, g = after, self.growth
+        nothing = np.zeros((0, 0, 0, 2), dtype=np.int32), np.zeros(0)
+        if after is None and g.enlarge:
             last = Progress(self.scales, self.photographs[0], *nothing)
+        elif after is None and g.structure and g.start is not None:
+            scale = 1 + round((1 - g.keep) * (self.scales - 1))
+            last = Progress(scale, resized(g.start, *self.frame(scale)), *nothing)
         first = self.scales if last is None else last.scale - 1
         for scale in range(first, -1, -1):
             last = self._scale(scale, noise, progress, last)

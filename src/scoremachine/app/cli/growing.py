@@ -32,8 +32,8 @@ def grow(
     keep: Annotated[
         float | None,
         typer.Option(
-            help="How much of the photograph's layout stays, from 0 (nothing) to 1; default: 0.2, "
-            "and 0.5 with --structure."
+            help="How much of the photograph's layout stays, from 0 (nothing) to 1; default: 0.2; "
+            "0.5 with --structure, 0 with --tile."
         ),
     ] = None,
     patch_size: Annotated[int, typer.Option(help="Side of the patches, in pixels.")] = 7,

@@ -95,6 +95,8 @@ def grower(o: GrowOptions, turn: float | None = None) -> Grower:
     photo, size = photograph(o.photos[0]), o.size
     if o.keep is not None:
         known["keep"] = o.keep
+    elif o.tile:
+        known["keep"] = 0.0  # no layout of a photograph goes on beyond its borders
     if o.start is not None:
         start = alike(photograph(o.start), photo)
         if o.structure:
@@ -102,6 +104,7 @@ def grower(o: GrowOptions, turn: float | None = None) -> Grower:
 
             start = match_histograms(start, photo, channel_axis=2).astype(np.float32)
             known.setdefault("keep", STRUCTURE)
+            known["structure"] = True
         size = size or (start.shape[0], start.shape[1])
         known["start"] = _bytes(start)
     if o.mask is not None:
