@@ -336,16 +336,21 @@ class Grower:
             x = np.broadcast_to(layout.mean((0, 1)), (*frame, layout.shape[2]))
             return x, np.geomspace(PURE, LEAST, STEPS).tolist()
         first = FIRST * KEPT**g.keep
-        return placed(resized(layout, *frame), move), np.geomspace(first, LEAST, STEPS).tolist()
+        sides = [
+            max(1, round(n / ratio)) for n, ratio in zip(frame, move[2:].tolist(), strict=True)
+        ]
+        x = placed(resized(layout, sides[0], sides[1]), frame, move)
+        return x, np.geomspace(first, LEAST, STEPS).tolist()
 
     def _move(self, noise: PictureNoise) -> np.ndarray:
-        """How far the layout is moved, down and across, in half sides, float32 (2,)."""
+        """Where the layout is in the picture, float32 (4,); see `moved`."""
         g = self.growth
         nothing = g.keep == 0 or g.tile or g.enlarge or g.turn is not None
         if nothing or g.start is not None or g.known is not None:
-            return np.zeros(2, dtype=np.float32)
+            return np.array([0, 0, 1, 1], dtype=np.float32)
         e = np.tanh(noise.normal((2,), self.scales, 0, 2)[0].numpy())
-        return (MOVED * (1 - g.keep) * e).astype(np.float32)
+        sides = np.array(g.size) / np.array(self.photographs[0].shape[:2])
+        return np.concatenate([MOVED * (1 - g.keep) * e, sides.clip(min=1)]).astype(np.float32)
 
     def _noise(
         self, noise: PictureNoise, shape: tuple[int, ...], scale: int, step: int
@@ -393,14 +398,21 @@ def relative(rows: int, columns: int) -> np.ndarray:
 
 
 def moved(u: np.ndarray, move: np.ndarray) -> np.ndarray:
-    """Positions in a layout that is moved, and mirrored at its borders."""
-    v = u - move
-    return np.where(np.abs(v) > 1, np.sign(v) * (2 - np.abs(v)), v).astype(np.float32)
+    """Positions in a layout that is moved and has its own size: beside it, it comes again.
+
+    Arguments:
+        u: Positions in the picture, from -1 to 1, float32 (..., 2).
+        move: How far the layout is moved, down and across, in its half sides; and how much larger
+            the picture is than it, in each direction, float32 (4,).
+    """
+    v = u * move[2:] - move[:2]
+    down = 1 - np.abs((v[..., 0] + 1) % 4 - 2)  # mirrored: above the sky there is no ground
+    return np.stack([down, (v[..., 1] + 1) % 2 - 1], -1).astype(np.float32)
 
 
-def placed(x: np.ndarray, move: np.ndarray) -> np.ndarray:
-    """A picture (H, W, C), moved as positions are."""
-    at = torch.from_numpy(np.ascontiguousarray(moved(relative(*x.shape[:2]), move)[..., ::-1]))
+def placed(x: np.ndarray, frame: tuple[int, int], move: np.ndarray) -> np.ndarray:
+    """A layout (h, w, C) in a picture (H, W, C), where `moved` has it."""
+    at = torch.from_numpy(np.ascontiguousarray(moved(relative(*frame), move)[..., ::-1]))
     t = torch.from_numpy(x).permute(2, 0, 1)[None]
     t = grid_sample(t, at[None], padding_mode="border", align_corners=False)
     return np.ascontiguousarray(t[0].permute(1, 2, 0).numpy())

@@ -25,7 +25,7 @@ from scoremachine.sampling.grow import Grower, Progress, alike, grower_of, photo
 
 LARGEST = 2**26  # pixels, beyond which a picture is only made with --yes
 MEMORY = 160  # bytes a pixel, about
-SPEED = 12_000  # boxes a second and noise level, about, on one of two slow cores
+SECONDS = 6e-5  # a pixel, about, on two cores
 CIRCLE = 2 * math.pi
 STRUCTURE = 0.5  # what `keep` is for --structure, unless given
 
@@ -118,7 +118,7 @@ def grower(o: GrowOptions, turn: float | None = None) -> Grower:
     size = size or (photo.shape[0], photo.shape[1])
     if math.prod(size) > LARGEST and not o.yes:
         gigabytes = math.prod(size) * MEMORY / 2**30
-        minutes = 14 * math.prod(size) / SPEED / 60
+        minutes = math.prod(size) * SECONDS / 60
         raise ValueError(
             f"a picture of {size[0]} x {size[1]} pixels takes about {gigabytes:.0f} GiB of memory "
             f"and {minutes:.0f} minutes: say --yes to make it"
