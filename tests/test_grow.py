@@ -281,3 +281,18 @@ def test_grow_explains(tmp_path):
         assert np.median(np.abs(x - source)) < 25
         assert json.loads((out / "grow.json").read_text())["copies"][0]["large_share"] >= 0
         assert Image.open(out / "sources.png").size[0] > 58
+
+
+def test_symmetry_cannot_change_known_pixels():
+    hole = np.zeros((40, 52), dtype=bool)
+    hole[10:20, 10:20] = True
+    with pytest.raises(ValueError, match="known pixels stay"):
+        sm.grow(photo(), mask=hole, symmetry="mirror")
+
+
+def test_structure_is_that_of_the_picture_that_is_given():
+    dark_left = np.full((3, 40, 52), 220, dtype=np.uint8)
+    dark_left[:, :, :26] = 30
+    with quiet(True):
+        x = sm.grow(photo(), start=dark_left, structure=True, keep=0.5)[0]
+    assert x[:, :, :20].mean() < x[:, :, -20:].mean() - 0.1

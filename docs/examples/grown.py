@@ -1,6 +1,6 @@
 """Draws a photograph beside a picture that was grown from it, for docs/grow.md.
 
-scoremachine grow china --size 427x1280 --keep 0.15 --seed 3
+scoremachine grow china --size 427x1280 --seed 1
 python docs/examples/grown.py china runs/grow/grown.png docs/pictures/grow-china.jpg
 """
 

@@ -97,6 +97,10 @@ class Growth:
             )
         if self.symmetry is not None:
             check_name("symmetry", self.symmetry, SYMMETRIES)
+        if self.symmetry is not None and self.mask is not None:
+            raise ValueError(
+                "known pixels stay, and symmetry would change them: leave one of them out"
+            )
         if self.structure and self.start is None:
             raise ValueError("structure is that of start, which is None; expected a picture")
         if (self.mask is None) != (self.known is None):
@@ -146,6 +150,107 @@ class Patches(NamedTuple):
     positions: np.ndarray
     tops: np.ndarray
     heights: np.ndarray
+
+
+class Means(NamedTuple):
+    """Posterior means, composed.
+
+    Attributes:
+        D: The denoised picture, float32 (H, W, C).
+        places: Each box's candidates, int32 (*boxes, K, 2).
+        weights: Theirs, float32 (*boxes, K); None before the first step.
+        logits: The same before they are normalized; None where all patches are compared.
+    """
+
+    D: np.ndarray
+    places: np.ndarray
+    weights: np.ndarray | None = None
+    logits: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """The boxes of a picture at one scale, and the patches that they are compared with.
+
+    Attributes:
+        source: The patches.
+        window: Their side P, and the channels C.
+        frame: Height and width of the picture.
+        grid: How many boxes there are, down and across; as many as pixels if they wrap around.
+        positions: Of the boxes in the layout, float32 (*grid, 2).
+        weight: How much they matter.
+        balance: See `Growth`.
+    """
+
+    source: Patches
+    window: tuple[int, int]
+    frame: tuple[int, int]
+    grid: tuple[int, int]
+    positions: np.ndarray
+    weight: float
+    balance: float
+
+    @property
+    def wraps(self) -> bool:
+        """Whether boxes reach beyond the border."""
+        return self.grid == self.frame
+
+    def asked(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
+        """What the engine compares."""
+        around = (0, self.window[0] - 1) if self.wraps else (0, 0)
+        y = np.pad(y, (around, around, (0, 0)), mode="wrap")
+        at = self.source.valid, self.positions, self.source.positions
+        return np.ascontiguousarray(y.reshape(len(y), -1)), self.source.pixels, at
+
+    def means(
+        self, y: np.ndarray, sigma: float, places: np.ndarray, seed: int, rounds: int
+    ) -> Means:
+        """The denoised picture: of all patches where they are few, or else of a few candidates.
+
+        Arguments:
+            y: The noisy picture, float32 (H, W, C).
+            sigma: Its noise level.
+            places: The candidates to begin with.
+            seed, rounds: Of the search for better ones.
+        """
+        asked, scales = self.asked(y), (boxes.effective_scale(sigma), self.weight)
+        (P, C), valid, logits = self.window, self.source.valid, None
+        frame = asked[0].shape[0], asked[0].shape[1] // C
+        if math.prod(self.grid) * valid.size <= DENSE:
+            all_ = boxes.dense(*asked, self.window, scales).reshape(math.prod(self.grid), -1)
+            w = boxes.balanced(all_, valid, self.balance)
+            places, weights = leading(w, valid.shape, self.grid)
+            w = w.reshape(*self.grid, *valid.shape)
+            total = boxes.composed(self.source.pixels, None, w, self.window, frame)
+        else:
+            for k in range(rounds):
+                places, logits = boxes.search(
+                    *asked, places, self.window, scales, (seed + k) % 2**31
+                )
+            assert logits is not None
+            weights = boxes.softmax(logits)
+            total = boxes.composed(self.source.pixels, places, weights, self.window, frame)
+        D = folded(total, P, self.frame) if self.wraps else total / coverage(*self.frame, P)
+        return Means(D, places, weights, logits)
+
+    def omitted(self, y: np.ndarray, sigma: float, logits: np.ndarray | None) -> np.ndarray:
+        """The posterior mass that is not among the candidates, of a few evenly spread boxes."""
+        if logits is None:
+            return np.zeros(0)
+        count = np.unique(np.linspace(0, logits[..., 0].size - 1, CHECKED).astype(np.int64))
+        some = np.stack(np.unravel_index(count, logits.shape[:2]), -1)
+        scales = boxes.effective_scale(sigma), self.weight
+        found = some, logits[some[:, 0], some[:, 1]]
+        return boxes.omitted(*self.asked(y), self.window, scales, found)
+
+    def origins(self, means: Means) -> tuple[np.ndarray, np.ndarray]:
+        """The photograph, row and column that give most to each pixel, and their share."""
+        assert means.weights is not None
+        P = self.window[0]
+        found, share = boxes.origins(means.places, means.weights, P, self.frame, self.wraps)
+        n = np.searchsorted(self.source.tops, found[..., 0], side="right") - 1
+        found[..., 0] -= self.source.tops[n]
+        return np.concatenate([n[..., None].astype(np.int32), found], -1), share
 
 
 def resized(x: np.ndarray, H: int, W: int) -> np.ndarray:
@@ -252,70 +357,56 @@ class Grower:
     def _scale(
         self, scale: int, noise: PictureNoise, progress: Bar, last: Progress | None
     ) -> Progress:
-        g, P, source = self.growth, self.side(scale), self.patches(scale)
-        H, W = self.frame(scale)
-        C = self.photographs[0].shape[2]
-        x, sigmas = self._start(scale, last, (H, W), self._move(noise))
+        g, s = self.growth, self._posterior(scale, noise)
+        frame = H, W = self.frame(scale)
+        x, sigmas = self._start(scale, last, frame, self._move(noise))
         known = None if g.known is None else resized(g.known, H, W)
         new = None if g.mask is None else resized(g.mask[..., None].astype(np.float32), H, W) > 0.5
-        grid = (H, W) if g.tile else (H - P + 1, W - P + 1)
-        deviation = NEAR * (USUAL / max(g.keep, 1e-9)) * 2 ** (self.scales - scale)
-        matters = g.keep > 0 and g.start is None and deviation < FAR
-        weight = 1 / (2 * deviation**2) if matters else 0.0
-        move = self._move(noise)
-        at = source.valid, moved(relative(*grid), move), source.positions
-        compared = math.prod(grid) * source.valid.size <= DENSE
-        places = self._candidates(source, last, grid)
-        omitted = np.zeros(0)
+        means = Means(x, self._candidates(s.source, last, s.grid))
 
         def random(step: int) -> np.ndarray:
-            return self._noise(noise, (H, W, C), scale, step)
+            return self._noise(noise, (H, W, s.window[1]), scale, step)
 
         def shaped(x: np.ndarray) -> np.ndarray:
             return symmetric(x, g.symmetry)
 
         y = shaped(x + sigmas[0] * random(0))
         for step, sigma in enumerate(sigmas):
-            query = np.pad(y, ((0, P - 1), (0, P - 1), (0, 0)), mode="wrap") if g.tile else y
-            frame = query.shape[0], query.shape[1]
-            query = np.ascontiguousarray(query.reshape(frame[0], -1))
-            scales = boxes.effective_scale(sigma), weight
-            if compared:
-                flat = boxes.dense(query, source.pixels, at, (P, C), scales).reshape(
-                    math.prod(grid), -1
-                )
-                w = boxes.balanced(flat, source.valid, g.balance)
-                places, weights = leading(w, source.valid.shape, grid)
-                w = w.reshape(*grid, *source.valid.shape)
-                total = boxes.composed(source.pixels, None, w, (P, C), frame)
-            else:
-                asked = query, source.pixels, at
-                for k in range(ROUNDS + (step == 0)):
-                    seed = (noise.seed * 8191 + scale * 521 + step * 31 + k) % 2**31
-                    places, logits = boxes.search(*asked, places, (P, C), scales, seed)
-                weights = boxes.softmax(logits)
-                total = boxes.composed(source.pixels, places, weights, (P, C), frame)
-                if step == len(sigmas) - 1:
-                    omitted = _omitted(asked, (P, C), scales, logits)
-            D = folded(total, P, (H, W)) if g.tile else total / coverage(H, W, P)
+            seed = noise.seed * 8191 + scale * 521 + step * 31
+            means = s.means(y, sigma, means.places, seed, ROUNDS + (step == 0))
+            D = means.D
             if known is not None and new is not None:
                 D = np.where(new, D, known)
             x = shaped(self._like_photograph(D) if g.enlarge else D)
             if step + 1 < len(sigmas):
                 y = shaped(_renoised(y, x, sigma, sigmas[step + 1], random(step + 1)))
             progress.advance(H * W)
+        omitted = s.omitted(y, sigmas[-1], means.logits)
         if scale:
-            return Progress(scale, x, places, omitted)
-        origins, share = boxes.origins(places, weights, P, (H, W), g.tile)
-        n = np.searchsorted(source.tops, origins[..., 0], side="right") - 1
-        origins[..., 0] -= source.tops[n]
-        origins = np.concatenate([n[..., None].astype(np.int32), origins], -1)
+            return Progress(scale, x, means.places, omitted)
+        origins, share = s.origins(means)
         if new is not None:
             origins[~new[..., 0]] = -1
-        return Progress(
-            0, x, places, omitted,
-            shaped(origins).astype(np.int32), shaped(share[..., None])[..., 0],
-        )  # fmt: skip
+        origins, share = shaped(origins).astype(np.int32), shaped(share[..., None])[..., 0]
+        return Progress(0, x, means.places, omitted, origins, share)
+
+    def _posterior(self, scale: int, noise: PictureNoise) -> Posterior:
+        """The boxes of a scale and what they are compared with."""
+        g, P, source = self.growth, self.side(scale), self.patches(scale)
+        H, W = frame = self.frame(scale)
+        grid = (H, W) if g.tile else (H - P + 1, W - P + 1)
+        deviation = NEAR * (USUAL / max(g.keep, 1e-9)) * 2 ** (self.scales - scale)
+        matters = g.keep > 0 and g.start is None and deviation < FAR
+        positions = moved(relative(*grid), self._move(noise))
+        return Posterior(
+            source=source,
+            window=(P, self.photographs[0].shape[2]),
+            frame=frame,
+            grid=grid,
+            positions=positions,
+            weight=1 / (2 * deviation**2) if matters else 0.0,
+            balance=g.balance,
+        )
 
     def _like_photograph(self, D: np.ndarray) -> np.ndarray:
         """D, changed as little as makes it the photograph when it is reduced (back-projection)."""
@@ -481,18 +572,6 @@ def _renoised(
     """The noisy picture at the next level, as likely given y and the clean x (ancestral step)."""
     ratio = (next_sigma / sigma) ** 2
     return ratio * y + (1 - ratio) * x + next_sigma * math.sqrt(1 - ratio) * e
-
-
-def _omitted(
-    asked: tuple[np.ndarray, np.ndarray, Any],
-    window: tuple[int, int],
-    scales: tuple[float, float],
-    logits: np.ndarray,
-) -> np.ndarray:
-    """The posterior mass that is not among the candidates, of a few evenly spread boxes."""
-    count = np.unique(np.linspace(0, logits[..., 0].size - 1, CHECKED).astype(np.int64))
-    some = np.stack(np.unravel_index(count, logits.shape[:2]), -1)
-    return boxes.omitted(*asked, window, scales, (some, logits[some[:, 0], some[:, 1]]))
 
 
 def photograph(given: Any) -> np.ndarray:
