@@ -4,7 +4,7 @@ A single picture is a data set of patches (Qiu et al. 2606.04299). At each scale
 denoiser is `epc` of the photograph at that scale: every box of the picture is compared with every
 patch, and overlapping means are averaged. The coarsest scale starts from noise, or from the
 photograph's own coarsest scale and noise; each next one from the enlarged result and a little
-noise. Where there are too many patches to compare all, the posterior of a box is that of a few
+noise, which are compared with patches that are enlarged as well. Where there are too many patches to compare all, the posterior of a box is that of a few
 candidates, which the coarser scale and neighbouring boxes point to (`engines.boxes`).
 """
 
@@ -36,7 +36,7 @@ CANDIDATES = 4  # of a box, beyond that
 STEPS, REFINING = 20, 6  # noise levels at the coarsest scale, and at each other one
 FIRST, KEPT = 4.0, 0.05  # noise levels at which the coarsest scale starts: keep near 0, and 1
 PURE = 3.0  # the same for keep = 0
-ADDED, LEAST = 0.3, 0.03  # noise added at each other scale, and the last level
+ADDED, LEAST = 0.1, 0.03  # noise added at each other scale, and the last level
 USUAL = 0.2  # keep, unless given
 NEAR = 1 / 3  # for it, standard deviation of positions at the coarsest scale; then twice as much
 MOVED = 0.5  # how far the layout is moved at most, in half sides
@@ -140,12 +140,14 @@ class Patches(NamedTuple):
 
     Attributes:
         pixels: float32 (h, w C).
+        blurred: The same, enlarged from the next coarser scale, as pictures begin at this scale.
         valid: Where patches may begin, bool (h - P + 1, w - P + 1).
         positions: Positions of patches in their photograph, from -1 to 1, float32 (*valid, 2).
         tops, heights: Each photograph's first row, and its rows.
     """
 
     pixels: np.ndarray
+    blurred: np.ndarray
     valid: np.ndarray
     positions: np.ndarray
     tops: np.ndarray
@@ -195,15 +197,21 @@ class Posterior:
         """Whether boxes reach beyond the border."""
         return self.grid == self.frame
 
-    def asked(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
+    def asked(self, y: np.ndarray, blurred: bool = False) -> tuple[np.ndarray, np.ndarray, Any]:
         """What the engine compares."""
         around = (0, self.window[0] - 1) if self.wraps else (0, 0)
         y = np.pad(y, (around, around, (0, 0)), mode="wrap")
         at = self.source.valid, self.positions, self.source.positions
-        return np.ascontiguousarray(y.reshape(len(y), -1)), self.source.pixels, at
+        source = self.source.blurred if blurred else self.source.pixels
+        return np.ascontiguousarray(y.reshape(len(y), -1)), source, at
 
     def means(
-        self, y: np.ndarray, sigma: float, places: np.ndarray, seed: int, rounds: int
+        self,
+        y: np.ndarray,
+        sigma: float,
+        places: np.ndarray,
+        search: tuple[int, int],
+        blurred: bool = False,
     ) -> Means:
         """The denoised picture: of all patches where they are few, or else of a few candidates.
 
@@ -211,9 +219,12 @@ class Posterior:
             y: The noisy picture, float32 (H, W, C).
             sigma: Its noise level.
             places: The candidates to begin with.
-            seed, rounds: Of the search for better ones.
+            search: The seed and the rounds of the search for better ones.
+            blurred: Whether y is a picture of the coarser scale, enlarged, and noise: so it is
+                compared with what the source is then, as in GPNN.
         """
-        asked, scales = self.asked(y), (boxes.effective_scale(sigma), self.weight)
+        (seed, rounds), asked = search, self.asked(y, blurred)
+        scales = boxes.effective_scale(sigma), self.weight
         (P, C), valid, logits = self.window, self.source.valid, None
         frame = asked[0].shape[0], asked[0].shape[1] // C
         if math.prod(self.grid) * valid.size <= DENSE:
@@ -313,12 +324,15 @@ class Grower:
         tops = np.cumsum(heights) - heights
         width, C = max(w for _, w in sizes), self.photographs[0].shape[2]
         pixels = np.zeros((int(heights.sum()), width, C), dtype=np.float32)
+        blurred = np.zeros_like(pixels)
         places = len(pixels) - P + 1, width - P + 1
         valid = np.zeros(places, dtype=bool)
         positions = np.zeros((*places, 2), dtype=np.float32)
         each = zip(self.photographs, self.holes, sizes, tops.tolist(), strict=True)
         for x, hole, (h, w), top in each:
             pixels[top : top + h, :w] = resized(x, h, w)
+            coarser = resized(x, max(1, round(h * FACTOR)), max(1, round(w * FACTOR)))
+            blurred[top : top + h, :w] = resized(coarser, h, w)
             at = slice(top, top + h - P + 1), slice(0, w - P + 1)
             valid[at] = True
             positions[at] = relative(h - P + 1, w - P + 1)
@@ -330,7 +344,10 @@ class Grower:
                 f"the mask leaves no patch of {P} x {P} pixels at a scale of "
                 f"{FACTOR**scale:.2g}, so there is nothing to fill it with: make it smaller"
             )
-        return Patches(pixels.reshape(len(pixels), -1), valid, positions, tops, heights)
+        rows = len(pixels)
+        return Patches(
+            pixels.reshape(rows, -1), blurred.reshape(rows, -1), valid, positions, tops, heights
+        )
 
     def work(self) -> int:
         """The number of boxes of all scales, times their noise levels."""
@@ -373,7 +390,9 @@ class Grower:
         y = shaped(x + sigmas[0] * random(0))
         for step, sigma in enumerate(sigmas):
             seed = noise.seed * 8191 + scale * 521 + step * 31
-            means = s.means(y, sigma, means.places, seed, ROUNDS + (step == 0))
+            begins = step == 0
+            search = seed, ROUNDS + begins
+            means = s.means(y, sigma, means.places, search, begins and last is not None)
             D = means.D
             if known is not None and new is not None:
                 D = np.where(new, D, known)
