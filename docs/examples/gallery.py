@@ -101,8 +101,8 @@ def uses() -> Image.Image:
 def main() -> None:
     what, out = sys.argv[1:]
     picture = panels() if what == "panels" else uses()
-    picture.thumbnail((1100, 4000))
-    picture.save(out, quality=80)
+    picture.thumbnail((1000, 4000))
+    picture.save(out, quality=75)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ A single picture is a data set of patches (Qiu et al. 2606.04299). At each scale
 denoiser is `epc` of the photograph at that scale: every box of the picture is compared with every
 patch, and overlapping means are averaged. The coarsest scale starts from noise, or from the
 photograph's own coarsest scale and noise; each next one from the enlarged result and a little
-noise, which are compared with patches that are enlarged as well. Where there are too many patches to compare all, the posterior of a box is that of a few
-candidates, which the coarser scale and neighbouring boxes point to (`engines.boxes`).
+noise, which are compared with patches that are enlarged as well. Where there are too many patches
+to compare all, the posterior of a box is that of a few candidates, which the coarser scale and
+neighbouring boxes point to (`engines.boxes`).
 """
 
 from __future__ import annotations
