@@ -24,7 +24,7 @@ from scoremachine.runtime.validation import check_integer, check_seed
 from scoremachine.sampling.grow import Grower, Progress, alike, grower_of, photograph
 
 LARGEST = 2**26  # pixels, beyond which a picture is only made with --yes
-MEMORY = 160  # bytes a pixel, about
+MEMORY = 430  # bytes a pixel, about
 SECONDS = 6e-5  # a pixel, about, on two cores
 CIRCLE = 2 * math.pi
 STRUCTURE = 0.5  # what `keep` is for --structure, unless given
